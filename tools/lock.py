@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,12 @@ def resolve(project: dict) -> dict[str, str]:
     return dict(sorted(pins.items()))
 
 
+def too_new(pins: dict[str, str], python: str) -> list[str]:
+    """Pins that do not install on the Python release ``python``, as "name version: what it requires"."""
+    wanted = {name: metadata.metadata(name).get("Requires-Python") or "" for name in pins}
+    return [f"{n} {pins[n]}: {w}" for n, w in wanted.items() if not SpecifierSet(w).contains(python)]
+
+
 def lock_text(pins: dict[str, str], no_deps: set[str]) -> str:
     """The lock: one pin a line."""
     head = (
@@ -87,6 +94,9 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     no_deps = {canonicalize_name(package) for package in project["tool"]["peftlib"]["lock"]["no-deps"]}
     pins = resolve(project)
+    oldest = project["project"]["requires-python"].removeprefix(">=") + ".0"
+    if unfit := too_new(pins, oldest):
+        raise SystemExit(f"not for Python {oldest}: {'; '.join(unfit)}. Install an older version, then lock again.")
     LOCK.write_text(lock_text(pins, no_deps))
     ENVIRONMENT.write_text(environment_text(pins, no_deps))
     print(f"{len(pins)} packages: {LOCK.name}, {ENVIRONMENT.name}")
