@@ -68,7 +68,7 @@ def lock_text(pins: dict[str, str], no_deps: set[str]) -> str:
     head = (
         "# Every package of the environment, at the versions that are tested. Written by tools/lock.py.\n"
         "# CUDA's own packages are not listed: torch brings the ones that it needs.\n"
-        f'# A line marked "{NO_DEPS[2:]}" is installed without what it requires (see pyproject.toml, [tool.peftlib.lock]).\n'
+        f'# A line marked "{NO_DEPS[2:]}" goes in without what it requires: [tool.peftlib.lock] in pyproject.toml.\n'
     )
     return head + "".join(f"{n}=={v}{f'  {NO_DEPS}' if n in no_deps else ''}\n" for n, v in pins.items())
 
