@@ -1,0 +1,53 @@
+"""Parameter-efficient fine-tuning, the whole taxonomy of arXiv:2312.12148 on one core.
+
+>>> import peftlib
+>>> adapted = peftlib.attach(model, "lora", rank=8)
+>>> peftlib.fit(adapted, task, tokenizer=tokenizer)
+>>> adapted.save("my-adapter")
+"""
+
+from __future__ import annotations
+
+from peftlib import backbones, tasks
+from peftlib.adapted import Adapted, Count, attach, load
+from peftlib.errors import PeftlibError
+from peftlib.methods import config, find
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.combination import combine
+from peftlib.taxonomy import Entry, methods
+from peftlib.taxonomy import entry as card
+from peftlib.training import FitResult, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapted",
+    "ConfigError",
+    "Count",
+    "Entry",
+    "FitResult",
+    "Method",
+    "MethodConfig",
+    "PeftlibError",
+    "Progress",
+    "attach",
+    "backbones",
+    "card",
+    "combine",
+    "config",
+    "find",
+    "fit",
+    "load",
+    "methods",
+    "tasks",
+]
+
+
+def __getattr__(name: str):
+    """``peftlib.LoRAConfig`` and the like: each available method's config class, imported when asked for."""
+    if name.endswith("Config"):
+        for method in methods():
+            cls = find(method).Config
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'peftlib' has no attribute {name!r}")

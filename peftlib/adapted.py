@@ -1,0 +1,382 @@
+"""The handle on a tuned model: attach, count, save, load, merge, detach."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftlib import methods
+from peftlib.errors import LoadError, StateError
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import Method, MethodConfig
+from peftlib.training.lifecycle import Lifecycle, add_penalty, require_lifecycle
+
+FORMAT = 1
+WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameter counts. ``trained`` includes ``head``, the task head; ``total`` is the backbone as it was, with its
+    head; ``stored`` and ``stored_bytes`` are what a saved adapter holds, head included."""
+
+    trained: int
+    head: int
+    stored: int
+    stored_bytes: int
+    total: int
+
+    @property
+    def method(self) -> int:
+        """Trained parameters without the task head."""
+        return self.trained - self.head
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trained / self.total
+
+
+class Adapted:
+    """A backbone with one method attached. Made by :func:`attach`; ``model`` is the same object that was given."""
+
+    def __init__(self, model: nn.Module, method: Method, host: Host, head: dict[str, nn.Parameter], identity: dict):
+        self.model = model
+        self.method = method
+        self.host = host
+        self.lifecycle_active: Lifecycle | None = None
+        self.calibrated = not method.calibrates
+        self._head = head
+        self._identity = identity
+
+    @property
+    def config(self) -> MethodConfig:
+        return self.method.config
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def __repr__(self) -> str:
+        count = self.count()
+        return (
+            f"Adapted({type(self.model).__name__}, {self.config}, "
+            f"trained={count.trained:,} of {count.total:,} ({count.percent:.3f} %))"
+        )
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the trained task head's parameters in the model."""
+        return tuple(self._head)
+
+    # What trains
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, for every parameter that trains, task head included."""
+        self._check_attached()
+        return self.host.trained()
+
+    def count(self) -> Count:
+        """Trained, stored and total parameters."""
+        trained = self.trainable()
+        state = self.state()
+        return Count(
+            trained=sum(p.numel() for p in trained.values()),
+            head=sum(p.numel() for n, p in trained.items() if n in self._head),
+            stored=sum(t.numel() for t in state.values()),
+            stored_bytes=sum(t.numel() * t.element_size() for t in state.values()),
+            total=self._identity["parameters"],
+        )
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Let the method look at training batches, where it must before training (Fisher masks and the like).
+
+        ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
+        no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.
+        """
+        self._check_attached()
+        if not self.method.calibrates:
+            return
+        device = self.host.device
+        mode = self.model.training
+        self.model.eval()
+        try:
+            self.method.calibrate({k: v.to(device) for k, v in batch.items()} for batch in batches)
+        finally:
+            self.model.train(mode)
+        self.calibrated = True
+
+    # Training
+
+    def lifecycle(self, total_steps: int) -> Lifecycle:
+        """The method's moments for a loop of your own; see :class:`peftlib.training.Lifecycle`."""
+        self._check_attached()
+        return Lifecycle(self, total_steps)
+
+    def callback(self):
+        """A ``transformers.TrainerCallback`` that runs the method's moments inside ``transformers.Trainer``."""
+        self._check_attached()
+        from peftlib.training.callback import PeftCallback
+
+        return PeftCallback(self)
+
+    # Files
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What :meth:`save` stores, by name in the model."""
+        self._check_attached()
+        state = {n: t.detach() for n, t in self.method.state().items()}
+        state.update({n: p.detach() for n, p in self._head.items()})
+        return state
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write ``adapter.safetensors`` and ``config.json``: what was trained, the task head included, nothing else.
+
+        The folder is written whole or not at all; an existing adapter there is replaced.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise StateError(f"{folder} is a file; give a folder to save the adapter in")
+        if folder.is_dir() and any(p.name not in (WEIGHTS, CONFIG) for p in folder.iterdir()):
+            raise StateError(f"{folder} holds other files than an adapter; give a new folder")
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.state().items()}
+            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
+            document = {
+                "format": FORMAT,
+                "method": self.name,
+                "config": self.config.as_dict(),
+                "backbone": self._identity,
+                "head": sorted(self._head),
+                "sha256": _sha256(scratch / WEIGHTS),
+            }
+            (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+            os.chmod(scratch, 0o755)
+            _swap(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return folder
+
+    def _load_state(self, state: dict[str, torch.Tensor]) -> None:
+        state = dict(state)
+        for name, parameter in self._head.items():
+            if name not in state:
+                raise LoadError(f"the file lacks the task head's {name}; load it into a model of its task")
+            if state[name].shape != parameter.shape:
+                raise LoadError(
+                    f"the head's {name} has shape {tuple(state[name].shape)} in the file, {tuple(parameter.shape)} in "
+                    "the model; build the model with the same number of labels"
+                )
+            if name in self.method.state():
+                continue
+            with torch.no_grad():
+                parameter.copy_(state.pop(name))
+        self.method.load_state(state)
+        self.calibrated = True
+
+    # Leaving
+
+    def merge(self) -> nn.Module:
+        """Fold the method into plain backbone weights and return the model, free of peftlib.
+
+        Raises MergeError that names why, for a method that has no merge.
+        """
+        self._check_attached()
+        self.method.check_mergeable()
+        self.method.merge()
+        self._leave(bake=True)
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Give back the backbone as it was before :func:`attach`, bit for bit, the task head included.
+
+        Raises StateError after ``attach(..., keep_original=False)`` when originals were needed.
+        """
+        self._check_attached()
+        if not self.host.can_restore:
+            raise StateError(
+                f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
+                "load the backbone again"
+            )
+        self._leave(bake=False)
+        return self.model
+
+    def _leave(self, bake: bool) -> None:
+        self.host.remove(bake=bake)
+        del self.model.peftlib_adapted
+        self.host = None
+
+    def _check_attached(self) -> None:
+        if self.host is None:
+            raise StateError(f"{self.name} is no longer attached (it was merged or detached); attach it again")
+
+
+def attach(
+    model: nn.Module,
+    method: str | MethodConfig,
+    *,
+    train_head: bool = True,
+    keep_original: bool = True,
+    seed: int = 0,
+    **options,
+) -> Adapted:
+    """Freeze a transformers model and attach a method to it. The model object stays the same and keeps its forward.
+
+    Args:
+        model: a model of a family in :func:`peftlib.anatomy.families`.
+        method: a name of :func:`peftlib.methods` with its ``options``, or a config object.
+        train_head: train the new task head too (classification, token and span heads; language-model heads are
+            pretrained and stay frozen).
+        keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
+        seed: seeds the new parameters; the global random state is left alone.
+
+    Raises:
+        UnknownNameError: the method or an option does not exist.
+        TargetError: a target matches nothing, or a size does not fit.
+        UnsupportedError: the family cannot host the method.
+        StateError: something is attached already.
+    """
+    chosen = methods.resolve(method, **options)
+    if (attached := getattr(model, "peftlib_adapted", None)) is not None:
+        raise StateError(
+            f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
+            "or attach both at once with peftlib.combine(...)"
+        )
+    host = Host(model, keep_original=keep_original)
+    identity = _identity(model, host)
+    head = dict(host.anatomy.head) if train_head else {}
+    devices = [host.device] if host.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.device(host.device):
+            torch.manual_seed(seed)
+            chosen.host = host
+            chosen.attach(host)
+            host.train(head.values())
+    except BaseException:
+        host.remove()
+        raise
+    adapted = Adapted(model, chosen, host, head, identity)
+    if chosen.moments() or chosen.calibrates:
+        host.hook(model, partial(require_lifecycle, adapted), before=True)
+    if "penalty" in chosen.moments():
+        host.hook(model, partial(add_penalty, adapted))
+    model.peftlib_adapted = adapted
+    return adapted
+
+
+def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
+    """Attach a saved adapter to the backbone it was made for.
+
+    Args:
+        model: the backbone, of the same family and shapes as when it was saved.
+        folder: what :meth:`Adapted.save` wrote.
+        options: ``keep_original`` as in :func:`attach`.
+
+    Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
+    changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
+    shapes give a warning.
+    """
+    folder = Path(folder)
+    document = _read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise LoadError(f"{folder} has no {WEIGHTS}; is it a folder that save() wrote?")
+    if _sha256(weights) != document["sha256"]:
+        raise LoadError(f"{weights} is truncated or was changed after saving (its SHA-256 is not the recorded one)")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise LoadError(f"{weights} is not a readable safetensors file: {error}") from error
+    try:
+        config = methods.config(document["method"], **document["config"])
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"{folder / CONFIG} does not describe a method of this peftlib: {error}") from error
+    adapted = attach(model, config, train_head=bool(document["head"]), **options)
+    try:
+        _compare(document["backbone"], adapted._identity, folder)
+        adapted._load_state(state)
+    except BaseException:
+        adapted._leave(bake=False)
+        raise
+    return adapted
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise LoadError(f"{folder} has no {CONFIG}; is it a folder that save() wrote?") from None
+    except ValueError as error:
+        raise LoadError(f"{path} is not valid JSON: {error}") from error
+    required = {"format", "method", "config", "backbone", "head", "sha256"}
+    if not isinstance(document, dict) or required - document.keys():
+        raise LoadError(f"{path} is not an adapter's config; it must have the keys {', '.join(sorted(required))}")
+    if document["format"] != FORMAT:
+        raise LoadError(f"{path} has format {document['format']!r}; this peftlib reads format {FORMAT}")
+    return document
+
+
+def _identity(model: nn.Module, host: Host) -> dict:
+    """What tells one backbone from another: class, shapes, and a hash of one weight."""
+    base = host.anatomy.base
+    shapes = sorted((n, tuple(p.shape)) for n, p in base.named_parameters())
+    site = host.anatomy.sites()[0]
+    weight = site.module.weight
+    return {
+        "model_type": model.config.model_type,
+        "class": type(model).__name__,
+        "name": getattr(model.config, "_name_or_path", ""),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
+    }
+
+
+def _bytes(weight: torch.Tensor) -> bytes:
+    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _compare(saved: dict, here: dict, folder: Path) -> None:
+    if saved.get("model_type") != here["model_type"] or saved.get("shapes") != here["shapes"]:
+        raise LoadError(
+            f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
+            f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
+            f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
+        )
+    if saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
+        warnings.warn(
+            f"{folder} was trained on {saved.get('name') or 'a backbone'} with other weights than this model has; "
+            "results will differ from those it was saved with",
+            stacklevel=3,
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put ``scratch`` in the place of ``folder``; an interruption leaves a whole adapter there or beside it."""
+    if not folder.exists():
+        os.rename(scratch, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    os.rename(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,281 @@
+"""Where a backbone keeps its parts, by meaning.
+
+>>> parts = anatomy.of(model)
+>>> [site.path for site in parts.sites(("attention.query",))]
+['bert.encoder.layer.0.attention.self.query', ...]
+
+Site names: ``attention.query|key|value|output``, ``cross_attention.*``, ``ffn.up|gate|down``. Patterns are matched
+with shell wildcards against a site's name and against its module path, so ``*attention.query`` finds the queries of
+self- and cross-attention and ``bert.encoder.layer.0.*`` finds a layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from peftlib.anatomy.families import FAMILIES, Family, Stack
+from peftlib.errors import TargetError, UnsupportedError
+
+__all__ = ["Anatomy", "Layer", "Site", "families", "of"]
+
+_PART = re.compile(r"^(?P<path>.*)\[(?P<index>\d+)/(?P<of>\d+)\]$")
+
+
+def families() -> tuple[str, ...]:
+    """The ``config.model_type`` values that have a table."""
+    return tuple(t for family in FAMILIES for t in family.model_types)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One linear map of a layer, or one part of a fused one.
+
+    ``part`` is ``(index, of)`` for a fused projection (GPT-2's ``c_attn``), else None.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    path: str
+    module: nn.Module
+    part: tuple[int, int] | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores its weight as (in, out), as transformers' Conv1D does."""
+        return type(self.module).__name__ == "Conv1D"
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx if self.transposed else self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        total = self.module.nf if self.transposed else self.module.out_features
+        return total // self.part[1] if self.part else total
+
+    @property
+    def rows(self) -> slice:
+        """The part's rows of the (out, in) weight."""
+        start = self.part[0] * self.out_features if self.part else 0
+        return slice(start, start + self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The (out_features, in_features) weight; a view, so writing to it changes the module."""
+        weight = self.module.weight.T if self.transposed else self.module.weight
+        return weight[self.rows]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The (out_features,) bias as a view, or None."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias[self.rows]
+
+    def __str__(self) -> str:
+        part = f"[{self.part[0]}/{self.part[1]}]" if self.part else ""
+        return f"{self.path}{part}"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One transformer layer. ``attention`` and ``cross_attention`` are the modules that call the attention function."""
+
+    stack: str
+    index: int
+    path: str
+    module: nn.Module
+    attention: nn.Module
+    cross_attention: nn.Module | None
+    sites: dict[str, Site]
+    norms: dict[str, nn.Module]
+    pre_norm: bool
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """The parts of one model. Built by :func:`of`."""
+
+    model: nn.Module
+    family: Family
+    layers: list[Layer] = field(default_factory=list)
+    """Encoder layers first, then decoder layers."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The model below the task head."""
+        return self.model.base_model
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def d(self) -> int:
+        """Hidden size."""
+        return self.config.hidden_size
+
+    @property
+    def f(self) -> int:
+        """Inner size of the feed-forward block."""
+        return getattr(self.config, self.family.inner) or 4 * self.d
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; fewer than ``heads`` with grouped-query attention."""
+        return getattr(self.config, "num_key_value_heads", None) or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None) or self.d // self.heads
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all stacks together."""
+        return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The input word embedding."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layer.stack for layer in self.layers))
+
+    def stack_inputs(self, stack: str) -> nn.Module:
+        """The module of a stack whose forward takes ``inputs_embeds`` and ``attention_mask``."""
+        path = self.family.stacks[stack].inputs
+        return self.base.get_submodule(path) if path else self.base
+
+    def final_norms(self) -> list[nn.Module]:
+        """The norms after the last layer of each stack, where the family has them."""
+        found = (_first(self.base, s.final_norm) for s in self.family.stacks.values() if s.final_norm)
+        return [module for module in found if module is not None]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model has ``generate()``."""
+        return bool(getattr(self.model, "can_generate", lambda: False)())
+
+    @cached_property
+    def head(self) -> dict[str, nn.Parameter]:
+        """The new task head: parameters outside the base model. Empty for (pretrained) language-model heads."""
+        if self.base is self.model or self.model.get_output_embeddings() is not None:
+            return {}
+        inside = {id(p) for p in self.base.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in inside}
+
+    def sites(self, patterns: Sequence[str] | str | None = None) -> list[Site]:
+        """The sites that match any of the patterns, in forward order; all of them for None or ``"all-linear"``.
+
+        Raises TargetError for a pattern that matches nothing, with the nearest names.
+        """
+        every = [site for layer in self.layers for site in layer.sites.values()]
+        if patterns is None or patterns == "all-linear":
+            return every
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        chosen: dict[int, Site] = {}
+        names = list(dict.fromkeys(site.name for site in every))
+        for pattern in patterns:
+            if pattern == "all-linear":
+                hits = list(range(len(every)))
+            else:
+                hits = [
+                    i
+                    for i, site in enumerate(every)
+                    if fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.path, pattern)
+                ]
+            if not hits:
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                raise TargetError(
+                    f"target {pattern!r} matches nothing in {type(self.model).__name__}"
+                    + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ";")
+                    + f" its sites are {', '.join(names)}"
+                    + ' (wildcards and module paths work too, and "all-linear" takes all)'
+                )
+            chosen.update({i: every[i] for i in hits})
+        return [chosen[i] for i in sorted(chosen)]
+
+    def norms(self, kinds: Iterable[str] = ("attention", "cross_attention", "ffn")) -> list[nn.Module]:
+        """The layers' norms of these kinds, in forward order."""
+        return [layer.norms[kind] for layer in self.layers for kind in kinds if kind in layer.norms]
+
+    def path(self, module: nn.Module) -> str:
+        """The module's name in the model."""
+        for name, candidate in self.model.named_modules():
+            if candidate is module:
+                return name
+        raise TargetError(f"{type(module).__name__} is not part of {type(self.model).__name__}")
+
+
+def _first(module: nn.Module, paths: str) -> nn.Module | None:
+    for path in paths.split("|"):
+        try:
+            return module.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def _layer(stack: str, table: Stack, index: int, path: str, module: nn.Module) -> Layer:
+    sites = {}
+    for name, location in table.sites.items():
+        part = None
+        if match := _PART.match(location):
+            location, part = match["path"], (int(match["index"]), int(match["of"]))
+        found = _first(module, location)
+        if found is not None:
+            relative = next(n for n, m in module.named_modules() if m is found)
+            sites[name] = Site(name, stack, index, f"{path}.{relative}", found, part)
+    return Layer(
+        stack=stack,
+        index=index,
+        path=path,
+        module=module,
+        attention=module.get_submodule(table.attention),
+        cross_attention=module.get_submodule(table.cross_attention) if table.cross_attention else None,
+        sites=sites,
+        norms={kind: module.get_submodule(p) for kind, p in table.norms.items()},
+        pre_norm=table.pre_norm,
+    )
+
+
+def of(model: nn.Module) -> Anatomy:
+    """The anatomy of a transformers model.
+
+    Raises UnsupportedError for a family without a table; the message lists the known ones and how to add one.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = next((f for f in FAMILIES if kind in f.model_types), None)
+    if family is None:
+        raise UnsupportedError(
+            f"peftlib does not know where a model of type {kind or type(model).__name__!r} keeps its parts. "
+            f"Known: {', '.join(families())}. To add a family, add one Family entry (paths of its attention, "
+            "feed-forward and norm modules) to peftlib/anatomy/families.py."
+        )
+    parts = Anatomy(model, family)
+    base_path = next((f"{n}." for n, m in model.named_modules() if m is parts.base and n), "")
+    for stack, table in family.stacks.items():
+        holder = _first(parts.base, table.layers)
+        for index, layer in enumerate(holder if holder is not None else ()):
+            parts.layers.append(_layer(stack, table, index, f"{base_path}{table.layers}.{index}", layer))
+    if not parts.layers:
+        raise UnsupportedError(f"{type(model).__name__} of family {family.name} has no transformer layers to adapt")
+    return parts

@@ -1,0 +1,1 @@
+"""How a frozen network is changed. Mechanisms know sites and tensors, never methods."""

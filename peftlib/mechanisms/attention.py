@@ -1,0 +1,103 @@
+"""The seam at keys and values: one attention function for every family.
+
+transformers looks its attention up by name. :func:`use` registers ours, which asks the children hung on the attention
+module to change the inputs and then calls transformers' own sdpa function. Without children it is that function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peftlib.mechanisms.host import Host
+
+NAME = "peftlib"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an attention function gets: query (B, H, q, p), key and value (B, H_kv, k, p), mask (B or 1, 1 or H, q, k)
+    boolean (True attends) or additive, or None, position_bias (1 or B, H, q, k) or None; ``causal`` tells whether a
+    mask of None means a causal one."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    position_bias: torch.Tensor | None
+    causal: bool
+
+    def prepend(self, key: torch.Tensor, value: torch.Tensor) -> Inputs:
+        """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees."""
+        m, q, k = key.shape[2], self.query.shape[2], self.key.shape[2]
+        mask, bias = self.mask, self.position_bias
+        if mask is None and self.causal and q > 1:
+            rows = torch.arange(k - q, k, device=key.device)[:, None]
+            mask = (torch.arange(k, device=key.device)[None, :] <= rows)[None, None]
+        if mask is not None:
+            seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+            mask = torch.cat([seen(*mask.shape[:-1], m), mask], dim=-1)
+        if bias is not None:
+            bias = torch.cat([bias.new_zeros(*bias.shape[:-1], m), bias], dim=-1)
+        return replace(
+            self,
+            key=torch.cat([key.to(self.key.dtype), self.key], dim=2),
+            value=torch.cat([value.to(self.value.dtype), self.value], dim=2),
+            mask=mask,
+            position_bias=bias,
+        )
+
+
+def attention(module, query, key, value, attention_mask, *, is_causal=None, position_bias=None, **kwargs):
+    """The registered function: children first, then transformers' sdpa attention."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    inputs = Inputs(query, key, value, attention_mask, position_bias, causal)
+    for name in getattr(module, "peftlib_attention", ()):
+        inputs = getattr(module, name)(inputs)
+    if inputs.position_bias is not None:
+        kwargs["position_bias"] = inputs.position_bias
+    return sdpa_attention_forward(
+        module, inputs.query, inputs.key, inputs.value, inputs.mask, is_causal=is_causal, **kwargs
+    )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use(host: Host) -> None:
+    """Make the host's model call our attention function, until the method leaves."""
+    model = host.model
+    before = model.config._attn_implementation
+    if before == NAME:
+        return
+    model.set_attn_implementation(NAME)
+    host.on_remove(lambda: model.set_attn_implementation(before))
+
+
+def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    """Hang ``child(Inputs) -> Inputs`` on an attention module."""
+    use(host)
+    host.add(module, name, child)
+    before = getattr(module, "peftlib_attention", ())
+    module.peftlib_attention = (*before, name)
+    host.on_remove(lambda: setattr(module, "peftlib_attention", before))
+    return child
+
+
+class Prefix(nn.Module):
+    """m trained keys and values in front of the others: ``key``, ``value`` (H_kv, m, p)."""
+
+    def __init__(self, heads: int, length: int, head_dim: int, std: float = 0.02):
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(heads, length, head_dim).normal_(std=std))
+        self.value = nn.Parameter(torch.empty(heads, length, head_dim).normal_(std=std))
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        batch = inputs.query.shape[0]
+        return inputs.prepend(*(t[None].expand(batch, -1, -1, -1) for t in (self.key, self.value)))

@@ -1,0 +1,260 @@
+"""The seams through which a frozen network is changed, and the way back.
+
+A :class:`Host` is one backbone while a method is attached to it. Methods never touch a model directly: they ask the
+host to hang a child module on a site, to parametrize a weight, to extend an attention or to train some of the
+backbone's own parameters. The host remembers each change, so that freezing, counting, saving, merging and detaching
+follow from what was declared and work for every method.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from peftlib import anatomy
+from peftlib.anatomy import Anatomy, Site
+from peftlib.errors import LoadError, StateError
+
+
+def _after(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+    if part is None:
+        return child(args[0], output)
+    index, of = part
+    pieces = list(output.chunk(of, dim=-1))
+    pieces[index] = child(args[0], pieces[index])
+    return torch.cat(pieces, dim=-1)
+
+
+def _before(child: nn.Module, module: nn.Module, args: tuple):
+    return (child(args[0]), *args[1:])
+
+
+def _keep_input(child: nn.Module, module: nn.Module, args: tuple):
+    child.kept_input = args[0]
+
+
+def _use_input(child: nn.Module, module: nn.Module, args: tuple, output: torch.Tensor):
+    kept, child.kept_input = child.kept_input, None
+    return child(kept, output)
+
+
+class Host:
+    """A frozen backbone, its anatomy, and the list of changes made to it.
+
+    Args:
+        model: a transformers model of a family that :mod:`peftlib.anatomy` knows. Every parameter is frozen.
+        keep_original: keep copies of backbone parameters that are trained or replaced, so that :meth:`remove` can
+            restore them. Costs their memory on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, keep_original: bool = True):
+        self.model = model
+        self.keep_original = keep_original
+        self.can_restore = True
+        self.children: list[tuple[nn.Module, str, nn.Module]] = []
+        self.unfrozen: list[nn.Parameter] = []
+        self.root = self
+        self._anatomy = anatomy.of(model)
+        self._scopes: list[Host] = []
+        self._undo: list[Callable[[], None]] = []
+        self._baked: list[Callable[[], None]] = []
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def scope(self) -> Host:
+        """A host for one part of a combination: it knows its own changes, and the whole undoes them."""
+        part = copy.copy(self)
+        part.children, part.unfrozen, part._scopes = [], [], []
+        self._scopes.append(part)
+        return part
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.root._anatomy
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.embeddings.weight.device
+
+    # The seams
+
+    def add(self, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+        """Make ``child`` a child of ``module``; the parameters of it that require gradients are trained."""
+        if hasattr(module, name):
+            raise StateError(f"{type(module).__name__} already has a part named {name!r}; detach() the method first")
+        module.add_module(name, child)
+        child.train(module.training)
+        self.children.append((module, name, child))
+        self._undo.append(partial(module._modules.pop, name))
+        return child
+
+    def after(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
+        """``y <- child(x, y)`` for the input x and output y of a site or module."""
+        module, part = (where.module, where.part) if isinstance(where, Site) else (where, None)
+        self.add(module, _part_name(name, part), child)
+        self._hook(module.register_forward_hook(partial(_after, child, part)))
+        return child
+
+    def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
+        """``x <- child(x)`` for the input x of a site or module."""
+        module = where.module if isinstance(where, Site) else where
+        self.add(module, name, child)
+        self._hook(module.register_forward_pre_hook(partial(_before, child)))
+        return child
+
+    def across(self, first: Site | nn.Module, last: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
+        """``y <- child(x, y)`` for the input x of ``first`` and the output y of ``last``, where the child lives."""
+        first, last = (w.module if isinstance(w, Site) else w for w in (first, last))
+        self.add(last, name, child)
+        child.kept_input = None
+        self._hook(first.register_forward_pre_hook(partial(_keep_input, child)))
+        self._hook(last.register_forward_hook(partial(_use_input, child)))
+        return child
+
+    def hook(self, module: nn.Module, function: Callable, *args, before: bool = False) -> None:
+        """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        self._hook(register(partial(function, *args), with_kwargs=True))
+
+    def parametrize(self, parameter: nn.Parameter, child: nn.Module) -> nn.Module:
+        """Compute a backbone parameter as ``child(parameter)`` at every use, on each module that shares it."""
+        owners = [
+            (m, n)
+            for m in self.model.modules()
+            if not isinstance(m, parametrize.ParametrizationList)
+            for n, p in m._parameters.items()
+            if p is parameter
+        ]
+        child.to(parameter.device)
+        for module, name in owners:
+            parametrize.register_parametrization(module, name, child, unsafe=True)
+            self._undo.append(partial(parametrize.remove_parametrizations, module, name, leave_parametrized=False))
+        module, name = owners[0]
+        self.children.append((module.parametrizations[name], "0", child))
+
+        def bake() -> None:
+            parameter.data.copy_(child(parameter).detach())
+
+        self._baked.append(bake)
+        return child
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Train these parameters of the backbone (biases, norms, a head) in place."""
+        for parameter in parameters:
+            if any(parameter is p for p in self.unfrozen):
+                continue
+            parameter.requires_grad_(True)
+            self.unfrozen.append(parameter)
+            self.restore_on_undo(parameter)
+
+    def restore_on_undo(self, parameter: nn.Parameter) -> None:
+        """Promise that :meth:`remove` puts this parameter's present values back."""
+        if not self.keep_original or parameter.is_meta:
+            self.root.can_restore = self.root.can_restore and self.keep_original
+            return
+        original = parameter.detach().cpu().clone()
+        self._undo.append(partial(_copy, parameter, original))
+
+    def replace(self, path: str, module: nn.Module) -> nn.Module:
+        """Put ``module`` in the place of the one at ``path``; sites are looked up anew."""
+        parent, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        old = owner._modules[name]
+        module.train(old.training)
+        owner._modules[name] = module
+        if self.keep_original:
+            self._undo.append(partial(owner._modules.__setitem__, name, old))
+        else:
+            self.root.can_restore = False
+        self.root._anatomy = anatomy.of(self.model)
+        return module
+
+    def on_remove(self, function: Callable[[], None]) -> None:
+        """Call ``function`` when the method leaves, in reverse order of registration."""
+        self._undo.append(function)
+
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._undo.append(handle.remove)
+
+    # What follows from the declarations
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, for every parameter that trains."""
+        ids = {id(p) for part in self._parts() for p in part.unfrozen}
+        ids |= {
+            id(p)
+            for part in self._parts()
+            for _, _, child in part.children
+            for p in child.parameters()
+            if p.requires_grad
+        }
+        return {n: p for n, p in self.model.named_parameters() if id(p) in ids}
+
+    def paths(self) -> dict[str, nn.Module]:
+        """Name in the model -> child module; a child shared by several owners appears once."""
+        ids = {id(child) for part in self._parts() for _, _, child in part.children}
+        return {name: module for name, module in self.model.named_modules() if id(module) in ids}
+
+    def _parts(self) -> list[Host]:
+        return [self, *(p for scope in self._scopes for p in scope._parts())]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What must be stored: the children's states and the trained backbone parameters, by name in the model."""
+        tensors = {
+            f"{path}.{key}": value for path, child in self.paths().items() for key, value in child.state_dict().items()
+        }
+        tensors.update(self.trained())
+        return {n: t.detach() for n, t in tensors.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Write a stored state back. Raises LoadError that names what is missing, left over or of another shape."""
+        mine = self.state()
+        missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        if missing or extra:
+            raise LoadError(
+                f"the file does not fit: {len(missing)} tensors are missing {missing[:3]}, "
+                f"{len(extra)} are left over {extra[:3]}"
+            )
+        for name, tensor in mine.items():
+            if tensor.shape != state[name].shape:
+                raise LoadError(f"{name} has shape {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} here")
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(state[name])
+
+    def remove(self, bake: bool = False) -> None:
+        """Take every change back: bit for bit, or, with ``bake``, after writing parametrized weights into the backbone
+        and keeping trained parameters as they are."""
+        if bake:
+            for function in self._baked:
+                function()
+        for undo in reversed(self._undo):
+            if not (bake and _restores(undo)):
+                undo()
+        self._undo.clear()
+        for part in self._parts():
+            part.children.clear()
+            part.unfrozen.clear()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, False))
+            parameter.grad = None
+
+
+def _part_name(name: str, part: tuple[int, int] | None) -> str:
+    return name if part is None else f"{name}_{part[0]}"
+
+
+def _copy(parameter: nn.Parameter, original: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(original)
+
+
+def _restores(undo: Callable) -> bool:
+    """Whether this undo step puts old values back, which a merge must not do."""
+    return isinstance(undo, partial) and undo.func is _copy

@@ -1,0 +1,12 @@
+"""One policy for dtypes: trained parameters are float32 by default, also on a half-precision backbone."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype in which ``weight`` computes; autocast decides by itself where it is on."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)

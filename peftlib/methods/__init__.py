@@ -1,0 +1,60 @@
+"""One small file a method, in folders that are the survey's taxonomy. The taxonomy is the registry."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from peftlib import taxonomy
+from peftlib.errors import UnknownNameError
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.combination import Combination
+
+__all__ = ["ConfigError", "Method", "MethodConfig", "Progress", "config", "find", "resolve"]
+
+
+def find(name: str) -> type[Method]:
+    """The class of a method by its name.
+
+    Raises UnknownNameError with the nearest names; for a method of the survey that has no file yet it says so.
+    """
+    if name == "combination":
+        return Combination
+    available = taxonomy.methods()
+    if name not in available:
+        planned = name in taxonomy.methods(available=False)
+        raise UnknownNameError(
+            "method", name, available, hint="It is in the survey's taxonomy but not in peftlib yet." if planned else ""
+        )
+    module = importlib.import_module(taxonomy.entry(name).module)
+    classes = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Method) and c.__module__ == module.__name__
+    ]
+    (cls,) = classes
+    return cls
+
+
+def config(name: str, **options) -> MethodConfig:
+    """A method's config from its name and options.
+
+    Raises UnknownNameError for a method or an option that does not exist, ConfigError for a value it cannot have.
+    """
+    cls = find(name).Config
+    fields = list(inspect.signature(cls).parameters)
+    for option in options:
+        if option not in fields:
+            raise UnknownNameError(f"option of {name}", option, fields)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def resolve(method: str | MethodConfig, **options) -> Method:
+    """A fresh, unattached method from a name and options, or from a config."""
+    if isinstance(method, MethodConfig):
+        if options:
+            raise TypeError(f"options {sorted(options)} belong into the {type(method).__name__} that was given")
+        chosen = method
+    else:
+        chosen = config(method, **options)
+    return find(chosen.method)(chosen)

@@ -1,0 +1,130 @@
+"""What a method is: a config, and the moments at which it acts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from peftlib import taxonomy
+from peftlib.errors import MergeError, PeftlibError
+from peftlib.mechanisms.host import Host
+
+MOMENTS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be."""
+
+    step: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        return self.step / max(1, self.total)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the methods' configs: frozen dataclasses whose fields are JSON values."""
+
+    @property
+    def method(self) -> str:
+        """The registry name: the config's module is the method's file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class ConfigError(PeftlibError, ValueError):
+    """A value that a method's config cannot have."""
+
+
+class Method:
+    """One attached method. Subclasses override :meth:`attach` and, at most, some of the moments.
+
+    ``learning_rate`` is the default of :func:`peftlib.fit`, found by the search that the leaderboard page states.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    learning_rate: ClassVar[float] = 1e-3
+    calibrates: ClassVar[bool] = False
+    """Whether training needs :meth:`calibrate` first."""
+
+    def __init__(self, config: MethodConfig):
+        self.config = config
+        self.host: Host | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.method
+
+    @property
+    def entry(self) -> taxonomy.Entry:
+        return taxonomy.entry(self.name)
+
+    # Moments
+
+    def attach(self, host: Host) -> None:
+        """Change the frozen backbone through the host's seams."""
+        raise NotImplementedError
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Look at training batches (model inputs with labels, on the model's device) before training."""
+
+    def on_step_start(self, progress: Progress) -> None:
+        """Before the first forward of an optimizer step."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar to add to the loss of each training forward."""
+
+    def on_gradients(self, progress: Progress) -> None:
+        """After backward and clipping, before the optimizer's step."""
+
+    def on_step_end(self, progress: Progress) -> None:
+        """After the optimizer's step."""
+
+    def on_train_end(self) -> None:
+        """After the last step."""
+
+    # State
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is stored, by name in the model. Override where that differs from what trains."""
+        return self.host.state()
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Write a stored state back; raises LoadError where it does not fit."""
+        self.host.load_state(state)
+
+    def merge(self) -> None:
+        """Write the method into the backbone's weights; the host then removes it. Parametrized weights and trained
+        backbone parameters need nothing here."""
+
+    def check_mergeable(self) -> None:
+        """Raise MergeError that says why, where the method cannot be folded into plain weights."""
+        if self.entry.merge == "no":
+            raise MergeError(
+                f"{self.name} has no merge: {self.entry.merge_note} Keep it attached, or save() it and load() it later."
+            )
+
+    def moments(self) -> tuple[str, ...]:
+        """The moments of training that this method takes part in."""
+        return tuple(n for n in MOMENTS if getattr(type(self), n) is not getattr(Method, n))
+
+
+def at_least(name: str, value: float, low: float) -> None:
+    """Raise ConfigError unless ``value >= low``."""
+    if not value >= low:
+        raise ConfigError(f"{name}={value!r} is too small; it must be at least {low}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless ``low < value <= high``."""
+    if not low < value <= high:
+        raise ConfigError(f"{name}={value!r} is out of range; it must be above {low} and at most {high}")

@@ -1,0 +1,109 @@
+"""Several methods on one backbone as one. Hybrids of the survey are combinations with settings of their own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from peftlib.errors import StateError, UnsupportedError
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import MOMENTS, Method, MethodConfig, Progress
+
+
+@dataclass(frozen=True)
+class CombinationConfig(MethodConfig):
+    """``parts``: one dictionary a part, ``{"method": name, **options}``; made by :func:`combine`."""
+
+    parts: tuple[dict, ...] = ()
+
+
+class Combination(Method):
+    """Attaches its parts in order. Counts add up; the moments run part by part; it merges if every part does."""
+
+    Config = CombinationConfig
+
+    def part_configs(self) -> tuple[dict, ...]:
+        """The parts, as ``CombinationConfig.parts`` has them. Hybrids override this."""
+        return self.config.parts
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        # Imported late: the registry itself knows this class.
+        registry = importlib.import_module("peftlib.methods")
+        self.parts: list[Method] = [
+            registry.resolve(part["method"], **{k: v for k, v in part.items() if k != "method"})
+            for part in self.part_configs()
+        ]
+        self.calibrates = any(part.calibrates for part in self.parts)
+
+    def attach(self, host: Host) -> None:
+        for part in self.parts:
+            part.host = host.scope()
+            try:
+                part.attach(part.host)
+            except StateError as error:
+                names = " + ".join(p.name for p in self.parts)
+                raise UnsupportedError(
+                    f"{names} cannot be combined: {part.name} wants a place that is taken ({error})"
+                ) from error
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        batches = list(batches)
+        for part in self.parts:
+            if part.calibrates:
+                part.calibrate(batches)
+
+    def moments(self) -> tuple[str, ...]:
+        taken = {moment for part in self.parts for moment in part.moments()}
+        return tuple(m for m in MOMENTS if m in taken)
+
+    def on_step_start(self, progress: Progress) -> None:
+        for part in self.parts:
+            part.on_step_start(progress)
+
+    def penalty(self) -> torch.Tensor | None:
+        penalties = [p for p in (part.penalty() for part in self.parts) if p is not None]
+        return sum(penalties) if penalties else None
+
+    def on_gradients(self, progress: Progress) -> None:
+        for part in self.parts:
+            part.on_gradients(progress)
+
+    def on_step_end(self, progress: Progress) -> None:
+        for part in self.parts:
+            part.on_step_end(progress)
+
+    def on_train_end(self) -> None:
+        for part in self.parts:
+            part.on_train_end()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part.state().items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        left = dict(state)
+        for part in self.parts:
+            names = part.state().keys()
+            part.load_state({n: left.pop(n) for n in list(left) if n in names})
+
+    def check_mergeable(self) -> None:
+        for part in self.parts:
+            part.check_mergeable()
+
+    def merge(self) -> None:
+        for part in self.parts:
+            part.merge()
+
+
+def combine(*parts: str | MethodConfig) -> CombinationConfig:
+    """Several methods as one: ``attach(model, combine("prefix_tuning", "parallel_adapter"))``.
+
+    Parts are names (with their defaults) or configs. Raises UnknownNameError for a name that does not exist and, when
+    attached, UnsupportedError for parts that want the same place.
+    """
+    registry = importlib.import_module("peftlib.methods")
+    configs = [registry.resolve(part).config for part in parts]
+    return CombinationConfig(tuple({"method": c.method, **c.as_dict()} for c in configs))

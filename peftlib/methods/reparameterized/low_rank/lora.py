@@ -1,0 +1,55 @@
+r"""LoRA: a low-rank update beside frozen linear maps.
+
+.. math:: y = W x + \frac{\alpha}{r} B A x
+
+Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. The update is linear, so
+it merges exactly: :math:`W \leftarrow W + \frac{\alpha}{r} B A`. Trained: r (in + out) a matrix.
+
+Source: Hu et al. 2022, arXiv:2106.09685. ``rank_stabilized`` divides alpha by sqrt(r) instead (Kalajdzievski 2023,
+arXiv:2312.03732). Dropout is off by default; the paper's GLUE runs use none to 0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
+from peftlib.methods.base import Method, MethodConfig, at_least
+
+
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
+    """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets`` (site patterns), ``dropout`` on the
+    update's input, ``rank_stabilized`` scaling by alpha / sqrt(r)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+
+    def __post_init__(self):
+        at_least("rank", self.rank, 1)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+class LoRA(Method):
+    Config = LoRAConfig
+    learning_rate = 1e-3
+
+    def attach(self, host: Host) -> None:
+        c = self.config
+        self.updates = {}
+        for site in host.anatomy.sites(c.targets):
+            check_rank(c.rank, site)
+            update = LowRank(site.in_features, site.out_features, c.rank, c.scale, c.dropout)
+            self.updates[site] = host.after(site, "lora", update)
+
+    def merge(self) -> None:
+        for site, update in self.updates.items():
+            add_to_weight(site, update.delta())

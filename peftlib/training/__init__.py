@@ -1,0 +1,6 @@
+"""Training: the project's loop, the lifecycle of a method, and the callback for ``transformers.Trainer``."""
+
+from peftlib.training.lifecycle import Lifecycle
+from peftlib.training.loop import FitResult, evaluate_task, fit
+
+__all__ = ["FitResult", "Lifecycle", "evaluate_task", "fit"]

@@ -1,0 +1,206 @@
+"""The project's loop: accelerate underneath, the method's moments in place, one dictionary a log line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from peftlib.errors import DataError, StateError
+from peftlib.methods.base import at_least
+
+if TYPE_CHECKING:
+    from peftlib.adapted import Adapted
+
+
+@dataclass
+class FitResult:
+    """What a training run gave. ``history`` has one entry an evaluation and one a logged step; ``metrics`` are the last
+    ones on ``evaluate_on``; times are in seconds, memory in bytes (None where it cannot be measured)."""
+
+    steps: int
+    metrics: dict[str, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_per_step: float = 0.0
+
+
+def fit(
+    adapted: Adapted,
+    task,
+    *,
+    tokenizer,
+    epochs: float = 3.0,
+    steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = 0.06,
+    schedule: str = "linear",
+    max_grad_norm: float = 1.0,
+    gradient_accumulation: int = 1,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    max_length: int | None = None,
+    evaluate_on: str | None = "validation",
+    evaluate_every: int | None = None,
+    log_every: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Train an adapted model on a task with AdamW, and evaluate it.
+
+    Args:
+        adapted: what :func:`peftlib.attach` gave; trained in place.
+        task: a task of :mod:`peftlib.tasks`, or any object with its ``loader`` and ``evaluate``.
+        tokenizer: the backbone's tokenizer.
+        epochs: passes over the training split; ``steps`` (optimizer steps) overrides them.
+        batch_size: rows a forward, on each process.
+        learning_rate: default: the method's own, found by a stated search.
+        head_learning_rate: the task head's; default: the same as ``learning_rate``.
+        warmup: share of the steps in which the rate rises linearly from 0.
+        schedule: a scheduler name of transformers.
+        precision: autocast: "no", "bf16" or "fp16"; trained parameters stay in their own dtype.
+        evaluate_on: split to evaluate on at the end (and every ``evaluate_every`` steps); None: never.
+        seed: order of the data, dropout and what the method draws.
+        progress: show a bar on a terminal.
+
+    The process group, if any, is the one that ``accelerate launch`` or ``torchrun`` set up.
+
+    Raises DataError for a task without labels or with an empty split.
+    """
+    at_least("batch_size", batch_size, 1)
+    at_least("gradient_accumulation", gradient_accumulation, 1)
+    set_seed(seed)
+    accelerator = _accelerator(precision, gradient_accumulation)
+    model = adapted.model
+    model.to(accelerator.device)
+    loader = task.loader("train", tokenizer, batch_size=batch_size, shuffle=True, seed=seed, max_length=max_length)
+    if len(loader) == 0:
+        raise DataError(f"task {task.name!r} has no training rows")
+    if not adapted.calibrated:
+        adapted.calibrate(loader)
+
+    trained = adapted.trainable()
+    if not trained:
+        raise StateError(f"{adapted.name} trains nothing on {type(model).__name__} with these options")
+    rate = adapted.method.learning_rate if learning_rate is None else learning_rate
+    groups = _groups(trained, adapted.head_names, rate, head_learning_rate, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    total = steps if steps is not None else max(1, round(epochs * len(loader) / gradient_accumulation))
+    at_least("steps", total, 1)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
+
+    def evaluate() -> dict[str, float]:
+        return evaluate_task(adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length)
+
+    def forward_backward(batch: dict) -> torch.Tensor:
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(**batch).loss
+            if loss is None:
+                raise DataError(f"task {task.name!r} has no labels, so there is no loss to train on")
+            accelerator.backward(loss)
+        return loss.detach()
+
+    result = FitResult(steps=total, metrics={})
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not progress or not accelerator.is_main_process,
+    )
+    start, spent = time.perf_counter(), 0.0
+    batches = _forever(loader)
+    try:
+        with bar, adapted.lifecycle(total) as life:
+            shown = bar.add_task(f"{adapted.name} on {task.name}", total=total)
+            for step in range(total):
+                wrapped.train()
+                began = time.perf_counter()
+                life.step_start()
+                losses = [forward_backward(next(batches)) for _ in range(gradient_accumulation)]
+                if max_grad_norm:
+                    accelerator.clip_grad_norm_(trained.values(), max_grad_norm)
+                life.gradients()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                life.step_end()
+                spent += time.perf_counter() - began
+                bar.advance(shown)
+                last = step + 1 == total
+                if last or (step + 1) % log_every == 0:
+                    result.history.append({"step": step + 1, "loss": float(torch.stack(losses).mean())})
+                if evaluate_on and evaluate_every and not last and (step + 1) % evaluate_every == 0:
+                    result.history.append({"step": step + 1, **_prefixed(evaluate_on, evaluate())})
+    finally:
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        model.eval()
+    result.seconds_per_step = spent / total
+    if evaluate_on:
+        result.metrics = evaluate()
+        result.history.append({"step": total, **_prefixed(evaluate_on, result.metrics)})
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+@torch.no_grad()
+def evaluate_task(adapted, task, split: str, tokenizer, *, batch_size: int = 32, max_length: int | None = None):
+    """The task's metrics of a model on one split, and its mean ``loss``. Leaves the model in evaluation mode."""
+    model = adapted.model
+    model.eval()
+    device = next(model.parameters()).device
+    loader: DataLoader = task.loader(split, tokenizer, batch_size=batch_size, shuffle=False, max_length=max_length)
+    logits, labels, losses = [], [], []
+    for batch in loader:
+        batch = {k: v.to(device) for k, v in batch.items()}
+        output = model(**batch)
+        logits.append(output.logits.float().cpu())
+        labels.append(batch["labels"].cpu())
+        losses.append(float(output.loss) * len(batch["labels"]))
+    if not logits:
+        raise DataError(f"task {task.name!r} has no rows in split {split!r}")
+    labels_ = torch.cat(labels)
+    return {**task.evaluate(torch.cat(logits), labels_), "loss": sum(losses) / len(labels_)}
+
+
+def _accelerator(precision: str, gradient_accumulation: int) -> Accelerator:
+    # The process group stays; precision is this run's own, and accelerate refuses to change it otherwise.
+    AcceleratorState._reset_state()
+    plugin = GradientAccumulationPlugin(num_steps=gradient_accumulation, sync_with_dataloader=False)
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin)
+
+
+def _prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{split}_{name}": value for name, value in metrics.items()}
+
+
+def _groups(trained: dict, head: Iterable[str], rate: float, head_rate: float | None, decay: float) -> list[dict]:
+    head = set(head)
+    groups = [
+        {"params": [p for n, p in trained.items() if n not in head], "lr": rate, "weight_decay": decay},
+        {
+            "params": [p for n, p in trained.items() if n in head],
+            "lr": rate if head_rate is None else head_rate,
+            "weight_decay": decay,
+        },
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def _forever(loader):
+    while True:
+        yield from loader
