@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 MAX_LENGTH = 256
 
-WORDS = (
+_WORDS = (
     "the a an this that it is was are were be has had not no and or but of in on at to for with from by as very so too "
     "i you he she we they his her its my our one two three four five some all every movie film story plot actor actors "
     "scene scenes script music camera ending director character cast dialogue picture show song joke dog cat house "
@@ -23,7 +23,8 @@ WORDS = (
     "big small old new long short good great fine superb lovely brilliant charming clever funny moving "
     "bad poor awful dull boring clumsy weak flat tedious dreadful like love hate see saw watch make made feel felt "
     "know think say said go went come came run ran walk sing sleep eat read write really never always"
-).split()
+)
+WORDS = tuple(_WORDS.split())
 """Words that are one token each; everything else is spelled with letters."""
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
