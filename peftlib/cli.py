@@ -1,0 +1,249 @@
+"""The ``peftlib`` command: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from peftlib.errors import PeftlibError
+
+out = Console()
+
+
+def methods(args: argparse.Namespace) -> int:
+    from peftlib import taxonomy
+
+    table = Table("method", "class", "paper", "start", "merge", title="Methods in the survey's order")
+    for name in taxonomy.methods(args.category, available=not args.all):
+        entry = taxonomy.entry(name)
+        missing = "" if entry.available else " [dim](not in peftlib yet)[/dim]"
+        table.add_row(name + missing, entry.category, entry.arxiv or entry.cite, entry.start, entry.merge)
+    out.print(table)
+    return 0
+
+
+def card(args: argparse.Namespace) -> int:
+    from peftlib import taxonomy
+    from peftlib.methods import find
+
+    entry = taxonomy.entry(args.method)
+    facts = [
+        f"# {entry.title} (`{entry.name}`)",
+        entry.summary,
+        f"$$ {entry.equation} $$",
+        entry.symbols,
+        f"- **acts at** {', '.join(entry.sites)}",
+        f"- **trains** {entry.trains}",
+        f"- **count** `{entry.count}`",
+        f"- **start** {entry.start}. {entry.start_note}",
+        f"- **merge** {entry.merge}. {entry.merge_note}",
+        *(f"- **during training** {moment}" for moment in entry.life),
+        f"- **paper** arXiv:{entry.arxiv}" if entry.arxiv else f"- **paper** {entry.cite}",
+    ]
+    if entry.available:
+        cls = find(entry.name)
+        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls.Config))
+        facts.append(f"- **options** `{options or 'none'}`; default learning rate `{cls.learning_rate:g}`")
+    else:
+        facts.append("- not in peftlib yet")
+    out.print(Markdown("\n\n".join(facts[:4]) + "\n\n" + "\n".join(facts[4:])))
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    from peftlib import experiments
+
+    spec = experiments.run_spec(
+        args.profile,
+        args.track or next(iter(experiments.profile(args.profile).tracks)),
+        args.method,
+        seed=args.seed,
+        learning_rate=args.lr,
+        options=_options(args.option),
+        changes=_options(args.set),
+    )
+    store = experiments.Store(args.results)
+    outcome = experiments.run(spec, store, progress=True)
+    if outcome == "failed":
+        record = json.loads((store.root / "failed" / store.path(spec).relative_to(store.root)).read_text())
+        raise PeftlibError(f"{spec.label} failed: {record['error']}")
+    _results(experiments.summarize([_read(store.path(spec))], _metric(store.path(spec))))
+    out.print(f"{'already there' if outcome == 'there' else 'written'}: {store.path(spec)}")
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from peftlib import experiments, taxonomy
+
+    chosen = experiments.profile(args.profile)
+    store = experiments.Store(args.results)
+    names = args.methods or taxonomy.methods()
+    tracks = args.tracks or list(chosen.tracks)
+    specs = []
+    for track in tracks:
+        for name in names:
+            if args.rates:
+                specs += experiments.search_specs(args.profile, track, [name], args.rates)
+                continue
+            rate = None if args.default_rates else _searched_rate(store, chosen, name)
+            specs += [
+                experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rate) for seed in args.seeds
+            ]
+    outcomes = experiments.sweep(specs, store, executor=args.executor, workers=args.workers)
+    out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+    return 1 if outcomes["failed"] else 0
+
+
+def results(args: argparse.Namespace) -> int:
+    from peftlib import experiments
+
+    store = experiments.Store(args.results)
+    for track in experiments.profile(args.profile).tracks:
+        records = store.records(args.profile, track)
+        if records:
+            _results(experiments.summarize(records, records[0]["metric"], args.split), f"{args.profile}: {track}")
+    return 0
+
+
+def backbones(args: argparse.Namespace) -> int:
+    from peftlib import backbones as source
+
+    out.print("\n".join(source.names()))
+    out.print("[dim]and any model of a known family by its hub name or folder[/dim]")
+    return 0
+
+
+def notebooks(args: argparse.Namespace) -> int:
+    from peftlib.report import notebooks as source
+
+    return source.main(args.profile, args.names, force=args.force)
+
+
+def book(args: argparse.Namespace) -> int:
+    from peftlib.report import book as source
+
+    return source.main(args.profile, execute=not args.no_execute)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from peftlib.efficiency import bench as source
+
+    return source.main()
+
+
+def _options(pairs: Sequence[str]) -> dict:
+    """``name=value`` pairs; values are JSON where they parse as it, else text."""
+    found = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise PeftlibError(f"{pair!r} is not name=value")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _read(path):
+    from peftlib.experiments.store import read
+
+    return read(path)
+
+
+def _metric(path) -> str:
+    return _read(path)["metric"]
+
+
+def _searched_rate(store, chosen, method: str) -> float | None:
+    """The rate that the search on the profile's first track found; None where there was no search."""
+    track = next(iter(chosen.tracks))
+    records = store.records(chosen.name, track, method)
+    return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
+
+
+def _results(rows: list[dict], title: str | None = None) -> None:
+    table = Table("method", "rate", "mean", "std", "seeds", "trained", "%", "stored kB", "s/step", title=title)
+    for row in sorted(rows, key=lambda r: -r["mean"]):
+        table.add_row(
+            row["method"],
+            f"{row['learning_rate']:g}",
+            f"{row['mean']:.4f}",
+            f"{row['std']:.4f}",
+            ",".join(map(str, row["seeds"])),
+            f"{row['trained']:,}",
+            f"{row['percent']:.3f}",
+            f"{row['stored_bytes'] / 1000:,.0f}",
+            f"{row['seconds_per_step']:.3f}",
+        )
+    out.print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = argparse.ArgumentParser(prog="peftlib", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    def stored(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--profile", default="embedded", help="smoke, embedded (default), glue or paper")
+        sub.add_argument("--results", default="results", help="folder of the run files (default: results)")
+        return sub
+
+    sub = command(methods, "list the methods in the survey's order")
+    sub.add_argument("category", nargs="?", help="a part of the taxonomy, such as additive/adapters")
+    sub.add_argument("--all", action="store_true", help="also those that have no code yet")
+    sub = command(card, "what a method is: equation, sites, what trains, merge, options")
+    sub.add_argument("method")
+    sub = stored(command(run, "one run: train, measure, record"))
+    sub.add_argument("method")
+    sub.add_argument("--track", help="default: the profile's first")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--lr", type=float, help="default: the method's own")
+    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of the method")
+    sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
+    sub = stored(command(sweep, "every run that the store lacks; interrupt it anywhere, the same call goes on"))
+    sub.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that are available")
+    sub.add_argument("--tracks", nargs="+", metavar="NAME", help="default: all of the profile")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    sub.add_argument("--rates", nargs="+", type=float, metavar="LR", help="search: one run a rate, at seed 0")
+    sub.add_argument("--default-rates", action="store_true", help="the methods' own rates, not the searched ones")
+    sub.add_argument("--executor", default="local", help="local (default) or ray")
+    sub.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    sub = stored(command(results, "the stored results as tables"))
+    sub.add_argument("--split", default="test", choices=("test", "validation"))
+    command(backbones, "the backbones that need no network")
+    sub = command(notebooks, "execute the notebooks that changed")
+    sub.add_argument("names", nargs="*", help="default: all")
+    sub.add_argument("--profile", default="embedded")
+    sub.add_argument("--force", action="store_true", help="execute them even if nothing changed")
+    sub = command(book, "execute what changed and build the book into _build/html")
+    sub.add_argument("--profile", default="embedded")
+    sub.add_argument("--no-execute", action="store_true", help="take executed notebooks as they are")
+    command(bench, "speed and memory of the methods on this machine")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Errors that peftlib raises on purpose are printed in one line; exit status 2."""
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except PeftlibError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

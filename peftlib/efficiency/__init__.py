@@ -1,0 +1,1 @@
+"""Memory and time: measured (:mod:`peftlib.efficiency.measure`), and planned from shapes."""

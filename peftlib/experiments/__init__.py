@@ -1,0 +1,21 @@
+"""Experiments: what a run is, one run, the store of results, and sweeps that can be killed at any moment."""
+
+from peftlib.experiments.run import execute, run
+from peftlib.experiments.spec import PROFILES, Profile, RunSpec, Track, profile, run_spec, search_specs
+from peftlib.experiments.store import Store, summarize
+from peftlib.experiments.sweep import sweep
+
+__all__ = [
+    "PROFILES",
+    "Profile",
+    "RunSpec",
+    "Store",
+    "Track",
+    "execute",
+    "profile",
+    "run",
+    "run_spec",
+    "search_specs",
+    "summarize",
+    "sweep",
+]

@@ -1,0 +1,101 @@
+"""One run: build, train, measure, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import peftlib.adapted
+from peftlib import backbones, methods, tasks
+from peftlib.efficiency.measure import PeakMemory, folder_bytes
+from peftlib.experiments.provenance import provenance
+from peftlib.experiments.spec import RunSpec
+from peftlib.experiments.store import Store
+from peftlib.training import evaluate_task, fit
+
+
+def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
+    """Do one run and return its record (JSON values only).
+
+    The record has what ran (``spec``, ``key``, backbone and task fingerprints), what came out (``metrics`` on
+    validation and test, ``history``, ``count``, ``stored_bytes`` on disk, ``peak_memory`` in bytes above the loaded
+    backbone, ``seconds_per_step``, ``inference_seconds_per_1000``) and where (``provenance``).
+    """
+    s = spec.settings
+    # The seed of a run draws its data, its head and its parameters.
+    task = tasks.load(s["task"], seed=spec.seed, **s["task_options"])
+    backbone = backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
+    with PeakMemory() as memory:
+        adapted = peftlib.adapted.attach(
+            backbone.model, methods.config(spec.method, **spec.options), seed=spec.seed, keep_original=False
+        )
+        result = fit(
+            adapted,
+            task,
+            tokenizer=backbone.tokenizer,
+            epochs=s["epochs"],
+            batch_size=s["batch_size"],
+            learning_rate=spec.learning_rate,
+            weight_decay=s["weight_decay"],
+            warmup=s["warmup"],
+            precision=s["precision"],
+            max_length=s["max_length"],
+            evaluate_on=None,
+            seed=spec.seed,
+            progress=progress,
+        )
+    metrics = {}
+    for split in ("validation", "test"):
+        began = time.perf_counter()
+        metrics[split] = evaluate_task(
+            adapted, task, split, backbone.tokenizer, batch_size=64, max_length=s["max_length"]
+        )
+        inference = 1000 * (time.perf_counter() - began) / len(task.splits[split])
+    with tempfile.TemporaryDirectory() as scratch:
+        on_disk = folder_bytes(adapted.save(Path(scratch) / "adapter"))
+    count = adapted.count()
+    return {
+        "spec": dataclasses.asdict(spec),
+        "key": spec.key,
+        "backbone": {"name": backbone.name, "source": backbone.source, "fingerprint": backbone.fingerprint},
+        "task": {"name": task.name, "source": task.source, "fingerprint": task.fingerprint},
+        "metric": task.main_metric,
+        "metrics": metrics,
+        "history": result.history,
+        "steps": result.steps,
+        "count": {**dataclasses.asdict(count), "percent": count.percent},
+        "bytes_on_disk": on_disk,
+        "peak_memory": memory.peak,
+        "memory_kind": memory.kind,
+        "seconds": result.seconds,
+        "seconds_per_step": result.seconds_per_step,
+        "inference_seconds_per_1000": inference,
+        "provenance": provenance(),
+    }
+
+
+def run(spec: RunSpec, store: Store, progress: bool = False) -> str:
+    """Do a run unless the store has it. Returns "done", "there" (nothing to do) or "failed" (recorded as such)."""
+    with store.claim(spec) as mine:
+        if not mine:
+            return "there"
+        try:
+            record = execute(spec, progress=progress)
+        except Exception as error:
+            store.write(
+                spec,
+                {
+                    "spec": dataclasses.asdict(spec),
+                    "metrics": {},
+                    "error": f"{type(error).__name__}: {error}",
+                    "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                },
+                failed=True,
+            )
+            return "failed"
+        store.write(spec, record)
+        return "done"

@@ -1,0 +1,167 @@
+"""What a run is, in full: two runs with the same specification are the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftlib import methods
+from peftlib.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Track:
+    """A task with its training settings: what all methods of a comparison share."""
+
+    task: str
+    backbone: str
+    epochs: float
+    batch_size: int
+    max_length: int
+    precision: str = "no"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    task_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A set of tracks for one kind of machine. The first track is the one that learning rates are searched on."""
+
+    name: str
+    backbone: str
+    tracks: dict[str, Track]
+    summary: str
+
+
+def _embedded(task: str, epochs: float, batch_size: int, max_length: int, **options) -> Track:
+    return Track(task, "minilm-l6", epochs, batch_size, max_length, precision="bf16", task_options=options)
+
+
+def _glue(task: str, epochs: float, backbone: str = "roberta-base") -> Track:
+    return Track(f"glue/{task}", backbone, epochs, 32, 128, precision="bf16", warmup=0.06)
+
+
+GLUE = ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
+
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile(
+        "smoke",
+        "tiny-bert",
+        {"smoke": Track("smoke", "tiny-bert", epochs=1, batch_size=8, max_length=32)},
+        "tiny random models, seconds on any CPU: proves that everything runs, measures nothing",
+    ),
+    "embedded": Profile(
+        "embedded",
+        "minilm-l6",
+        {
+            "few-shot": _embedded("sentences-fewshot", epochs=8, batch_size=16, max_length=64),
+            "sentences": _embedded("sentences", epochs=1, batch_size=32, max_length=64),
+            "acceptability": _embedded("acceptability", epochs=1, batch_size=32, max_length=64),
+            "coherence": _embedded("coherence", epochs=1, batch_size=32, max_length=96),
+        },
+        "MiniLM-L6 and movie reviews, both inside installed packages: minutes on two CPU cores",
+    ),
+    "glue": Profile(
+        "glue",
+        "roberta-base",
+        {
+            "rte": _glue("rte", 10),
+            "mrpc": _glue("mrpc", 10),
+            "stsb": _glue("stsb", 10),
+            "cola": _glue("cola", 10),
+            "sst2": _glue("sst2", 3),
+        },
+        "RoBERTa-base on the five small GLUE tasks, from the hub or PEFTLIB_DATA: one GPU",
+    ),
+    "paper": Profile(
+        "paper",
+        "roberta-large",
+        {
+            name: _glue(name, 10, "roberta-large")
+            for name in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
+        },
+        "the survey's own GLUE track on RoBERTa-large: a large GPU",
+    ),
+}
+
+
+def profile(name: str) -> Profile:
+    """A profile by name; UnknownNameError lists the others."""
+    if name not in PROFILES:
+        raise UnknownNameError("profile", name, PROFILES)
+    return PROFILES[name]
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run. Everything that decides its result is here; the seed orders data and starts parameters."""
+
+    profile: str
+    track: str
+    method: str
+    options: dict[str, Any]
+    learning_rate: float
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Hash of the specification, the same on every machine."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} on {self.track}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+def run_spec(
+    profile_name: str,
+    track_name: str,
+    method: str,
+    *,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    options: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+) -> RunSpec:
+    """The specification of one run; the learning rate defaults to the method's own.
+
+    ``options`` are the method's; ``changes`` replace settings of the track (``epochs``, ``batch_size``, ``backbone``).
+    Raises UnknownNameError for a profile, track, method, option or setting that does not exist.
+    """
+    tracks = profile(profile_name).tracks
+    if track_name not in tracks:
+        raise UnknownNameError(f"track of profile {profile_name}", track_name, tracks)
+    settings = dataclasses.asdict(tracks[track_name])
+    for name in changes or {}:
+        if name not in settings:
+            raise UnknownNameError("setting of a track", name, settings)
+    cls = methods.find(method)
+    config = methods.config(method, **(options or {}))
+    return RunSpec(
+        profile=profile_name,
+        track=track_name,
+        method=method,
+        options=json.loads(json.dumps(config.as_dict())),
+        learning_rate=cls.learning_rate if learning_rate is None else learning_rate,
+        seed=seed,
+        settings={**settings, **(changes or {})},
+    )
+
+
+def search_specs(
+    profile_name: str, track_name: str, names: Iterable[str], rates: Iterable[float], seed: int = 0, **more
+) -> list[RunSpec]:
+    """One run a method and rate at one seed; the best one is chosen on validation data (``Store.best_rate``)."""
+    rates = list(rates)
+    return [
+        run_spec(profile_name, track_name, name, seed=seed, learning_rate=rate, **more)
+        for name in names
+        for rate in rates
+    ]

@@ -1,0 +1,142 @@
+"""The store of results: one small JSON file a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from peftlib.errors import DataError
+from peftlib.experiments.spec import RunSpec
+
+RESULTS = Path("results")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One run record. Raises DataError naming the file when it is not one."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); delete it and run the sweep again") from error
+    if not isinstance(record, dict) or "spec" not in record or "metrics" not in record:
+        raise DataError(f"{path} is not a run record; records have 'spec' and 'metrics'")
+    return record
+
+
+class Store:
+    """Runs below one folder: ``<profile>/<track>/<method>-<seed>-<key>.json``; failures in ``failed/`` beside them."""
+
+    def __init__(self, root: str | os.PathLike = RESULTS):
+        self.root = Path(root)
+
+    def path(self, spec: RunSpec) -> Path:
+        return self.root / spec.profile / spec.track / f"{spec.method}-{spec.seed}-{spec.key}.json"
+
+    def has(self, spec: RunSpec) -> bool:
+        return self.path(spec).is_file()
+
+    def write(self, spec: RunSpec, record: dict[str, Any], *, failed: bool = False) -> Path:
+        """Write a record. A failed one goes to ``failed/`` and never replaces a result."""
+        path = self.path(spec)
+        if failed:
+            path = self.root / "failed" / path.relative_to(self.root)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(record, file, indent=1, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+        return path
+
+    @contextmanager
+    def claim(self, spec: RunSpec) -> Iterator[bool]:
+        """Whether this process may do the run: False when it is done, or another living process is at it.
+
+        The operating system frees the claim of a process that was killed.
+        """
+        locks = self.root / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{spec.key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.has(spec)
+        finally:
+            lock.release()
+
+    def records(self, profile: str, track: str | None = None, method: str | None = None) -> list[dict[str, Any]]:
+        """All finished runs that match, in the order of their paths."""
+        pattern = f"{track or '*'}/{method or '*'}-*-*.json"
+        found = [read(path) for path in sorted((self.root / profile).glob(pattern))]
+        return [r for r in found if method is None or r["spec"]["method"] == method]
+
+    def best_rate(self, profile: str, track: str, method: str, metric: str, seed: int = 0) -> float | None:
+        """The learning rate with the best validation metric at one seed and default options; None without runs.
+
+        Ties go to the lower validation loss, then to the smaller rate.
+        """
+        runs = [r for r in self.records(profile, track, method) if r["spec"]["seed"] == seed]
+        if not runs:
+            return None
+        best = max(
+            runs,
+            key=lambda r: (
+                r["metrics"]["validation"][metric],
+                -r["metrics"]["validation"]["loss"],
+                -r["spec"]["learning_rate"],
+            ),
+        )
+        return best["spec"]["learning_rate"]
+
+
+def summarize(records: list[dict[str, Any]], metric: str, split: str = "test") -> list[dict[str, Any]]:
+    """One row a method, settings and rate: mean and standard deviation of a metric over seeds, sizes and costs.
+
+    Rows carry ``method``, ``track``, ``learning_rate``, ``options``, ``seeds``, ``mean``, ``std`` (0 for one seed),
+    ``trained``, ``head``, ``percent``, ``stored_bytes``,
+    ``seconds_per_step``, ``peak_memory`` and ``runs`` (their keys).
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        spec = record["spec"]
+        key = (spec["track"], spec["method"], spec["learning_rate"], json.dumps(spec["options"], sort_keys=True))
+        groups.setdefault(key, []).append(record)
+    rows = []
+    for (track, method, rate, options), runs in groups.items():
+        values = [r["metrics"][split][metric] for r in runs]
+        first = runs[0]
+        rows.append(
+            {
+                "track": track,
+                "method": method,
+                "learning_rate": rate,
+                "options": json.loads(options),
+                "seeds": sorted(r["spec"]["seed"] for r in runs),
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "trained": first["count"]["trained"],
+                "head": first["count"]["head"],
+                "percent": first["count"]["percent"],
+                "stored_bytes": first["count"]["stored_bytes"],
+                "seconds_per_step": statistics.median(r["seconds_per_step"] for r in runs),
+                "peak_memory": max(r["peak_memory"] for r in runs),
+                "runs": sorted(r["key"] for r in runs),
+            }
+        )
+    return rows
