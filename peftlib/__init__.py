@@ -45,9 +45,7 @@ __all__ = [
 
 def __getattr__(name: str):
     """``peftlib.LoRAConfig`` and the like: each available method's config class, imported when asked for."""
-    if name.endswith("Config"):
-        for method in methods():
-            cls = find(method).Config
-            if cls.__name__ == name:
-                return cls
+    for method in methods() if name.endswith("Config") else ():
+        if method.replace("_", "") + "config" == name.lower() and find(method).Config.__name__ == name:
+            return find(method).Config
     raise AttributeError(f"module 'peftlib' has no attribute {name!r}")

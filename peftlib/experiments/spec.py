@@ -81,10 +81,7 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(
         "paper",
         "roberta-large",
-        {
-            name: _glue(name, 10, "roberta-large")
-            for name in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
-        },
+        {name: _glue(name, 10, "roberta-large") for name in GLUE},
         "the survey's own GLUE track on RoBERTa-large: a large GPU",
     ),
 }

@@ -1,0 +1,1 @@
+"""What readers see: executed notebooks, generated pages, figures and tables, the book."""

@@ -1,0 +1,84 @@
+"""Build the book: executed notebooks, prose and generated pages, put together in ``_build/source`` and rendered.
+
+The Sphinx source is a copy of the repository's ``book/`` and ``notebooks/`` in the same layout, so that links and Colab
+buttons point at the clean sources, with executed notebooks in place of theirs and the generated pages added.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from peftlib.errors import PeftlibError
+from peftlib.report import notebooks, pages
+
+ROOT = notebooks.ROOT
+SOURCE, HTML = "_build/source", "_build/html"
+
+
+class BookError(PeftlibError, RuntimeError):
+    """A book that did not build without warnings."""
+
+
+def assemble(profile: str, root: Path = ROOT) -> Path:
+    """Lay out the Sphinx source. A file is written only when its content changes, so that builds stay incremental."""
+    target = root / SOURCE
+    wanted: dict[Path, bytes] = {}
+    for name in ("_config.yml", "_toc.yml"):
+        wanted[Path(name)] = (root / name).read_bytes()
+    for path in sorted((root / "book").rglob("*")):
+        if path.is_file():
+            wanted[path.relative_to(root)] = path.read_bytes()
+    for source in notebooks.sources(root=root):
+        wanted[source.relative_to(root)] = notebooks.executed_path(source, profile, root).read_bytes()
+    for name, content in pages.generate(profile, root).items():
+        if Path(name) in wanted:
+            raise BookError(f"the generated page {name} would replace a file of book/; rename one of them")
+        wanted[Path(name)] = content if isinstance(content, bytes) else content.encode()
+    for path in sorted(target.rglob("*"), reverse=True) if target.exists() else ():
+        relative = path.relative_to(target)
+        if relative.parts[0] != "_build" and path.is_file() and relative not in wanted:
+            path.unlink()
+    for name, content in wanted.items():
+        path = target / name
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return target
+
+
+def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT) -> Path:
+    """Execute what changed, generate pages, render; return the folder of the HTML.
+
+    Warnings are errors, a failed notebook or an error output is too. Raises BookError or NotebookError.
+    """
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    if execute:
+        notebooks.execute_changed(profile, root=root)
+    source = assemble(profile, root)
+    console.print("book: rendering")
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(source), "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    if done.returncode:
+        raise BookError(f"the book did not build without warnings:\n{(done.stdout + done.stderr)[-4000:]}")
+    html = root / HTML
+    _mirror(source / "_build/html", html)
+    console.print(f"book: {html.relative_to(root)}/index.html after {time.perf_counter() - started:.0f} s")
+    return html
+
+
+def _mirror(built: Path, html: Path) -> None:
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.copytree(built, html, copy_function=shutil.copy2)
+
+
+def main(profile: str, *, execute: bool = True) -> int:
+    """The ``peftlib book`` command."""
+    build(profile, execute=execute)
+    return 0
