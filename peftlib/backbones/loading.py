@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftlib import cache
+from peftlib import sources
 from peftlib.backbones import tiny
 from peftlib.backbones.shapes import TABLE
 from peftlib.errors import SourceError, UnknownNameError, UnsupportedError
@@ -177,7 +177,7 @@ def _find(name: str, source: str, head: str, also=()) -> _Place:
         huggingface_hub.utils.validate_repo_id(name)
     except huggingface_hub.errors.HFValidationError:
         raise UnknownNameError("backbone", name, [*names(), *also], "Or a folder, or a hub name (org/name).") from None
-    return _Place(name, "hub", at=name, local_only=not _hub_reachable())
+    return _Place(name, "hub", at=name, local_only=not sources.hub_reachable())
 
 
 def _embedded_folder(name: str) -> Path:
@@ -219,18 +219,7 @@ def _plain_from_gguf(file: Path) -> Path:
             tokenizer.save_pretrained(folder)
 
     version = transformers.__version__
-    return cache.folder(f"models/{file.stem}-{_hash([file])[:16]}-transformers-{version}", build)
-
-
-def _hub_reachable() -> bool:
-    """One short request; transformers itself retries for most of a minute before it gives up."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the transport's trouble is, the answer is the same: use the local cache
-        return False
-    return True
+    return sources.cached_folder(f"models/{file.stem}-{_hash([file])[:16]}-transformers-{version}", build)
 
 
 def _config(place: _Place) -> PreTrainedConfig:
@@ -325,7 +314,7 @@ def _load_pretrained(place: _Place, head: str, num_labels: int, dtype: torch.dty
         family=config.model_type,
         source=place.source,
         head=head,
-        fingerprint=getattr(config, "_commit_hash", None) or _hash_folder(Path(place.at)),
+        fingerprint=_commit(place.at) if place.source == "hub" else _hash_folder(Path(place.at)),
         fresh=tuple(missing),
     )
 
@@ -348,6 +337,11 @@ def _check_complete(place: _Place, model: PreTrainedModel, missing: list[str]) -
             f"the {place.source} backbone {place.name!r} lacks {len(lost)} tensors of its body, "
             f"such as {lost[0]!r}: its files are incomplete or belong to another architecture."
         )
+
+
+def _commit(name: str) -> str:
+    """The commit that a model just loaded from the hub came from: its snapshot folder in the cache is named so."""
+    return Path(huggingface_hub.hf_hub_download(name, "config.json", local_files_only=True)).parent.name
 
 
 def _hash_folder(folder: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftlib import backbones
+from peftlib import backbones, sources
 from peftlib.backbones import loading
 from peftlib.errors import SourceError, UnknownNameError, UnsupportedError
 
@@ -125,7 +125,7 @@ def test_missing_folder_names_where_it_looked(tmp_path, monkeypatch):
 
 
 def test_unreachable_hub_names_the_ways_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     monkeypatch.delenv("PEFTLIB_MODELS", raising=False)
     with pytest.raises(SourceError) as error:
         backbones.load("no-such-org/no-such-model")

@@ -1,4 +1,4 @@
-"""Where peftlib keeps what it derives once and reads often: ``PEFTLIB_CACHE``, else the user's cache folder."""
+"""What backbones and tasks share: the folder for what is derived once and read often, and whether a hub is there."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 
-def root() -> Path:
+
+def cache_root() -> Path:
     """``$PEFTLIB_CACHE``, or ``$XDG_CACHE_HOME/peftlib``, or ``~/.cache/peftlib``. It may not exist yet."""
     if own := os.environ.get("PEFTLIB_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peftlib"
 
 
-def folder(name: str, build: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """The cached folder ``name``; where it is missing, ``build(path)`` fills it first.
 
     A folder appears under its name complete or not at all: it is filled beside its place and renamed, so a
     killed process leaves no half-written one, and of two processes that build the same one, either wins.
     """
-    target = root() / name
+    target = cache_root() / name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,3 +39,17 @@ def folder(name: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers; False in offline mode.
+
+    One short request, through whatever proxy is set: the hub's own clients retry for most of a minute.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the transport's trouble is, the answer is the same: use what is here
+        return False
+    return True
