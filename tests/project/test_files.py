@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -126,8 +125,3 @@ def test_notebook_opens_in_colab_from_the_one_address(path):
     slug = address.removeprefix("https://").partition("/")[2]
     link = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
     assert link in nbformat.read(path, as_version=4).cells[0].source
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.stem[-40:])
-def test_result_files_are_plain_json(path):
-    json.loads(path.read_text())
