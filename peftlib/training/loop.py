@@ -14,7 +14,6 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from peftlib.errors import DataError, StateError
 from peftlib.methods.base import at_least
@@ -79,6 +78,9 @@ def fit(
 
     Raises DataError for a task without labels or with an empty split.
     """
+    # Imported late: it brings in transformers' Trainer and every optional package that knows it.
+    from transformers import get_scheduler
+
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     set_seed(seed)
