@@ -1,0 +1,503 @@
+"""Additive fine-tuning: new parameters beside a frozen backbone."""
+
+from __future__ import annotations
+
+from peftlib.taxonomy.types import Category, Entry
+
+CATEGORIES = (
+    Category(
+        "additive",
+        "Additive fine-tuning",
+        "New parameters are added beside a frozen backbone, and only they train.",
+    ),
+    Category(
+        "additive/adapters",
+        "Adapter-based fine-tuning",
+        "Small networks inside the layers change the hidden states.",
+        chapter="10_adapters",
+    ),
+    Category(
+        "additive/soft_prompts",
+        "Soft prompt-based fine-tuning",
+        "Trained vectors at the input, or trained keys and values in every layer, steer the frozen network.",
+        chapter="11_soft_prompts",
+    ),
+    Category(
+        "additive/others",
+        "Other additive methods",
+        "Side networks, scaling vectors, token vectors and late fusion.",
+        chapter="12_additive_others",
+    ),
+)
+
+_NONLINEAR = "The nonlinearity between the two projections keeps it out of the backbone's weights."
+_PROMPT_STAYS = "A prompt is input, not a weight: it takes positions of the sequence."
+_PROMPT_ACTS = "New positions in the sequence change the output from the first step on."
+_BOTTLENECK = (
+    r"$h \in \mathbb{R}^{d}$: hidden state; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
+    r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $r$: bottleneck; "
+)
+
+METHODS = (
+    # Adapters
+    Entry(
+        name="sequential_adapter",
+        category="additive/adapters",
+        title="Sequential adapter",
+        cite="houlsby2019",
+        arxiv="1902.00751",
+        summary="A bottleneck network with a skip connection follows the attention block and the feed-forward block "
+        "of every layer.",
+        equation=r"h \leftarrow h + W_{\mathrm{up}}\, \sigma(W_{\mathrm{down}} h)",
+        symbols=_BOTTLENECK + r"$\sigma$: nonlinearity.",
+        sites=("attention.output", "ffn.down", "norms"),
+        trains="Two bottlenecks a layer and, as in the paper, the layers' norms.",
+        count="L * 2 * (2 * d * bottleneck + bottleneck + d) + (4 * L * d if train_norms else 0)",
+        start="identity",
+        start_note="The up-projection starts at zero; the paper starts it near zero.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        original="google-research/adapter-bert",
+    ),
+    Entry(
+        name="residual_adapter",
+        category="additive/adapters",
+        title="Residual adapter",
+        cite="lin2020",
+        arxiv="2004.03829",
+        summary="One bottleneck a layer, after the feed-forward block, with a norm of its own on its input.",
+        equation=r"h \leftarrow h + W_{\mathrm{up}}\, \mathrm{ReLU}\bigl(W_{\mathrm{down}}\, \mathrm{LN}(h)\bigr)",
+        symbols=_BOTTLENECK + r"$\mathrm{LN}$: a new, trained layer norm.",
+        sites=("ffn.down",),
+        trains="Bottleneck and norm of every layer.",
+        count="L * (2 * d * bottleneck + bottleneck + d + 2 * d)",
+        start="identity",
+        start_note="The up-projection starts at zero.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        original="zlinao/VGLM",
+    ),
+    Entry(
+        name="coda",
+        category="additive/adapters",
+        title="CODA (conditional adapters)",
+        cite="lei2023coda",
+        arxiv="2304.04947",
+        summary="A router sends only the k best of n tokens through each frozen layer, while a parallel adapter serves "
+        "them all, which saves time as well as parameters.",
+        equation=r"h \leftarrow h + \mathrm{Adapter}(h) + \lambda \odot \mathrm{Layer}\bigl(h_{\mathcal{S}}\bigr),"
+        r"\qquad (\lambda, \mathcal{S}) = \operatorname{soft\,top}_{k}(h\, w)",
+        symbols=r"$w \in \mathbb{R}^{d}$: the layer's router; $\mathcal{S}$: the $k$ chosen tokens; "
+        r"$\lambda \in [0, 1]$: their gates, zero for all others.",
+        sites=("layers", "ffn.down"),
+        trains="Router and parallel adapter of every layer.",
+        count="L * (d + 2 * d * bottleneck + bottleneck + d)",
+        start="changed",
+        start_note="With k < n most tokens skip the layers; with k = n and gates of one it is a parallel adapter.",
+        merge="no",
+        merge_note="Routing depends on the input.",
+        life=("before training: a light phase converts the dense backbone to a routed one",),
+    ),
+    Entry(
+        name="parallel_adapter",
+        category="additive/adapters",
+        title="Parallel adapter",
+        cite="he2022unified",
+        arxiv="2110.04366",
+        summary="A scaled bottleneck runs beside the feed-forward block and sees the same input.",
+        equation=r"y = \mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
+        symbols=r"$x \in \mathbb{R}^{d}$: input of the block; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
+        r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $s$: fixed scale, 4.",
+        sites=("ffn.up", "ffn.down"),
+        trains="One bottleneck a layer.",
+        count="L * (2 * d * bottleneck + bottleneck + d)",
+        start="identity",
+        start_note="The up-projection starts at zero.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        original="jxhe/unify-parameter-efficient-tuning",
+    ),
+    Entry(
+        name="adapter_drop",
+        category="additive/adapters",
+        title="AdapterDrop",
+        cite="ruckle2021",
+        arxiv="2010.11918",
+        summary="The lowest layers go without adapters, a fixed number of them or one drawn at each step, which makes "
+        "training and inference faster.",
+        equation=r"h_{\ell} \leftarrow h_{\ell} + \bigl[\,\ell > k\,\bigr]\, W_{\mathrm{up}}\, "
+        r"\sigma(W_{\mathrm{down}} h_{\ell})",
+        symbols=r"$\ell$: layer, counted from the input; $k$: layers without adapter, fixed (specialized) or drawn at "
+        r"each step (robust) and free at inference.",
+        sites=("ffn.down",),
+        trains="One bottleneck in every layer that has one.",
+        count="(L if robust else L - dropped) * (2 * d * bottleneck + bottleneck + d)",
+        start="identity",
+        start_note="The up-projections start at zero.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        life=("on_step_start: in the robust form, draw how many layers go without", "inference: k is chosen freely"),
+    ),
+    Entry(
+        name="tiny_attention_adapter",
+        category="additive/adapters",
+        title="Tiny-attention adapter",
+        cite="zhao2022tiny",
+        arxiv="2211.01979",
+        summary="An attention with heads of size one over the whole context is added to the hidden state.",
+        equation=r"h_t \leftarrow h_t + \sum_{j} W_O^{(j)} \sum_{s} "
+        r"\operatorname{softmax}_s\bigl(q_t^{(j)} k_s^{(j)}\bigr)\, v_s^{(j)}",
+        symbols=r"$q^{(j)}, k^{(j)}, v^{(j)}$: query, key and value of tiny head $j$, each of size 1 by default; "
+        r"$W_O^{(j)} \in \mathbb{R}^{d \times 1}$; $s$ runs over all positions that are not padding.",
+        sites=("attention.output",),
+        trains="The four projections of the tiny heads in every layer.",
+        count="L * (4 * d * heads * head_dim + 3 * heads * head_dim + d)",
+        start="identity",
+        start_note="The output projection starts at zero.",
+        merge="no",
+        merge_note="Its output depends on the context; heads can be averaged into one, which changes the output.",
+        life=("inference: the heads' weights may be averaged into one head",),
+    ),
+    Entry(
+        name="adapter_fusion",
+        category="additive/adapters",
+        title="AdapterFusion",
+        cite="pfeiffer2021",
+        arxiv="2005.00247",
+        summary="Trained adapters of several tasks stay frozen, and an attention in every layer mixes their outputs "
+        "for a new task.",
+        equation=r"o = \sum_{n} \operatorname{softmax}_n\bigl((W_Q h)^{\top} W_K z_n\bigr)\, W_V z_n",
+        symbols=r"$h \in \mathbb{R}^{d}$: output of the feed-forward block; $z_n \in \mathbb{R}^{d}$: output of the "
+        r"adapter of task $n$; $W_Q, W_K, W_V \in \mathbb{R}^{d \times d}$: trained.",
+        sites=("ffn.down",),
+        trains="Query, key (with biases) and value matrices of the fusion in every layer.",
+        count="L * (3 * d * d + 2 * d)",
+        start="changed",
+        start_note="It starts as a mix of the source adapters, with the identity as value matrix.",
+        merge="no",
+        merge_note="The mix depends on the input.",
+        life=("sources: saved adapters of other tasks, frozen",),
+        original="adapter-hub/adapters",
+    ),
+    Entry(
+        name="mera",
+        category="additive/adapters",
+        title="MerA",
+        cite="he2023mera",
+        arxiv="2308.15982",
+        summary="Pretrained adapters are aligned neuron by neuron with optimal transport and merged into one, from "
+        "which few-shot tuning starts.",
+        equation=r"W_{\mathrm{down}} = \frac{1}{N} \sum_{n} T_n^{\top} W_{\mathrm{down}}^{(n)},\quad "
+        r"W_{\mathrm{up}} = \frac{1}{N} \sum_{n} W_{\mathrm{up}}^{(n)} T_n,\qquad "
+        r"T_n = \operatorname{OT}\bigl(\text{neurons of adapters } 1, n\bigr)",
+        symbols=r"$T_n \in \mathbb{R}^{r \times r}$: transport plan, scaled to a (soft) permutation of the bottleneck "
+        r"neurons, found on weights or on activations.",
+        sites=("ffn.down",),
+        trains="The one merged adapter.",
+        count="L * (2 * d * bottleneck + bottleneck + d)",
+        start="changed",
+        start_note="It starts as the merged source adapter.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        life=("sources: saved adapters of tasks of the same kind, merged when attached",),
+    ),
+    Entry(
+        name="hyperformer_pp",
+        category="additive/adapters",
+        title="Hyperformer++",
+        cite="mahabadi2021hyperformer",
+        arxiv="2106.04489",
+        summary="One hypernetwork, shared by layers and tasks, makes the adapters' and their norms' weights from "
+        "embeddings of task, layer and place.",
+        equation=r"\bigl(W_{\mathrm{down}}, W_{\mathrm{up}}, \gamma, \beta\bigr)_{t, \ell, p} = "
+        r"\mathcal{H}\bigl([\,e_t; e_{\ell}; e_p\,]\bigr)",
+        symbols=r"$e_t, e_{\ell}, e_p$: trained embeddings of task, layer and place (after attention or after the "
+        r"feed-forward block); $\mathcal{H}$: the hypernetwork; $\gamma, \beta$: norm after the adapter.",
+        sites=("attention.output", "ffn.down", "norms"),
+        trains="Hypernetwork, embeddings and the backbone's own norms.",
+        count="(tasks + L + 2) * embedding + (3 * embedding * hidden + hidden) + (hidden * embedding + embedding) "
+        "+ 2 * embedding + (embedding + 1) * (2 * d * (d // reduction) + d // reduction + 3 * d) + (4 * L + 2) * d",
+        start="near",
+        start_note="The generators start at a standard deviation of 0.01.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        life=("every forward: generate the adapters of the batch's tasks (task_ids)",),
+        original="rabeehk/hyperformer",
+    ),
+    Entry(
+        name="adapter_soup",
+        category="additive/adapters",
+        title="AdapterSoup",
+        cite="chronopoulou2023",
+        arxiv="2302.07027",
+        summary="At test time the weights of the adapters whose domains are nearest are averaged into one adapter.",
+        equation=r"\theta_{\mathrm{soup}} = \frac{1}{|\mathcal{N}|} \sum_{n \in \mathcal{N}} \theta_n",
+        symbols=r"$\theta_n$: weights of the adapter of domain $n$; $\mathcal{N}$: the nearest domains, by similarity "
+        r"of sentence embeddings or by clusters.",
+        sites=("ffn.down",),
+        trains="One adapter a domain, each on its own; the soup itself needs no training.",
+        count="L * (2 * d * bottleneck + bottleneck + d)",
+        start="changed",
+        start_note="It starts as the average of the chosen adapters.",
+        merge="no",
+        merge_note=_NONLINEAR,
+        life=("sources: saved adapters of other domains", "calibrate: choose the nearest domains for the new text"),
+    ),
+    # Soft prompts
+    Entry(
+        name="warp",
+        category="additive/soft_prompts",
+        title="WARP",
+        cite="hambardzumyan2021",
+        arxiv="2101.00121",
+        summary="Trained embeddings around the input and a mask token, with a trained vector a class that scores the "
+        "mask's state.",
+        equation=r"p(c \mid x) = \frac{\exp\bigl(v_c^{\top} f(T_P(x))_{\mathrm{mask}}\bigr)}"
+        r"{\sum_{c'} \exp\bigl(v_{c'}^{\top} f(T_P(x))_{\mathrm{mask}}\bigr)}",
+        symbols=r"$T_P(x)$: the input with trained embeddings $P \in \mathbb{R}^{m \times d}$ before, between and "
+        r"after its segments and one [MASK]; $v_c \in \mathbb{R}^{d}$: trained vector of class $c$; $f$: frozen network.",
+        sites=("embeddings", "head"),
+        trains="Prompt embeddings and class vectors; the class vectors are the task head.",
+        count="length * d",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note=_PROMPT_STAYS,
+        life=("training: the backbone runs without dropout",),
+        original="YerevaNN/WARP",
+    ),
+    Entry(
+        name="prompt_tuning",
+        category="additive/soft_prompts",
+        title="Prompt tuning",
+        cite="lester2021",
+        arxiv="2104.08691",
+        summary="A few trained embeddings stand before the input.",
+        equation=r"\hat{y} = f\bigl([\,P; E(x)\,]\bigr)",
+        symbols=r"$P \in \mathbb{R}^{m \times d}$: trained prompt; $E(x) \in \mathbb{R}^{n \times d}$: embeddings of "
+        r"the input; $f$: frozen network.",
+        sites=("embeddings",),
+        trains="The prompt.",
+        count="length * d",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note=_PROMPT_STAYS,
+        original="google-research/prompt-tuning",
+    ),
+    Entry(
+        name="prefix_tuning",
+        category="additive/soft_prompts",
+        title="Prefix tuning",
+        cite="li2021prefix",
+        arxiv="2101.00190",
+        summary="Trained keys and values stand before those of every attention.",
+        equation=r"\operatorname{Attn}\bigl(Q,\, [\,P_K; K\,],\, [\,P_V; V\,]\bigr),\qquad "
+        r"[\,P_K; P_V\,] = \mathrm{MLP}(E_P)",
+        symbols=r"$P_K, P_V \in \mathbb{R}^{m \times d}$: keys and values of each layer; $E_P$: embeddings from which "
+        r"an MLP makes them while training; without the MLP they train themselves.",
+        sites=("attention.key", "attention.value"),
+        trains="Keys and values of the prefix in every layer; stored without the MLP that may make them.",
+        count="2 * L * length * d",
+        start="changed",
+        start_note="The prefix draws attention from the first step on.",
+        merge="no",
+        merge_note="What a prefix adds depends on the query.",
+        life=("on_train_end: store the keys and values, and drop the MLP where there is one",),
+        original="XiangLi1999/PrefixTuning",
+    ),
+    Entry(
+        name="p_tuning",
+        category="additive/soft_prompts",
+        title="P-tuning",
+        cite="liu2021ptuning",
+        arxiv="2103.10385",
+        summary="Prompt embeddings come from a bidirectional LSTM with an MLP and are placed in a template.",
+        equation=r"[\,P_1; \dots; P_m\,] = \mathrm{MLP}\bigl(\mathrm{BiLSTM}(E_1, \dots, E_m)\bigr)",
+        symbols=r"$E_j \in \mathbb{R}^{d}$: trained inputs of the encoder; $P_j \in \mathbb{R}^{d}$: prompt "
+        r"embeddings, stored as they are after training.",
+        sites=("embeddings",),
+        trains="The encoder and its inputs; stored are the m embeddings that it makes.",
+        count="length * d + 8 * hidden * (d + hidden + 2) + 8 * hidden * (3 * hidden + 2) "
+        "+ (2 * hidden + 1) * 2 * hidden + (2 * hidden + 1) * d",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note=_PROMPT_STAYS,
+        life=("on_train_end: store the prompt and drop the encoder",),
+        original="THUDM/P-tuning",
+    ),
+    Entry(
+        name="spot",
+        category="additive/soft_prompts",
+        title="SPoT",
+        cite="vu2022spot",
+        arxiv="2110.07904",
+        summary="A prompt learned on a source task starts the target's prompt; similarity of prompts finds the source.",
+        equation=r"P_{\mathrm{target}} \leftarrow P_{s^{*}},\qquad s^{*} = \arg\max_s "
+        r"\cos\bigl(\bar{P}_{\mathrm{target}},\, \bar{P}_s\bigr)",
+        symbols=r"$P \in \mathbb{R}^{m \times d}$: prompts; $\bar{P}$: mean over the tokens of a prompt early in its "
+        r"training, the task's embedding.",
+        sites=("embeddings",),
+        trains="The target's prompt.",
+        count="length * d",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note=_PROMPT_STAYS,
+        life=("sources: saved prompts of other tasks", "calibrate: find the nearest source and copy its prompt"),
+        original="google-research/prompt-tuning",
+    ),
+    Entry(
+        name="attempt",
+        category="additive/soft_prompts",
+        title="ATTEMPT",
+        cite="asai2022",
+        arxiv="2205.11961",
+        summary="A small attention network mixes frozen source prompts with a new target prompt for every instance.",
+        equation=r"P(x) = P_{t} + \sum_{j=1}^{S+1} a_j(x)\, P_j,\qquad "
+        r"a(x) = \operatorname{softmax}_j\Bigl(\tfrac{1}{T}\, \hat{P}_j^{\top}\, \mathrm{LN}\bigl(W_{\mathrm{up}}\, "
+        r"\mathrm{SiLU}(W_{\mathrm{down}} \hat{X})\bigr)\Bigr)",
+        symbols=r"$P_1, \dots, P_S$: frozen source prompts; $P_{S+1} = P_t \in \mathbb{R}^{m \times d}$: the target's; "
+        r"$\hat{P}_j, \hat{X} \in \mathbb{R}^{d}$: maxima over the tokens; $T$: temperature; "
+        r"$W_{\mathrm{down}}, W_{\mathrm{up}}$: trained, without biases.",
+        sites=("embeddings",),
+        trains="The target's prompt and the two projections of the attention network.",
+        count="length * d + 2 * d * bottleneck",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note="The prompt depends on the input.",
+        life=("sources: saved prompts of other tasks, frozen",),
+        original="AkariAsai/ATTEMPT",
+    ),
+    Entry(
+        name="mpt",
+        category="additive/soft_prompts",
+        title="Multitask prompt tuning",
+        cite="wang2023mpt",
+        arxiv="2303.02861",
+        summary="Task prompts are a shared prompt times a rank-one factor of the task, learned by distilling prompts "
+        "of single tasks, and then adapted to a target.",
+        equation=r"P_k = P^{*} \odot \bigl(u_k v_k^{\top}\bigr)",
+        symbols=r"$P^{*} \in \mathbb{R}^{m \times d}$: shared prompt; $u_k \in \mathbb{R}^{m}$, "
+        r"$v_k \in \mathbb{R}^{d}$: factors of task $k$.",
+        sites=("embeddings",),
+        trains="The shared prompt and the factors of every task.",
+        count="length * d + tasks * (length + d) * rank",
+        start="changed",
+        start_note=_PROMPT_ACTS,
+        merge="no",
+        merge_note=_PROMPT_STAYS,
+        life=("penalty: distance to the teachers' logits and hidden states", "sources: teacher prompts of the tasks"),
+        original="huggingface/peft",
+    ),
+    # Others
+    Entry(
+        name="ladder_side_tuning",
+        category="additive/others",
+        title="Ladder side-tuning",
+        cite="sung2022lst",
+        arxiv="2206.06522",
+        summary="A slim transformer beside the backbone is fed by gated ladders from every layer; no gradient enters "
+        "the backbone, which saves its activation memory.",
+        equation=r"g_{\ell} = \sigma(\alpha_{\ell} / T),\qquad "
+        r"s_{\ell} = \mathrm{Side}_{\ell}\bigl(g_{\ell}\, s_{\ell - 1} + (1 - g_{\ell})\, W_{\ell}\, h_{\ell}\bigr)",
+        symbols=r"$h_{\ell} \in \mathbb{R}^{d}$: output of backbone layer $\ell$; $W_{\ell} \in \mathbb{R}^{d/r \times "
+        r"d}$: ladder; $s_{\ell} \in \mathbb{R}^{d/r}$: side state; $\alpha_{\ell}$: gate, zero at first; $T = 0.1$.",
+        sites=("embeddings", "layers", "head"),
+        trains="Side layers, ladders, gates and the last up-projection.",
+        count="L * (4 * (d // reduction) * (d // reduction + 1) + 2 * (d // reduction) * (f // reduction) "
+        "+ f // reduction + 5 * (d // reduction) + (d + 1) * (d // reduction) + 1) "
+        "+ (d + 1) * (d // reduction) + (d // reduction + 1) * d",
+        start="changed",
+        start_note="The head sees the side network's state, not the backbone's.",
+        merge="no",
+        merge_note="It is a network of its own beside the backbone.",
+        life=(
+            "attach: the side layers start as a pruned copy of the backbone's",
+            "training: the backbone runs without a graph",
+        ),
+        original="ylsung/Ladder-Side-Tuning",
+    ),
+    Entry(
+        name="ia3",
+        category="additive/others",
+        title="(IA)³",
+        cite="liu2022ia3",
+        arxiv="2205.05638",
+        summary="Trained vectors scale keys, values and the inner activations of the feed-forward block.",
+        equation=r"\operatorname{softmax}\Bigl(\frac{Q\, (l_k \odot K)^{\top}}{\sqrt{p}}\Bigr) (l_v \odot V),\qquad "
+        r"W_2 \bigl(l_f \odot \gamma(W_1 x)\bigr)",
+        symbols=r"$l_k, l_v \in \mathbb{R}^{d}$, $l_f \in \mathbb{R}^{f}$: trained vectors of each layer; $p$: head "
+        r"size; $\gamma$: the block's nonlinearity.",
+        sites=("attention.key", "attention.value", "ffn.down"),
+        trains="Three vectors a layer.",
+        count="L * (2 * d + f)",
+        start="identity",
+        start_note="The vectors start at one.",
+        merge="exact",
+        merge_note="Key and value vectors scale the rows of their weights and biases, the inner vector the columns of "
+        "the second feed-forward weight.",
+        original="r-three/t-few",
+    ),
+    Entry(
+        name="pasta",
+        category="additive/others",
+        title="PASTA",
+        cite="yang2023pasta",
+        arxiv="2210.04382",
+        summary="Trained vectors are added to the hidden states of the special tokens at the input of every layer.",
+        equation=r"h_{\ell, t} \leftarrow h_{\ell, t} + e\bigl(v_{\ell, p(t)}\bigr)\quad "
+        r"\text{where } t \text{ is special}",
+        symbols=r"$v_{\ell, p} \in \mathbb{R}^{d}$: vector of layer $\ell$ for the $p$-th special token ([CLS], first "
+        r"and second [SEP]); $e$: dropout.",
+        sites=("layers",),
+        trains="One vector a layer and special token.",
+        count="L * d * tokens",
+        start="near",
+        start_note="The vectors start at N(0, 0.02), as in the reference code; zero is an option.",
+        merge="no",
+        merge_note="It depends on where the special tokens stand.",
+        original="luka-group/PASTA",
+    ),
+    Entry(
+        name="attention_fusion",
+        category="additive/others",
+        title="Attention fusion",
+        cite="cao2022attentionfusion",
+        arxiv="",
+        summary="A trained query attends, token by token, over the representations of all layers of a frozen backbone.",
+        equation=r"z_t = \sum_{\ell=1}^{L} a_{t, \ell}\, h_{\ell, t},\qquad "
+        r"a_t = \operatorname{softmax}_{\ell}\bigl(q^{\top} h_{\ell, t}\bigr)",
+        symbols=r"$q \in \mathbb{R}^{d}$: trained task query; $h_{\ell, t} \in \mathbb{R}^{d}$: output of layer "
+        r"$\ell$ at token $t$.",
+        sites=("layers", "head"),
+        trains="The query.",
+        count="d",
+        start="changed",
+        start_note="The head sees a mix of all layers instead of the last one.",
+        merge="no",
+        merge_note="The mix depends on the input.",
+        life=("training: the backbone runs without a graph",),
+    ),
+    Entry(
+        name="hadamard_adapter",
+        category="additive/others",
+        title="Hadamard adapter",
+        cite="chen2023hadamard",
+        arxiv="2407.11033",
+        summary="A trained vector scales the attention output and another shifts it; the norm behind them trains too.",
+        equation=r"a \leftarrow w \odot a + b",
+        symbols=r"$a \in \mathbb{R}^{d}$: output of the attention block before the residual sum; $w, b \in "
+        r"\mathbb{R}^{d}$: trained vectors.",
+        sites=("attention.output", "norms"),
+        trains="Two vectors and one norm a layer.",
+        count="L * 4 * d",
+        start="identity",
+        start_note="The scale starts at one, the shift at zero.",
+        merge="exact",
+        merge_note="Scale and shift fold into the output projection; the norm is the backbone's own.",
+        life=("on_step_start: the head trains first, then vectors and norms join",),
+    ),
+)

@@ -1,0 +1,193 @@
+"""Hybrid fine-tuning: several kinds of modules in one model, combined by hand or by search."""
+
+from __future__ import annotations
+
+from peftlib.taxonomy.types import Category, Entry
+
+CATEGORIES = (
+    Category(
+        "hybrid",
+        "Hybrid fine-tuning",
+        "Several kinds of modules in one model.",
+    ),
+    Category(
+        "hybrid/manual",
+        "Manual combination",
+        "A designer chooses which modules go where.",
+        chapter="40_hybrid",
+    ),
+    Category(
+        "hybrid/automatic",
+        "Automatic combination",
+        "A search over structures chooses which modules go where, under a budget.",
+        chapter="40_hybrid",
+    ),
+)
+
+METHODS = (
+    Entry(
+        name="mam_adapter",
+        category="hybrid/manual",
+        title="MAM adapter",
+        cite="he2022unified",
+        arxiv="2110.04366",
+        summary="Mix-and-match: a short prefix on attention and a scaled parallel adapter beside the feed-forward "
+        "block.",
+        equation=r"\operatorname{Attn}\bigl(Q, [P_K; K], [P_V; V]\bigr),\qquad "
+        r"\mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
+        symbols=r"$P_K, P_V \in \mathbb{R}^{m \times d}$: trained keys and values; "
+        r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: the adapter; "
+        r"$s$: its fixed scale.",
+        sites=("attention.key", "attention.value", "ffn.down"),
+        trains="Keys and values of the prefix and the parallel adapter of every layer.",
+        count="L * (2 * length * d + 2 * d * bottleneck + bottleneck + d)",
+        start="changed",
+        start_note="The adapter starts at zero, but a prefix draws attention from the first step on.",
+        merge="no",
+        merge_note="A prefix depends on the query and the adapter is nonlinear.",
+        original="jxhe/unify-parameter-efficient-tuning",
+    ),
+    Entry(
+        name="u_mam",
+        category="hybrid/manual",
+        title="U-MAM",
+        cite="lawton2023",
+        arxiv="2305.16597",
+        summary="A MAM adapter whose single entries are pruned, in rounds of training, down to a budget.",
+        equation=r"\delta \leftarrow z \odot \delta,\qquad z = \operatorname{top}_{k}(s),\qquad "
+        r"s_i = \Bigl|\delta_i\, \frac{\partial \mathcal{L}}{\partial \delta_i}\Bigr|",
+        symbols=r"$\delta$: all entries of the prefixes and adapters; $s$: first-order estimate of the loss change "
+        r"when an entry is set to zero; $z$: binary mask with $k$ ones.",
+        sites=("attention.key", "attention.value", "ffn.down"),
+        trains="The entries of a MAM adapter that survive pruning; before pruning all of them.",
+        count="L * (2 * length * d + 2 * d * bottleneck + bottleneck + d)",
+        start="changed",
+        start_note="The prefix draws attention from the first step on.",
+        merge="no",
+        merge_note="A prefix depends on the query and the adapter is nonlinear.",
+        life=("on_gradients: accumulate the scores during warm-up", "on_step_end: prune to the budget, round by round"),
+    ),
+    Entry(
+        name="compacter",
+        category="hybrid/manual",
+        title="Compacter",
+        cite="mahabadi2021compacter",
+        arxiv="2106.04647",
+        summary="Adapters whose weights are sums of Kronecker products of small matrices shared by all layers with "
+        "low-rank matrices of their own.",
+        equation=r"W = \sum_{i=1}^{n} A_i \otimes \bigl(s_i\, t_i^{\top}\bigr)",
+        symbols=r"$A_i \in \mathbb{R}^{n \times n}$: shared by all adapters; "
+        r"$s_i \in \mathbb{R}^{\frac{d}{n} \times r}$, $t_i \in \mathbb{R}^{\frac{b}{n} \times r}$: "
+        r"an adapter's own factors; $b$: bottleneck.",
+        sites=("attention.output", "ffn.down"),
+        trains="The shared matrices, and each adapter's factors and biases.",
+        count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3",
+        start="near",
+        start_note="The up-projection starts small, not at zero: factors that are all zero do not train.",
+        merge="no",
+        merge_note="The adapter between the two projections is nonlinear.",
+        original="rabeehk/compacter",
+    ),
+    Entry(
+        name="unipelt",
+        category="hybrid/manual",
+        title="UniPELT",
+        cite="mao2022unipelt",
+        arxiv="2110.07577",
+        summary="LoRA, prefix and adapter in every layer, each behind a gate that the layer's input opens or closes.",
+        equation=r"\mathcal{G}_m = \sigma\bigl(w_m^{\top} x + b_m\bigr),\qquad "
+        r"h \leftarrow h + \sum_{m \in \{\mathrm{LoRA},\, \mathrm{prefix},\, \mathrm{adapter}\}} "
+        r"\mathcal{G}_m\, \Delta_m(x)",
+        symbols=r"$\mathcal{G}_m \in (0, 1)$: gate of module $m$; $w_m \in \mathbb{R}^{d}$, $b_m$: its weights; "
+        r"$\Delta_m$: what the module adds at its own place.",
+        sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
+        trains="The three modules and their gates in every layer.",
+        count="L * (2 * 2 * d * rank + 2 * length * d + 2 * d * bottleneck + bottleneck + d + 4 * (d + 1))",
+        start="changed",
+        start_note="Adapter and LoRA start at zero, but the gated prefix draws attention from the first step on.",
+        merge="no",
+        merge_note="The gates depend on the input.",
+        original="morningmoni/UniPELT",
+    ),
+    Entry(
+        name="autopeft",
+        category="hybrid/automatic",
+        title="AutoPEFT",
+        cite="zhou2024autopeft",
+        arxiv="2301.12132",
+        summary="Multi-objective Bayesian optimization over layers, adapter sizes and prefix length yields a set of "
+        "structures that trade score against parameters.",
+        equation=r"\max_{c \in \mathcal{C}} \bigl(\mathrm{score}(c),\, -\mathrm{params}(c)\bigr),\qquad "
+        r"c = \bigl(r_{\mathrm{serial}},\, r_{\mathrm{parallel}},\, m,\, z_1, \dots, z_L\bigr)",
+        symbols=r"$r_{\mathrm{serial}}, r_{\mathrm{parallel}}$: bottlenecks; $m$: prefix length; "
+        r"$z_{\ell} \in \{0, 1\}$: whether layer $\ell$ has modules; $\mathcal{C}$: the search space.",
+        sites=("attention.key", "attention.value", "ffn.down"),
+        trains="Serial adapter, parallel adapter and prefix of the layers that the structure switches on.",
+        count="sum(layers) * (2 * d * (serial + parallel) + serial + parallel + d * ((serial > 0) + (parallel > 0)) "
+        "+ 2 * length * d)",
+        start="changed",
+        start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's.",
+        merge="no",
+        merge_note="Adapters are nonlinear and a prefix depends on the query.",
+        life=("before training: search the structures, each scored by a training run of its own",),
+        original="cambridgeltl/autopeft",
+    ),
+    Entry(
+        name="s3delta",
+        category="hybrid/automatic",
+        title="S3Delta (sparse structure search)",
+        cite="hu2022s3delta",
+        arxiv="2206.07382",
+        summary="Binary-concrete gates over candidate modules at every place are learned by bi-level optimization at a "
+        "fixed expected budget; the chosen structure is then trained anew.",
+        equation=r"\hat{z}_i = \sigma\bigl(\operatorname{logit} u + \operatorname{logit} p_i\bigr),\quad "
+        r"p_i = \sigma\Bigl(\frac{\alpha_i - b}{\beta}\Bigr),\quad \sum_i p_i\, n_i = B",
+        symbols=r"$\alpha_i$: trained structure parameter of candidate $i$; $n_i$: its number of parameters; "
+        r"$b$: shift that makes the expected number equal the budget $B$; $u \sim \mathcal{U}(0, 1)$; "
+        r"$\beta$: temperature.",
+        sites=(
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.output",
+            "ffn.up",
+            "ffn.down",
+            "biases",
+            "norms",
+        ),
+        trains="While searching, all candidates (LoRA, low-rank adapter, biases, norms) and their gates; afterwards "
+        "the chosen ones.",
+        count="L * (4 * 2 * d + 2 * (d + f) + 2 * 2 * d + 5 * d + f + 4 * d + 4 + 2 + 2 + 6 + 2)",
+        start="identity",
+        start_note="Every candidate starts at zero change.",
+        merge="no",
+        merge_note="A structure with adapters is nonlinear; LoRA, biases and norms alone would fold.",
+        life=(
+            "on_step_start: draw the gates",
+            "on_gradients: step the gates on the other half of the training set",
+            "on_train_end: keep the best candidates that fit the budget, then train them from scratch",
+        ),
+        original="thunlp/S3Delta",
+    ),
+    Entry(
+        name="s4",
+        category="hybrid/automatic",
+        title="S4 (design spaces)",
+        cite="chen2023s4",
+        arxiv="2301.01821",
+        summary="Layers in four groups, small at both ends, share the budget evenly, and each group has its own set of "
+        "modules.",
+        equation=r"G_1: \{A, L\},\quad G_2: \{A, P\},\quad G_3: \{A, P, B\},\quad G_4: \{P, B, L\}",
+        symbols=r"$G_1, \dots, G_4$: layer groups from the input to the output; $A$: adapter; $L$: LoRA; $P$: prefix; "
+        r"$B$: biases.",
+        sites=("attention.query", "attention.key", "attention.value", "ffn.down", "biases"),
+        trains="In every layer the modules of its group.",
+        count="sum(groups[:3]) * (2 * d * bottleneck + bottleneck + d) + (groups[0] + groups[3]) * 2 * 2 * d * rank "
+        "+ sum(groups[1:]) * 2 * length * d + (groups[2] + groups[3]) * (7 * d + f)",
+        start="changed",
+        start_note="The prefixes draw attention from the first step on.",
+        merge="no",
+        merge_note="Adapters are nonlinear and a prefix depends on the query.",
+        original="amazon-science/peft-design-spaces",
+    ),
+)
