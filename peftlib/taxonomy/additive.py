@@ -255,7 +255,8 @@ METHODS = (
         equation=r"p(c \mid x) = \frac{\exp\bigl(v_c^{\top} f(T_P(x))_{\mathrm{mask}}\bigr)}"
         r"{\sum_{c'} \exp\bigl(v_{c'}^{\top} f(T_P(x))_{\mathrm{mask}}\bigr)}",
         symbols=r"$T_P(x)$: the input with trained embeddings $P \in \mathbb{R}^{m \times d}$ before, between and "
-        r"after its segments and one [MASK]; $v_c \in \mathbb{R}^{d}$: trained vector of class $c$; $f$: frozen network.",
+        r"after its segments and one [MASK]; $v_c \in \mathbb{R}^{d}$: trained vector of class $c$; $f$: frozen "
+        r"network.",
         sites=("embeddings", "head"),
         trains="Prompt embeddings and class vectors; the class vectors are the task head.",
         count="length * d",

@@ -320,8 +320,8 @@ METHODS = (
         r"V_h \mathrel{+}= B'_h A'_h k_h + [\,\bar{B}' \bar{A}' x\,]_h,\quad "
         r"O \mathrel{+}= B'' [\,A''_h o_h\,]_h + \bar{B}'' \bar{A}'' o",
         symbols=r"$A_h \in \mathbb{R}^{r_q \times d}$, $B_h \in \mathbb{R}^{p \times r_q}$ with $p = d / H$: factors "
-        r"of head $h$; barred factors: shared by all heads; $k_h$: the head's key; $o_h$: the head's output; biases are "
-        r"left out.",
+        r"of head $h$; barred factors: shared by all heads; $k_h$: the head's key; $o_h$: the head's output; biases "
+        r"are left out.",
         sites=("attention.query", "attention.value", "attention.output", "attention.heads"),
         trains="Factors of each head, shared factors, and a bias for each of the three maps.",
         count="L * d * (H * (rank_query + rank_value) + rank_query + 3 * rank_value + 2 * shared_rank_query "
