@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlib import methods
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.host import Host
+from peftlib.methods import config as method_config
+from peftlib.methods import resolve
 from peftlib.methods.base import Method, MethodConfig
 from peftlib.training.lifecycle import Lifecycle, add_penalty, require_lifecycle
 
@@ -250,7 +251,7 @@ def attach(
         UnsupportedError: the family cannot host the method.
         StateError: something is attached already.
     """
-    chosen = methods.resolve(method, **options)
+    chosen = resolve(method, **options)
     if (attached := getattr(model, "peftlib_adapted", None)) is not None:
         raise StateError(
             f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
@@ -302,7 +303,7 @@ def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
     except SafetensorError as error:
         raise LoadError(f"{weights} is not a readable safetensors file: {error}") from error
     try:
-        config = methods.config(document["method"], **document["config"])
+        config = method_config(document["method"], **document["config"])
     except (TypeError, ValueError) as error:
         raise LoadError(f"{folder / CONFIG} does not describe a method of this peftlib: {error}") from error
     adapted = attach(model, config, train_head=bool(document["head"]), **options)

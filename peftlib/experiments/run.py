@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import peftlib.adapted
-from peftlib import backbones, methods, tasks
+from peftlib import backbones, tasks
 from peftlib.efficiency.measure import PeakMemory, folder_bytes
 from peftlib.experiments.provenance import provenance
 from peftlib.experiments.spec import RunSpec
 from peftlib.experiments.store import Store
+from peftlib.methods import config as method_config
 from peftlib.training import evaluate_task, fit
 
 
@@ -31,7 +32,7 @@ def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
     backbone = backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
     with PeakMemory() as memory:
         adapted = peftlib.adapted.attach(
-            backbone.model, methods.config(spec.method, **spec.options), seed=spec.seed, keep_original=False
+            backbone.model, method_config(spec.method, **spec.options), seed=spec.seed, keep_original=False
         )
         result = fit(
             adapted,

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftlib import methods
 from peftlib.errors import UnknownNameError
+from peftlib.methods import config as method_config
+from peftlib.methods import find
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def run_spec(
     for name in changes or {}:
         if name not in settings:
             raise UnknownNameError("setting of a track", name, settings)
-    cls = methods.find(method)
-    config = methods.config(method, **(options or {}))
+    cls = find(method)
+    config = method_config(method, **(options or {}))
     return RunSpec(
         profile=profile_name,
         track=track_name,

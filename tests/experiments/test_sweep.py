@@ -1,0 +1,94 @@
+"""Sweeps: real runs on the smoke profile, killed for real, and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from peftlib import experiments
+from peftlib.errors import UnknownNameError
+
+METHODS, SEEDS = ("lora", "head"), (0, 1, 2)
+
+SWEEP = """
+import sys
+from peftlib import experiments
+if __name__ == "__main__":
+    specs = [experiments.run_spec("smoke", "smoke", m, seed=s) for m in {methods} for s in {seeds}]
+    print(dict(experiments.sweep(specs, experiments.Store(sys.argv[1]), progress=False)))
+""".format(methods=METHODS, seeds=SEEDS)
+
+
+def specs():
+    return [experiments.run_spec("smoke", "smoke", m, seed=s) for m in METHODS for s in SEEDS]
+
+
+def test_one_run_records_what_ran_what_came_out_and_where(tmp_path):
+    store = experiments.Store(tmp_path)
+    spec = specs()[0]
+    assert experiments.run(spec, store) == "done"
+    assert experiments.run(spec, store) == "there"
+    (record,) = store.records("smoke")
+    assert record["key"] == spec.key and record["spec"]["method"] == "lora"
+    for split in ("validation", "test"):
+        assert 0 <= record["metrics"][split][record["metric"]] <= 1
+    assert record["history"] and record["bytes_on_disk"] > record["count"]["stored_bytes"] > 0
+    assert record["count"]["trained"] > record["count"]["head"] > 0
+    assert record["provenance"]["versions"]["torch"] and record["provenance"]["date"]
+
+
+def test_the_same_specification_gives_the_same_result():
+    spec = specs()[0]
+    first, second = experiments.execute(spec), experiments.execute(spec)
+    assert first["metrics"] == second["metrics"] and first["history"] == second["history"]
+
+
+def test_a_failing_run_is_recorded_apart_and_does_not_stop_the_sweep(tmp_path):
+    store = experiments.Store(tmp_path)
+    bad = experiments.run_spec("smoke", "smoke", "lora", options={"targets": ["nowhere"]})
+    good = specs()[0]
+    outcomes = experiments.sweep([bad, good], store, progress=False)
+    assert outcomes["failed"] == 1 and outcomes["done"] == 1
+    (failure,) = (tmp_path / "failed").rglob("*.json")
+    assert "nowhere" in json.loads(failure.read_text())["error"]
+    assert store.has(good) and not store.has(bad)
+
+
+def test_unknown_executor_is_named(tmp_path):
+    with pytest.raises(UnknownNameError, match="slurm"):
+        experiments.sweep([], experiments.Store(tmp_path), executor="slurm")
+
+
+def _runs(folder):
+    return sorted(p for p in folder.glob("smoke/smoke/*.json"))
+
+
+def test_a_killed_sweep_goes_on_without_loss_or_double_runs(tmp_path):
+    script = tmp_path / "sweep.py"
+    script.write_text(SWEEP)
+    results = tmp_path / "results"
+    command = [sys.executable, str(script), str(results)]
+    first = subprocess.Popen(command, start_new_session=True)
+    deadline = time.time() + 120
+    while len(_runs(results)) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    survived = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in _runs(results)}
+    assert 2 <= len(survived) < len(specs()), "the kill must fall into the middle of the sweep"
+    for _, content in survived.values():
+        json.loads(content)
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) == {
+        "there": len(survived),
+        "done": len(specs()) - len(survived),
+    }
+    assert len(_runs(results)) == len(specs())
+    for path in _runs(results):
+        if path.name in survived:
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == survived[path.name]
