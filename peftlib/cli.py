@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     spec = experiments.run_spec(
         args.profile,
-        args.track or next(iter(experiments.profile(args.profile).tracks)),
+        args.track,
         args.method,
         seed=args.seed,
         learning_rate=args.lr,

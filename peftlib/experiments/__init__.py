@@ -1,6 +1,6 @@
 """Experiments: what a run is, one run, the store of results, and sweeps that can be killed at any moment."""
 
-from peftlib.experiments.run import execute, run
+from peftlib.experiments.run import Trained, execute, run, train
 from peftlib.experiments.spec import PROFILES, Profile, RunSpec, Track, profile, run_spec, search_specs
 from peftlib.experiments.store import Store, summarize
 from peftlib.experiments.sweep import sweep
@@ -11,6 +11,7 @@ __all__ = [
     "RunSpec",
     "Store",
     "Track",
+    "Trained",
     "execute",
     "profile",
     "run",
@@ -18,4 +19,5 @@ __all__ = [
     "search_specs",
     "summarize",
     "sweep",
+    "train",
 ]

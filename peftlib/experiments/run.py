@@ -6,11 +6,12 @@ import dataclasses
 import datetime as dt
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peftlib.adapted
 from peftlib import backbones, tasks
+from peftlib.adapted import Adapted, attach
 from peftlib.efficiency.measure import PeakMemory, folder_bytes
 from peftlib.experiments.provenance import provenance
 from peftlib.experiments.spec import RunSpec
@@ -19,19 +20,30 @@ from peftlib.methods import config as method_config
 from peftlib.training import evaluate_task, fit
 
 
-def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
-    """Do one run and return its record (JSON values only).
+@dataclass(frozen=True)
+class Trained:
+    """A finished run that is still in memory: the handle, its backbone and task, and the record of the run."""
 
-    The record has what ran (``spec``, ``key``, backbone and task fingerprints), what came out (``metrics`` on
-    validation and test, ``history``, ``count``, ``stored_bytes`` on disk, ``peak_memory`` in bytes above the loaded
-    backbone, ``seconds_per_step``, ``inference_seconds_per_1000``) and where (``provenance``).
+    adapted: Adapted
+    backbone: backbones.Backbone
+    task: tasks.Task
+    record: dict[str, Any]
+
+
+def train(spec: RunSpec, progress: bool = False) -> Trained:
+    """Do one run: build, train, measure. Nothing is written.
+
+    The record (JSON values only) has what ran (``spec``, ``key``, backbone and task fingerprints), what came out
+    (``metrics`` on validation and test, ``history``, ``count``, ``bytes_on_disk`` of the saved adapter,
+    ``peak_memory`` in bytes above the loaded backbone, ``seconds_per_step``, ``inference_seconds_per_1000`` rows) and
+    where (``provenance``).
     """
     s = spec.settings
     # The seed of a run draws its data, its head and its parameters.
     task = tasks.load(s["task"], seed=spec.seed, **s["task_options"])
     backbone = backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
     with PeakMemory() as memory:
-        adapted = peftlib.adapted.attach(
+        adapted = attach(
             backbone.model, method_config(spec.method, **spec.options), seed=spec.seed, keep_original=False
         )
         result = fit(
@@ -59,7 +71,7 @@ def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         on_disk = folder_bytes(adapted.save(Path(scratch) / "adapter"))
     count = adapted.count()
-    return {
+    record = {
         "spec": dataclasses.asdict(spec),
         "key": spec.key,
         "backbone": {"name": backbone.name, "source": backbone.source, "fingerprint": backbone.fingerprint},
@@ -77,6 +89,12 @@ def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
         "inference_seconds_per_1000": inference,
         "provenance": provenance(),
     }
+    return Trained(adapted, backbone, task, record)
+
+
+def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:
+    """Do one run and return its record; see :func:`train`."""
+    return train(spec, progress).record
 
 
 def run(spec: RunSpec, store: Store, progress: bool = False) -> str:

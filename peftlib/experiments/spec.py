@@ -120,7 +120,7 @@ class RunSpec:
 
 def run_spec(
     profile_name: str,
-    track_name: str,
+    track_name: str | None,
     method: str,
     *,
     seed: int = 0,
@@ -128,12 +128,13 @@ def run_spec(
     options: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
 ) -> RunSpec:
-    """The specification of one run; the learning rate defaults to the method's own.
+    """The specification of one run; the track defaults to the profile's first, the rate to the method's own.
 
     ``options`` are the method's; ``changes`` replace settings of the track (``epochs``, ``batch_size``, ``backbone``).
     Raises UnknownNameError for a profile, track, method, option or setting that does not exist.
     """
     tracks = profile(profile_name).tracks
+    track_name = next(iter(tracks)) if track_name is None else track_name
     if track_name not in tracks:
         raise UnknownNameError(f"track of profile {profile_name}", track_name, tracks)
     settings = dataclasses.asdict(tracks[track_name])
