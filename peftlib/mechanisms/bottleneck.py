@@ -1,0 +1,79 @@
+"""A bottleneck network at a site: down to r, a nonlinearity, up again. Adapters are this, at different places."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from peftlib.errors import UnknownNameError
+from peftlib.mechanisms.precision import cast
+
+Init = Literal["lora", "normal"]
+
+
+def check_activation(name: str) -> None:
+    """Raise UnknownNameError for an activation that transformers does not have."""
+    if name not in ACT2FN:
+        raise UnknownNameError("activation", name, ACT2FN)
+
+
+class Bottleneck(nn.Module):
+    """``delta(z) = scale * (W_up act(W_down z + b_down) + b_up)`` for z (..., d); W_down (r, d), W_up (d, r).
+
+    Args:
+        init: "lora": W_down Kaiming-uniform with a = sqrt(5) and W_up zero, so that delta starts at zero; "normal":
+            both from a normal distribution with ``std``, cut off at two standard deviations.
+        zero_up: start W_up at zero whatever ``init`` says.
+
+    Biases start at zero.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        bottleneck: int,
+        activation: str = "relu",
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        init: Init = "lora",
+        std: float = 1e-2,
+        zero_up: bool = False,
+    ):
+        super().__init__()
+        self.down = nn.Linear(d, bottleneck)
+        self.activation = ACT2FN[activation]
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.up = nn.Linear(bottleneck, d)
+        self.scale = scale
+        if init == "lora":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        else:
+            for linear in (self.down, self.up):
+                nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+        if init == "lora" or zero_up:
+            nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def delta(self, z: torch.Tensor) -> torch.Tensor:
+        """What the bottleneck makes of z, both (..., d)."""
+        inner = self.dropout(self.activation(self.down(cast(z, self.down.weight))))
+        return self.scale * self.up(inner)
+
+
+class Sequential(Bottleneck):
+    """Behind a map: ``forward(x, y) = y + delta(y)`` for the map's output y; for ``host.after``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.delta(y).to(y.dtype)
+
+
+class Parallel(Bottleneck):
+    """Beside a block: ``forward(x, y) = y + delta(x)`` for the block's input x and output y; for ``host.across``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.delta(x).to(y.dtype)

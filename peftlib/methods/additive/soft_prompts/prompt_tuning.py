@@ -1,0 +1,82 @@
+r"""Prompt tuning: a few trained embeddings stand before the input (additive, soft prompt-based).
+
+.. math:: \hat{y} = f\bigl([\,P; E(x)\,]\bigr)
+
+Shapes: P (m, e) with e the width of the embedding (d, but ELECTRA's is smaller), E(x) (n, e). Trained: m e. The prompt
+acts on the output from the first step on. It takes part in attention with every input, so nothing of it folds into
+weights: no merge. Encoder-decoder backbones get it before the encoder's input; with a cache it enters once.
+
+Source: Lester et al. 2021, arXiv:2104.08691. There m is 100 on T5 and the rate is 0.3 under Adafactor; here m is 20, as
+in the survey's runs. ``"vocabulary"`` is the paper's sampled-vocabulary start, ``"text"`` its class-label start with
+the given tokens repeated up to m (the paper fills up with sampled ones), ``"random"`` its uniform one. Encoders whose
+head pools the first position see the first prompt vector there, as in HF peft; ``position="after_first"`` leaves them
+[CLS].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from peftlib.errors import TargetError
+from peftlib.mechanisms import prompt
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig(MethodConfig):
+    """``length`` m; ``init``: ``"vocabulary"`` samples embeddings of the first ``common`` tokens (vocabularies are
+    sorted by frequency, or nearly so), ``"text"`` takes those of ``init_token_ids``, repeated or cut to m, ``"random"``
+    draws from U(-``init_range``, ``init_range``); ``position``: ``"front"``, or ``"after_first"`` token (encoders)."""
+
+    length: int = 20
+    init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    common: int = 5000
+    init_token_ids: tuple[int, ...] = ()
+    init_range: float = 0.5
+    position: prompt.Position = "front"
+
+    def __post_init__(self):
+        at_least("length", self.length, 1)
+        at_least("common", self.common, 1)
+        for name, value, known in (
+            ("init", self.init, ("vocabulary", "text", "random")),
+            ("position", self.position, ("front", "after_first")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+        if (self.init == "text") != bool(self.init_token_ids):
+            raise ConfigError(
+                f"init={self.init!r} with init_token_ids={self.init_token_ids!r}: init=\"text\" needs the token ids of "
+                "a text, tokenizer(text)['input_ids'], and the others take none"
+            )
+
+
+class PromptTuning(Method):
+    Config = PromptTuningConfig
+    learning_rate = 1e-2
+
+    def attach(self, host: Host) -> None:
+        c = self.config
+        prompt.attach(host, prompt.Prompt(self._start(prompt.embedding(host))), c.length, c.position)
+
+    def _start(self, embedding: torch.nn.Embedding) -> torch.Tensor:
+        """The first prompt, (m, e) in float32."""
+        c, (rows, width) = self.config, embedding.weight.shape
+        if c.init == "random":
+            return torch.empty(c.length, width).uniform_(-c.init_range, c.init_range)
+        if c.init == "vocabulary":
+            ids = torch.randperm(min(c.common, rows))
+            ids = ids.repeat(-(-c.length // len(ids)))[: c.length]
+        else:
+            ids = torch.tensor([c.init_token_ids[i % len(c.init_token_ids)] for i in range(c.length)])
+            if not 0 <= min(c.init_token_ids) <= max(c.init_token_ids) < rows:
+                raise TargetError(
+                    f"init_token_ids go from {min(c.init_token_ids)} to {max(c.init_token_ids)}; the backbone's "
+                    f"vocabulary has ids 0 to {rows - 1}. Use its own tokenizer."
+                )
+        with torch.no_grad():
+            return embedding(ids).float().clone()

@@ -1,0 +1,48 @@
+"""What the tests of single methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftlib import backbones
+
+
+def backbone(family: str, head: str = "classification") -> nn.Module:
+    """A tiny model without dropout, in evaluation mode."""
+    return backbones.load(f"tiny-{family}", head=head, dropout=0.0).model
+
+
+def inputs(family: str, count: int = 3) -> dict[str, torch.Tensor]:
+    """A padded batch of short texts."""
+    texts = ["the movie was great", "a boring film with a weak plot and some dreadful dialogue", "good cast"][:count]
+    return dict(backbones.load(f"tiny-{family}").tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def perturb(adapted, std: float = 0.3, seed: int = 1) -> None:
+    """Move every trained parameter away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+
+
+class Spy:
+    """Records the input and output of modules during forwards: ``spy[module] = (input, output)``."""
+
+    def __init__(self, *modules: nn.Module):
+        self.seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        for module in modules:
+            module.register_forward_hook(self._see)
+
+    def _see(self, module, args, output):
+        self.seen[module] = (args[0].detach(), output.detach())
+
+    def __getitem__(self, module):
+        return self.seen[module]
+
+
+def linear(site, x: torch.Tensor) -> torch.Tensor:
+    """A site's own map of x, without what is attached to it."""
+    y = x @ site.weight.T
+    return y if site.bias is None else y + site.bias

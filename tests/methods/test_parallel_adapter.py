@@ -1,0 +1,71 @@
+"""The parallel adapter: its formula, its places, its count."""
+
+import pytest
+import torch
+
+import peftlib
+from peftlib import backbones
+from peftlib.errors import UnknownNameError
+from peftlib.methods.base import ConfigError
+from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+from tests.reference.adapters import parallel_adapter
+
+FAMILIES = list(backbones.tiny.FAMILIES)
+
+
+def _check_formula(adapted, family, first, last, config):
+    perturb(adapted)
+    layers = [layer for layer in adapted.host.anatomy.layers if first in layer.sites]
+    assert layers
+    spy = Spy(*(layer.sites[name].module for layer in layers for name in (first, last)))
+    with torch.no_grad():
+        adapted.model(**inputs(family, 2))
+    for layer in layers:
+        a = layer.sites[last].module.parallel_adapter
+        x = spy[layer.sites[first].module][0].reshape(-1, adapted.host.anatomy.d)
+        inner, output = spy[layer.sites[last].module]
+        own = linear(layer.sites[last], inner).reshape(-1, x.shape[-1])
+        parts = [t.detach() for t in (a.down.weight, a.down.bias, a.up.weight, a.up.bias)]
+        expected = parallel_adapter(x, own, *parts, scale=config.scale, activation=config.activation)
+        torch.testing.assert_close(output.reshape(expected.shape), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adds_the_scaled_bottleneck_of_the_blocks_input_to_its_output(family):
+    adapted = peftlib.attach(backbone(family), "parallel_adapter", bottleneck=5)
+    _check_formula(adapted, family, "ffn.up", "ffn.down", adapted.config)
+
+
+@pytest.mark.parametrize(
+    ("family", "block"),
+    [(f, "attention") for f in ("bert", "distilbert", "gpt2", "t5")] + [("t5", "cross_attention")],
+)
+def test_beside_the_attention(family, block):
+    model = backbone(family)
+    adapted = peftlib.attach(model, "parallel_adapter", place="attention", bottleneck=3, scale=2.0, activation="gelu")
+    _check_formula(adapted, family, f"{block}.query", f"{block}.output", adapted.config)
+
+
+def test_starts_at_the_identity_in_every_layer():
+    model, data = backbone("roberta"), inputs("roberta")
+    before = model(**data).logits
+    adapted = peftlib.attach(model, "parallel_adapter")
+    assert torch.equal(model(**data).logits, before)
+    downs = [p for n, p in adapted.trainable().items() if n.endswith("down.weight")]
+    assert len(downs) == 2
+    assert all(p.abs().min() > 0 for p in downs)
+
+
+@pytest.mark.parametrize(("d", "layers", "name"), [(768, 12, "roberta-base"), (1024, 24, "roberta-large")])
+def test_count(d, layers, name):
+    adapted = peftlib.attach(backbones.shapes(name), "parallel_adapter", bottleneck=32)
+    assert adapted.count().method == layers * (2 * d * 32 + 32 + d)
+
+
+def test_bad_options():
+    with pytest.raises(ConfigError, match="bottleneck=0"):
+        peftlib.config("parallel_adapter", bottleneck=0)
+    with pytest.raises(UnknownNameError, match=r"'feedforward'.*Known: ffn, attention"):
+        peftlib.config("parallel_adapter", place="feedforward")
+    with pytest.raises(UnknownNameError, match=r"'rleu'.*'relu'"):
+        peftlib.config("parallel_adapter", activation="rleu")
