@@ -1,0 +1,59 @@
+"""What chapters show in place: a method's source, its counts, a table of runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from IPython.display import HTML, Markdown
+
+from peftlib import taxonomy
+
+
+def source(name: str) -> Markdown:
+    """A method's file as it stands in the library, or any module below ``peftlib`` by its dotted name."""
+    module = name if "." in name else taxonomy.entry(name).module
+    text = inspect.getsource(importlib.import_module(module)).rstrip()
+    return Markdown(f"```python\n{text}\n```")
+
+
+def table(rows: Iterable[dict[str, Any]]) -> HTML:
+    """Rows with the same keys as an HTML table that scrolls sideways on a narrow screen."""
+    rows = list(rows)
+    head = "".join(f"<th>{key}</th>" for key in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td{_align(value)}>{_text(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return HTML(f'<div style="overflow-x:auto"><table class="table">{content}</table></div>')
+
+
+def comparison(records: Iterable[dict[str, Any]]) -> HTML:
+    """Run records side by side: quality, sizes and cost, best test metric first."""
+    records = list(records)
+    metric = records[0]["metric"]
+    rows = [
+        {
+            "method": r["spec"]["method"],
+            f"test {metric}": f"{r['metrics']['test'][metric]:.3f}",
+            "trained": f"{r['count']['trained']:,}",
+            "of which head": f"{r['count']['head']:,}",
+            "% of backbone": f"{r['count']['percent']:.3f}",
+            "saved, kB": f"{r['bytes_on_disk'] / 1000:,.0f}",
+            "ms a step": f"{1000 * r['seconds_per_step']:.0f}",
+            "learning rate": f"{r['spec']['learning_rate']:g}",
+        }
+        for r in sorted(records, key=lambda r: -r["metrics"]["test"][metric])
+    ]
+    return table(rows)
+
+
+def _text(value: Any) -> str:
+    return str(value).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _align(value: Any) -> str:
+    numeric = str(value).replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdigit()
+    return ' style="text-align:right"' if numeric else ""
