@@ -42,8 +42,7 @@ STYLE = {
 
 
 def _figure(width: float, height: float, **more) -> tuple[Figure, Any]:
-    with mpl.rc_context(STYLE):
-        return plt.subplots(figsize=(width, height), **more)
+    return plt.subplots(figsize=(width, height), **more)
 
 
 #: The parts of one layer: site -> (x, y, width, height, label), in units of the drawing.
@@ -76,6 +75,7 @@ _ARROWS = (
 _WEIGHTS = tuple(b for b in _BOXES if b.startswith(("attention.", "ffn.")) and b != "attention.heads")
 
 
+@mpl.rc_context(STYLE)
 def sites_diagram(method: str) -> Figure:
     """Where a method acts in a transformer: the sites of its taxonomy entry, coloured in one drawing of a layer."""
     entry = taxonomy.entry(method)
@@ -129,6 +129,7 @@ def sites_diagram(method: str) -> Figure:
     return figure
 
 
+@mpl.rc_context(STYLE)
 def quality_against_parameters(rows: Sequence[dict[str, Any]], metric: str = "accuracy", title: str = "") -> Figure:
     """Mean quality against trained parameters (log scale), with one standard deviation over seeds.
 
@@ -187,6 +188,7 @@ def _label(axes, points: Iterable[tuple[float, float, str]]) -> None:
     axes.set_ylim(low, max(high, max((at for _, at in placed), default=high) + step))
 
 
+@mpl.rc_context(STYLE)
 def learning_rate_search(records: Sequence[dict[str, Any]], metric: str = "accuracy") -> Figure:
     """Validation metric by learning rate, one line a method: the search from which each default comes."""
     lines: dict[str, dict[float, float]] = {}
@@ -216,6 +218,7 @@ def learning_rate_search(records: Sequence[dict[str, Any]], metric: str = "accur
     return figure
 
 
+@mpl.rc_context(STYLE)
 def loss_curves(records: Sequence[dict[str, Any]]) -> Figure:
     """Training loss over optimizer steps, one line a run."""
     figure, axes = _figure(7.2, 3.2)
