@@ -7,3 +7,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+
+
+def pytest_configure(config):
+    from tests.conformance.plugin import Collector
+
+    config.pluginmanager.register(Collector(), "conformance")

@@ -7,6 +7,7 @@ module to change the inputs and then calls transformers' own sdpa function. With
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,17 +78,24 @@ def use(host: Host) -> None:
     if before == NAME:
         return
     model.set_attn_implementation(NAME)
-    host.on_remove(lambda: model.set_attn_implementation(before))
+    host.on_remove(partial(model.set_attn_implementation, before))
 
 
 def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
     """Hang ``child(Inputs) -> Inputs`` on an attention module."""
     use(host)
     host.add(module, name, child)
-    before = getattr(module, "peftlib_attention", ())
-    module.peftlib_attention = (*before, name)
-    host.on_remove(lambda: setattr(module, "peftlib_attention", before))
+    module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), name)
+    host.on_remove(partial(_forget, module, name))
     return child
+
+
+def _forget(module: nn.Module, name: str) -> None:
+    left = tuple(n for n in module.peftlib_attention if n != name)
+    if left:
+        module.peftlib_attention = left
+    else:
+        del module.peftlib_attention
 
 
 class Prefix(nn.Module):

@@ -91,7 +91,7 @@ class Host:
         module.add_module(name, child)
         child.train(module.training)
         self.children.append((module, name, child))
-        self._undo.append(partial(module._modules.pop, name))
+        self._undo.append(partial(_take_out, module, name))
         return child
 
     def after(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -131,17 +131,15 @@ class Host:
             for n, p in m._parameters.items()
             if p is parameter
         ]
+        if not owners:
+            raise StateError("a weight is computed by another method already; detach() that one, or combine others")
         child.to(parameter.device)
         for module, name in owners:
             parametrize.register_parametrization(module, name, child, unsafe=True)
             self._undo.append(partial(parametrize.remove_parametrizations, module, name, leave_parametrized=False))
         module, name = owners[0]
         self.children.append((module.parametrizations[name], "0", child))
-
-        def bake() -> None:
-            parameter.data.copy_(child(parameter).detach())
-
-        self._baked.append(bake)
+        self._baked.append(partial(_bake, parameter, child))
         return child
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -169,15 +167,21 @@ class Host:
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
-            self._undo.append(partial(owner._modules.__setitem__, name, old))
+            self._undo.append(partial(_put, owner, name, old))
         else:
             self.root.can_restore = False
         self.root._anatomy = anatomy.of(self.model)
         return module
 
-    def on_remove(self, function: Callable[[], None]) -> None:
-        """Call ``function`` when the method leaves, in reverse order of registration."""
-        self._undo.append(function)
+    def on_remove(self, function: Callable[[], None], restores: bool = False) -> None:
+        """Call ``function`` when the method leaves, in reverse order of registration; one that ``restores`` old values
+        of the backbone is left out of a merge.
+
+        Give ``functools.partial`` over a module-level function with the modules and tensors as arguments: a deep copy
+        of the model then undoes its own changes, where a closure or a bound method of a container would undo the
+        original's.
+        """
+        self._undo.append(partial(_restore, function) if restores else function)
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
@@ -200,6 +204,15 @@ class Host:
         """Name in the model -> child module; a child shared by several owners appears once."""
         ids = {id(child) for part in self._parts() for _, _, child in part.children}
         return {name: module for name, module in self.model.named_modules() if id(module) in ids}
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        """Name in the model -> boolean mask, for frozen parameters into which a method writes: the entries that it
+        owns. All other entries of every frozen parameter stay bit-identical."""
+        return {
+            f"{path.rpartition('.')[0]}.original": child.owned
+            for path, child in self.paths().items()
+            if hasattr(child, "owned")
+        }
 
     def _parts(self) -> list[Host]:
         return [self, *(p for scope in self._scopes for p in scope._parts())]
@@ -250,11 +263,27 @@ def _part_name(name: str, part: tuple[int, int] | None) -> str:
     return name if part is None else f"{name}_{part[0]}"
 
 
+def _take_out(module: nn.Module, name: str) -> None:
+    del module._modules[name]
+
+
+def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
+    owner._modules[name] = module
+
+
+def _bake(parameter: nn.Parameter, child: nn.Module) -> None:
+    parameter.data.copy_(child(parameter).detach())
+
+
 def _copy(parameter: nn.Parameter, original: torch.Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(original)
 
 
+def _restore(function: Callable[[], None]) -> None:
+    function()
+
+
 def _restores(undo: Callable) -> bool:
     """Whether this undo step puts old values back, which a merge must not do."""
-    return isinstance(undo, partial) and undo.func is _copy
+    return isinstance(undo, partial) and undo.func in (_copy, _restore)

@@ -55,6 +55,9 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     calibrates: ClassVar[bool] = False
     """Whether training needs :meth:`calibrate` first."""
+    exceptions: ClassVar[dict[str, str]] = {}
+    """What this method cannot do of what every method must: name of a conformance check -> why. The suite sees to it
+    that a check named here really fails."""
 
     def __init__(self, config: MethodConfig):
         self.config = config
@@ -76,6 +79,10 @@ class Method:
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Look at training batches (model inputs with labels, on the model's device) before training."""
+
+    def pending(self) -> tuple[int, int, int]:
+        """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""
+        return 0, 0, 0
 
     def on_step_start(self, progress: Progress) -> None:
         """Before the first forward of an optimizer step."""

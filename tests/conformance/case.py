@@ -1,0 +1,156 @@
+"""The small world in which every method is checked: a tiny random backbone of one family, eight texts, few steps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import peftlib
+from peftlib.backbones import tiny
+
+FAMILIES = tuple(tiny.FAMILIES)
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+ENCODER_DECODERS = ("t5", "mt5", "bart")
+LABELS = (0, 1, 1, 0, 1, 0, 0, 1)
+
+# Settings where a method's defaults are made for backbones of millions of parameters and do not fit thousands.
+SETTINGS: dict[str, dict] = {}
+
+
+def lm_head(family: str) -> str:
+    """The language-model head of a family."""
+    if family in ENCODERS:
+        return "masked_lm"
+    return "seq2seq" if family in ENCODER_DECODERS else "causal_lm"
+
+
+@functools.cache
+def _backbone(family: str, head: str) -> peftlib.backbones.Backbone:
+    # Without dropout, so that two runs of the same steps can be compared.
+    return peftlib.backbones.load(f"tiny-{family}", head=head, dropout=0.0)
+
+
+def tokenizer(family: str):
+    return _backbone(family, "classification").tokenizer
+
+
+def backbone(family: str, head: str = "classification") -> nn.Module:
+    """A fresh copy of the family's tiny model, in evaluation mode."""
+    return copy.deepcopy(_backbone(family, head).model)
+
+
+def texts() -> list[str]:
+    """Eight different texts of 3 to 10 words."""
+    words, step = tiny.WORDS, 7
+    return [" ".join(words[(13 * i + step * j) % len(words)] for j in range(3 + i)) for i in range(8)]
+
+
+@functools.cache
+def _batch(family: str, head: str) -> dict[str, torch.Tensor]:
+    encoded = dict(tokenizer(family)(texts(), return_tensors="pt", padding=True))
+    if head == "classification":
+        return encoded | {"labels": torch.tensor(LABELS)}
+    labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+    return encoded | {"labels": labels}
+
+
+def batch(family: str, head: str = "classification") -> dict[str, torch.Tensor]:
+    """The eight texts with labels (for a language model: the texts themselves), padded on the right."""
+    return {k: v.clone() for k, v in _batch(family, head).items()}
+
+
+def inputs(family: str, head: str = "classification") -> dict[str, torch.Tensor]:
+    """The batch without its labels, except where the model makes its decoder's inputs from them."""
+    full = batch(family, head)
+    return full if head == "seq2seq" else {k: v for k, v in full.items() if k != "labels"}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
+    """What the model answers in evaluation mode."""
+    model.eval()
+    return model(**given).logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one family with one head."""
+
+    method: str
+    family: str
+    head: str = "classification"
+
+    @property
+    def config(self) -> peftlib.MethodConfig:
+        return peftlib.config(self.method, **SETTINGS.get(self.method, {}))
+
+    def backbone(self) -> nn.Module:
+        return backbone(self.family, self.head)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        return batch(self.family, self.head)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return inputs(self.family, self.head)
+
+    def logits(self, model: nn.Module) -> torch.Tensor:
+        return logits(model, **self.inputs())
+
+    def attach(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
+        """The method on a fresh backbone, calibrated where it must be."""
+        adapted = peftlib.attach(self.backbone() if model is None else model, self.config, **options)
+        adapted.calibrate([self.batch()])
+        return adapted
+
+    def trained(self, steps: int = 3, **options) -> peftlib.Adapted:
+        """The method after a few large steps, so that it computes something else than at its start."""
+        adapted = self.attach(**options)
+        train(adapted, self.batch(), steps)
+        return adapted
+
+
+def train(
+    adapted: peftlib.Adapted,
+    data: dict[str, torch.Tensor],
+    steps: int = 3,
+    *,
+    total: int | None = None,
+    rate: float = 0.02,
+    weight_decay: float = 0.0,
+    watch: Iterable = (),
+) -> list[float]:
+    """Steps of AdamW on one batch inside the lifecycle; gives the losses. ``watch`` are called with each step's number
+    between backward and update. Leaves the model in evaluation mode."""
+    optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=rate, weight_decay=weight_decay)
+    losses = []
+    adapted.model.train()
+    with adapted.lifecycle(total or steps) as life:
+        for step in range(steps):
+            life.step_start()
+            loss = adapted.model(**data).loss
+            loss.backward()
+            life.gradients()
+            for look in watch:
+                look(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            life.step_end()
+            losses.append(float(loss.detach()))
+    adapted.model.eval()
+    return losses
+
+
+def supported_family(method: str) -> str:
+    """The first family that hosts the method, for checks that run on one family only."""
+    for family in FAMILIES:
+        try:
+            peftlib.attach(backbone(family), Case(method, family).config)
+        except peftlib.errors.UnsupportedError:
+            continue
+        return family
+    raise AssertionError(f"{method} supports no family")

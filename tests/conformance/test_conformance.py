@@ -1,0 +1,79 @@
+"""Every method on every family, check by check. ``pytest tests/conformance -k lora`` runs one method's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import peftlib
+from peftlib.errors import PeftlibError, UnsupportedError
+from tests.conformance import matrix
+from tests.conformance.case import FAMILIES, supported_family
+from tests.conformance.checks import CHECKS, Declined
+
+
+def outcome(method: str, name: str, family: str, tmp: Path) -> str:
+    """The cell of the matrix: "yes", "no: reason" or "not supported: reason". Raises where a promise is broken."""
+    check = CHECKS[name]
+    case = check.case(method, family)
+    try:
+        peftlib.attach(case.backbone(), case.config)
+    except UnsupportedError as error:
+        return f"not supported: {error}"
+    reason = peftlib.find(method).exceptions.get(name)
+    try:
+        check.run(case, tmp)
+    except UnsupportedError as error:
+        return f"not supported: {error}"
+    except Declined as declined:
+        return f"no: {declined}"
+    except (AssertionError, PeftlibError):
+        if reason is None:
+            raise
+        return f"no: {reason}"
+    if reason is not None:
+        raise AssertionError(f"{method} says that it fails {name!r} ({reason}), but it passes: remove the exception")
+    return "yes"
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "name"),
+    [
+        pytest.param(method, family, name, id=f"{method}-{family or 'one'}-{name}")
+        for method in peftlib.methods()
+        for name, check in CHECKS.items()
+        for family in check.families or ("",)
+    ],
+)
+def test_conformance(method: str, family: str, name: str, tmp_path: Path, record_property) -> None:
+    family = family or supported_family(method)
+    cell = "fails"
+    try:
+        cell = outcome(method, name, family, tmp_path)
+    finally:
+        record_property(matrix.PROPERTY, [method, name, family, cell])
+
+
+def test_every_method_has_a_home():
+    """A method that refuses every family would pass all its checks."""
+    for method in peftlib.methods():
+        assert supported_family(method) in FAMILIES
+
+
+def test_exceptions_name_checks():
+    for method in peftlib.methods():
+        assert peftlib.find(method).exceptions.keys() <= CHECKS.keys()
+
+
+def test_committed_matrix_is_of_these_methods_and_checks():
+    document = json.loads(matrix.COMMITTED.read_text())
+    way_out = "results/conformance.json is stale: run `make conformance`"
+    assert document["checks"] == matrix.titles(), way_out
+    assert list(document["methods"]) == peftlib.methods(), way_out
+    for rows in document["methods"].values():
+        assert {name: set(cells) for name, cells in rows.items() if CHECKS[name].families} == {
+            name: set(check.families) for name, check in CHECKS.items() if check.families
+        }, way_out
+        assert not [c for cells in rows.values() for c in cells.values() if c == "fails"], way_out
