@@ -51,9 +51,10 @@ class Entry:
     trains: str
     """What is trained, in words."""
     count: str
-    """Trained parameters without the task head on an encoder, right after attaching: a Python expression over L, d,
-    f, H, V (layers, hidden size, inner size, heads, vocabulary), total (the backbone's parameters without the task
-    head), head (the task head's parameters) and the fields of the method's config."""
+    """Trained parameters without the task head on an encoder, right after attaching (where calibration chooses a mask:
+    the entries that it will choose). A Python expression over L, d, f, H, V (layers, hidden size, inner size, heads,
+    vocabulary), total (the backbone's parameters without the task head), head (the task head's parameters) and the
+    fields of the method's config."""
     start: Literal["identity", "near", "changed"]
     """Output right after attaching: exactly the backbone's, close to it, or different by nature."""
     start_note: str
