@@ -156,6 +156,18 @@ class Anatomy:
         return self.model.get_input_embeddings()
 
     @property
+    def first_position(self) -> int:
+        """The position id of the first token."""
+        return self.config.pad_token_id + 1 if self.family.positions == "absolute after padding" else 0
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest input that the backbone has positions for; None where positions are relative or rotary."""
+        if self.family.positions == "relative":
+            return None
+        return self.config.max_position_embeddings - self.first_position
+
+    @property
     def stacks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layer.stack for layer in self.layers))
 

@@ -8,6 +8,7 @@ Paths are relative to a layer, except ``layers`` and ``norms`` of a stack, which
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Family:
     stacks: dict[str, Stack] = field(default_factory=dict)
     heads: str = "num_attention_heads"
     inner: str = "intermediate_size"
+    positions: Literal["absolute", "absolute after padding", "relative"] = "absolute"
+    """A table of positions from 0, one whose first positions the padding id takes (RoBERTa), or none that ends."""
 
 
-def _bert(name: str, *model_types: str) -> Family:
+def _bert(name: str, *model_types: str, **options) -> Family:
     return Family(
         name,
         model_types,
@@ -60,6 +63,7 @@ def _bert(name: str, *model_types: str) -> Family:
                 norms={"attention": "attention.output.LayerNorm", "ffn": "output.LayerNorm"},
             )
         },
+        **options,
     )
 
 
@@ -130,7 +134,7 @@ def _bart_stack(name: str, cross: bool) -> Stack:
 
 FAMILIES: tuple[Family, ...] = (
     _bert("bert", "bert"),
-    _bert("roberta", "roberta", "xlm-roberta"),
+    _bert("roberta", "roberta", "xlm-roberta", positions="absolute after padding"),
     _bert("electra", "electra"),
     Family(
         "distilbert",
@@ -209,6 +213,7 @@ FAMILIES: tuple[Family, ...] = (
                 final_norm="norm",
             )
         },
+        positions="relative",
     ),
     Family(
         "t5",
@@ -225,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
         },
         inner="d_ff",
+        positions="relative",
     ),
     Family(
         "bart",

@@ -50,7 +50,7 @@ class PromptTuningConfig(MethodConfig):
                 raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
         if (self.init == "text") != bool(self.init_token_ids):
             raise ConfigError(
-                f"init={self.init!r} with init_token_ids={self.init_token_ids!r}: init=\"text\" needs the token ids of "
+                f'init={self.init!r} with init_token_ids={self.init_token_ids!r}: init="text" needs the token ids of '
                 "a text, tokenizer(text)['input_ids'], and the others take none"
             )
 

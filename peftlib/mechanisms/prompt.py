@@ -1,0 +1,170 @@
+"""The seam at the input: trained vectors among the embeddings of the text.
+
+:func:`attach` hooks the module of the first stack that takes ``inputs_embeds``: the base model of encoders and
+decoders, the encoder of encoder-decoder models. The prompt's positions are part of everything inside the stack and of
+its cache, and are taken out of its last hidden state, so that a head's logits and labels stand where they stood
+without a prompt. Encoders whose task head pools the first position are the exception: there a prompt in front of the
+input is what the head sees, as in HF peft.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from peftlib.anatomy import Anatomy
+from peftlib.errors import UnsupportedError
+from peftlib.mechanisms.host import Host
+
+Position = Literal["front", "after_first"]
+
+_POOLING_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """``length`` m, the index ``at`` where the prompt goes in, the stack's parameter names in order, its first
+    position id and the longest input it has positions for."""
+
+    length: int
+    at: int
+    names: tuple[str, ...]
+    first_position: int
+    max_length: int | None
+
+
+class Prompt(nn.Module):
+    """m trained vectors: ``vectors`` (m, e). Called with the embedded input (B, n, e) it gives (B, m, e)."""
+
+    def __init__(self, vectors: torch.Tensor):
+        super().__init__()
+        self.vectors = nn.Parameter(vectors)
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        return self.vectors.expand(embedded.shape[0], -1, -1)
+
+
+def embedding(host: Host) -> nn.Module:
+    """The word embedding of the stack that takes the prompt; its output is what a prompt stands beside."""
+    return _input_module(host.anatomy).get_input_embeddings()
+
+
+def attach(host: Host, child: nn.Module, length: int, position: Position = "front") -> nn.Module:
+    """Put the ``length`` vectors that ``child(embedded) -> (B, m, e)`` gives into every input.
+
+    ``position``: ``"front"`` of the input, or ``"after_first"`` token (encoders only), which leaves [CLS] in front,
+    where pooling heads look.
+
+    Raises UnsupportedError for ``"after_first"`` on other than an encoder, and, when the model is called, for an input
+    that leaves too few positions or a mask that is not (B, n).
+    """
+    parts = host.anatomy
+    encoder_only = parts.stacks == ("encoder",)
+    if position == "after_first" and not encoder_only:
+        raise UnsupportedError(
+            f'position="after_first" keeps the token that an encoder pools in front; {type(host.model).__name__} is no '
+            'encoder. Use position="front".'
+        )
+    module = _input_module(parts)
+    seam = Seam(
+        length=length,
+        at=1 if position == "after_first" else 0,
+        names=_names(module),
+        first_position=parts.first_position,
+        max_length=parts.max_length,
+    )
+    host.add(module, "prompt", child)
+    host.hook(module, _insert, child, seam, before=True)
+    if len(parts.stacks) > 1:
+        decoder = parts.stack_inputs("decoder")
+        host.hook(decoder, _extend_cross_mask, length, _names(decoder), before=True)
+    elif not (encoder_only and seam.at == 0 and type(host.model).__name__.endswith(_POOLING_HEADS)):
+        host.hook(module, _take_out, seam)
+    return child
+
+
+def check_length(tokens: int, extra: int, limit: int | None) -> None:
+    """Raise UnsupportedError when ``tokens`` and ``extra`` trained positions exceed the backbone's ``limit``."""
+    if limit is not None and tokens + extra > limit:
+        raise UnsupportedError(
+            f"an input of {tokens} tokens and {extra} trained positions need {tokens + extra} positions; this backbone "
+            f"has {limit}. Cut the input to {limit - extra} tokens or choose a smaller length."
+        )
+
+
+def past_length(kwargs: dict) -> int:
+    """Positions that the cache holds already."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _input_module(parts: Anatomy) -> nn.Module:
+    return parts.stack_inputs(parts.stacks[0])
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _put(x: torch.Tensor, piece: torch.Tensor, at: int) -> torch.Tensor:
+    return torch.cat([x[:, :at], piece.to(x.dtype), x[:, at:]], dim=1)
+
+
+def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs: dict):
+    call = by_name(seam.names, args, kwargs)
+    mask, positions, types = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
+    if mask is not None:
+        if mask.dim() != 2:
+            raise UnsupportedError(
+                f"a prompt needs an attention mask of shape (batch, tokens), and got {tuple(mask.shape)}; "
+                "static caches and ready-made masks do not go with prompts"
+            )
+        call["attention_mask"] = _put(mask, mask.new_ones(mask.shape[0], seam.length), seam.at)
+    past = past_length(call)
+    if past > 0:
+        # The prompt is in the cache, and the caller's positions do not count it.
+        if positions is not None:
+            call["position_ids"] = positions + seam.length
+        return (), call
+    embedded = call.get("inputs_embeds")
+    if embedded is None:
+        embedded = module.get_input_embeddings()(call["input_ids"])
+    check_length(embedded.shape[1], seam.length, seam.max_length)
+    call["input_ids"] = None
+    call["inputs_embeds"] = _put(embedded, child(embedded), seam.at)
+    if positions is not None:
+        first = seam.first_position + seam.at
+        new = torch.arange(first, first + seam.length, device=positions.device).expand(positions.shape[0], -1)
+        call["position_ids"] = torch.cat([positions[:, : seam.at], new, positions[:, seam.at :] + seam.length], dim=1)
+    if types is not None:
+        call["token_type_ids"] = _put(types, types.new_zeros(types.shape[0], seam.length), seam.at)
+    return (), call
+
+
+def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
+    hidden = output[0]
+    if past_length(by_name(seam.names, args, kwargs)) > hidden.shape[1]:
+        # A later step of generation: the prompt came with an earlier one.
+        return None
+    kept = torch.cat([hidden[:, : seam.at], hidden[:, seam.at + seam.length :]], dim=1)
+    if isinstance(output, tuple):
+        return (kept, *output[1:])
+    output.last_hidden_state = kept
+    return output
+
+
+def _extend_cross_mask(length: int, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):
+    call = by_name(names, args, kwargs)
+    states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+    if states is not None and mask is not None and states.shape[1] == mask.shape[1] + length:
+        call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)
+    return (), call
