@@ -91,6 +91,7 @@ def count(case: Case, tmp: Path) -> None:
         "V": anatomy.vocabulary,
         "total": size.total - size.head,
         "head": size.head,
+        "pooler": int(getattr(anatomy.base, "pooler", None) is not None),
     }
     card = peftlib.card(case.method)
     assert size.method == card.trained(**values, **dataclasses.asdict(case.config)), card.count
@@ -143,12 +144,19 @@ def gradients(case: Case, tmp: Path) -> None:
 @check("Frozen parameters and buffers stay bit-identical, with weight decay and momentum on")
 def frozen(case: Case, tmp: Path) -> None:
     model = case.backbone()
-    tensors = {n: t for n, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
     adapted = case.attach(model)
     trained = {id(p) for p in adapted.trainable().values()}
     kept = {n: (t, t.detach().clone()) for n, t in tensors.items() if id(t) not in trained}
     train(adapted, case.batch(), steps=5, weight_decay=0.1)
-    changed = [n for n, (now, before) in kept.items() if not torch.equal(now, before)]
+    # A method may train some entries of a frozen tensor in place; it says which.
+    parameters = dict(adapted.model.named_parameters(remove_duplicate=False))
+    owned = {id(parameters[n]): mask for n, mask in adapted.host.owned().items()}
+    changed = [
+        n
+        for n, (now, before) in kept.items()
+        if not torch.equal(now, torch.where(owned[id(now)], now, before) if id(now) in owned else before)
+    ]
     assert not changed, f"{changed[:5]} changed"
 
 
@@ -157,12 +165,12 @@ def overfits(case: Case, tmp: Path) -> None:
     adapted = case.attach(train_head=False)
     rate = OVERFIT_RATE.get(case.method, max(0.01, 10 * adapted.method.learning_rate))
     data = case.batch()
-    for _ in range(10):
+    for _ in range(15):
         train(adapted, data, steps=20, total=20, rate=rate)
         right = (case.logits(adapted.model).argmax(-1) == data["labels"]).sum()
         if right == len(data["labels"]):
             return
-    raise AssertionError(f"after 200 steps {right} of {len(data['labels'])} are right")
+    raise AssertionError(f"after 300 steps {right} of {len(data['labels'])} are right")
 
 
 @check("Training without the lifecycle is an error where the method acts during training")
@@ -200,7 +208,7 @@ def save_load(case: Case, tmp: Path) -> None:
     folder = adapted.save(tmp / "adapter")
     assert sorted(p.name for p in folder.iterdir()) == ["adapter.safetensors", "config.json"]
     with safetensors.safe_open(folder / "adapter.safetensors", "pt") as file:
-        stored = {n: file.get_tensor(n) for n in file.keys()}
+        stored = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - not a dict
     foreign = (stored.keys() & names) - adapted.trainable().keys()
     assert not foreign, f"the file holds frozen parameters: {sorted(foreign)[:5]}"
     size = adapted.count()
@@ -456,7 +464,7 @@ def trainer(case: Case, tmp: Path) -> None:
 NEAR = 0.25
 """A start that is near the backbone's moves the logits by less than this share of their norm."""
 
-OVERFIT_RATE: dict[str, float] = {"head": 0.01}
+OVERFIT_RATE: dict[str, float] = {"head": 0.003}
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
 

@@ -10,7 +10,6 @@ from tests.conformance.case import FAMILIES
 from tests.conformance.checks import CHECKS
 from tests.conformance.plugin import PROPERTY
 
-
 __all__ = ["BUILT", "COMMITTED", "PROPERTY", "complete", "document", "titles", "write"]
 
 ROOT = Path(__file__).parents[2]
