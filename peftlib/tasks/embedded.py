@@ -137,28 +137,27 @@ def _read(rows: Iterable[dict[str, str]]) -> tuple[list[_Text], list[_Text]]:
     reviews: dict[str, _Text] = {}
     for row in rows:
         text = row["text"].translate(_WINDOWS_SIGNS)
-        if not (key := normalized(text)):
-            continue
         if row["source"] == "imdb":
-            sentences = [(sentence, normalized(sentence)) for sentence in _sentences(text)]
-            text = " ".join(sentence for sentence, _ in sentences)
-            reviews.setdefault(key, _Text(text, int(row["label"]), key, key, sentences))
+            text = "\n".join(" ".join(line.split()) for line in _BREAK.split(text) if line.strip())
+            found, parts = reviews, _sentences(text)
         else:
-            snippets.setdefault(key, _Text(text, int(row["label"]), key, key, [(text, key)]))
+            found, parts = snippets, [text]
+        key = normalized(text)
+        if key and key not in found:
+            found[key] = _Text(text, int(row["label"]), key, key, [(part, normalized(part)) for part in parts])
     return list(snippets.values()), list(reviews.values())
 
 
 # Dashes, quotes and dots of Windows-1252 stand in the file as the control characters of the same numbers.
 _WINDOWS_SIGNS = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
-_BREAK = re.compile(r"(?:<br\s*/?>\s*)+")
+_BREAK = re.compile(r"<br\s*/?>|\n")
 _END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|jr|sr|prof|vs|etc|no|vol|e\.g|i\.e|[a-z])\.$", re.IGNORECASE)
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Sentences of a review; its line breaks end sentences too."""
-    for paragraph in _BREAK.split(text):
-        line = " ".join(paragraph.split())
+    """Sentences of a text; its line breaks end sentences too."""
+    for line in text.split("\n"):
         start = 0
         for end in _END.finditer(line):
             if not _ABBREVIATION.search(line[max(0, end.start() - 8) : end.start()]):

@@ -110,9 +110,10 @@ class Task:
         n_validation = n_train if n_validation is None else n_validation
         rows = self._labelled("train")
         texts = zip(*(rows[column] for column in self.text_columns))
+        labels = list(rows["label"])
         order = sorted(range(len(rows)), key=[fraction(json.dumps(t), f"few-shot {seed}") for t in texts].__getitem__)
-        chosen, rest = self._draw(order, rows["label"], n_train, "n_train")
-        held_out, _ = self._draw(rest, rows["label"], n_validation, "n_validation")
+        chosen, rest = self._draw(order, labels, n_train, "n_train")
+        held_out, _ = self._draw(rest, labels, n_validation, "n_validation")
         splits = dict(self.splits) | {"train": rows.select(chosen), "validation": rows.select(held_out)}
         if n_test is not None and "test" in splits:
             splits["test"] = splits["test"].select(range(min(n_test, len(splits["test"]))))
