@@ -22,7 +22,7 @@ PACKAGE = Path(peftlib.__file__).parent
 SURVEY = [e for e in METHODS if e.category != "baselines"]
 
 # RoBERTa-base without its task head, and the two-class head.
-SHAPE = {"L": 12, "d": 768, "f": 3072, "H": 12, "V": 50265, "total": 124_055_040, "head": 592_130}
+SHAPE = {"L": 12, "d": 768, "f": 3072, "H": 12, "V": 50265, "total": 124_055_040, "head": 592_130, "pooler": 0}
 
 # Settings under which the methods that have no config yet are counted.
 SETTINGS = {

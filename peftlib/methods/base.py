@@ -56,8 +56,8 @@ class Method:
     calibrates: ClassVar[bool] = False
     """Whether training needs :meth:`calibrate` first."""
     exceptions: ClassVar[dict[str, str]] = {}
-    """What this method cannot do of what every method must: name of a conformance check -> why. The suite sees to it
-    that a check named here really fails."""
+    """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
+    The suite sees to it that a check named here really fails."""
 
     def __init__(self, config: MethodConfig):
         self.config = config
@@ -127,11 +127,18 @@ class Method:
 
 def at_least(name: str, value: float, low: float) -> None:
     """Raise ConfigError unless ``value >= low``."""
+    _number(name, value)
     if not value >= low:
         raise ConfigError(f"{name}={value!r} is too small; it must be at least {low}")
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless ``low < value <= high``."""
+    _number(name, value)
     if not low < value <= high:
         raise ConfigError(f"{name}={value!r} is out of range; it must be above {low} and at most {high}")
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r} is not a number")

@@ -494,11 +494,12 @@ METHODS = (
         r"\mathbb{R}^{d}$: trained vectors.",
         sites=("attention.output", "norms"),
         trains="Two vectors and one norm a layer.",
-        count="L * 4 * d",
+        count="L * d * (1 + shift + 2 * train_norms)",
         start="identity",
         start_note="The scale starts at one, the shift at zero.",
         merge="exact",
-        merge_note="Scale and shift fold into the output projection; the norm is the backbone's own.",
-        life=("on_step_start: the head trains first, then vectors and norms join",),
+        merge_note="Scale and shift fold into the output projection, which needs a bias for the shift; the norm is the "
+        "backbone's own.",
+        life=("on_gradients: the head trains alone in the first stage, then vectors and norms without it",),
     ),
 )

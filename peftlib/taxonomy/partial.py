@@ -43,7 +43,7 @@ METHODS = (
         r"trained shift as well.",
         sites=("biases",),
         trains="Every bias vector: of attention, feed-forward blocks and norms.",
-        count="L * (7 * d + f) + d",
+        count="L * (d + f) if queries_and_inner else L * (7 * d + f) + d + d * pooler",
         start="identity",
         start_note="Nothing is added.",
         merge="exact",

@@ -1,0 +1,46 @@
+r"""(IA)³: trained vectors scale keys, values and the inner activations of the feed-forward block.
+
+.. math:: \mathrm{softmax}\Bigl(\frac{Q\,(l_k \odot K)^\top}{\sqrt{p}}\Bigr)(l_v \odot V), \qquad
+          W_2\,(l_f \odot \gamma(W_1 x))
+
+Shapes: l_k and l_v as wide as keys and values (d, less with grouped queries), l_f (f). All start at one, so the start
+is the identity. Trained: 2d + f a layer, 4d + f in a decoder layer with cross-attention. Everything is linear, so it
+merges exactly: l_k and l_v scale the rows of their weights and their biases, l_f the columns of W_2.
+
+Source: Liu et al. 2022, arXiv:2205.05638, which does this in self- and cross-attention of T5. Their unlikelihood and
+length-normalised losses belong to the recipe T-Few, not to the method, and are not here. ``inputs`` names the maps
+whose input is scaled: ``("attention.output", "ffn.down")`` is what HF peft does by default on BERT and RoBERTa.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.scaling import ScaleInput, ScaleOutput
+from peftlib.methods.base import Method, MethodConfig
+
+
+@dataclass(frozen=True)
+class IA3Config(MethodConfig):
+    """``outputs`` and ``inputs``: site patterns of the linear maps whose output or input is scaled."""
+
+    outputs: tuple[str, ...] | str = ("*attention.key", "*attention.value")
+    inputs: tuple[str, ...] | str = ("ffn.down",)
+
+
+class IA3(Method):
+    Config = IA3Config
+    learning_rate = 3e-3
+
+    def attach(self, host: Host) -> None:
+        c = self.config
+        self.scales = {}
+        for site in host.anatomy.sites(c.outputs):
+            self.scales[site] = host.after(site, "ia3", ScaleOutput(site.out_features))
+        for site in host.anatomy.sites(c.inputs):
+            self.scales[site] = host.before(site, "ia3", ScaleInput(site.in_features))
+
+    def merge(self) -> None:
+        for site, scale in self.scales.items():
+            scale.fold(site)
