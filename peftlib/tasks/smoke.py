@@ -24,13 +24,7 @@ def _single(subject: str, article: str, word: str, label: int) -> dict:
 
 
 def _pair(subject: str, article: str, word: str, label: int) -> dict:
-    """The second text agrees with the first (label 1) or not; half of the rows of each label are about good films."""
-    good = word in _GOOD
-    return {
-        "text": f"{article} {subject} was {word}",
-        "text_pair": f"i {'love' if good == bool(label) else 'hate'} this {subject}",
-        "label": label,
-    }
+    return {"text": f"i saw {article} {subject}", "text_pair": f"it was very {word}", "label": label}
 
 
 def _score(subject: str, article: str, word: str, label: int) -> dict:
@@ -50,7 +44,7 @@ _CLASSES = {
 }
 _TASKS: dict[str, tuple[Callable[..., dict], dict]] = {
     "smoke": (_single, _CLASSES),
-    "smoke-pair": (_pair, _CLASSES | {"label_names": ("disagrees", "agrees")}),
+    "smoke-pair": (_pair, _CLASSES),
     "smoke-regression": (_score, {"kind": "regression", "metrics": ("pearson", "spearman", "mse")}),
     "smoke-seq2seq": (_target, {"kind": "seq2seq", "metrics": ("nll", "perplexity", "token_accuracy")}),
     "smoke-lm": (_target, {"kind": "causal_lm", "metrics": ("nll", "perplexity", "token_accuracy")}),
@@ -64,9 +58,6 @@ def load(name: str) -> Task:
     per_class = []
     for label in (0, 1):
         words = product(_SUBJECTS, ("the", "this"), _GOOD if label else _BAD)
-        # In a pair the label is not the word's: every other row of a class is about a bad film.
-        if name == "smoke-pair":
-            words = product(_SUBJECTS, ("the", "this"), [pair[i % 2] for i, pair in enumerate(zip(_GOOD, _BAD))])
         order = sorted(words, key=lambda w: fraction(" ".join(w), f"smoke {label}"))
         per_class.append([make(*w, label) for w in order])
     rows = [row for both in zip(*per_class) for row in both]

