@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peftlib import anatomy
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.host import Host
 from peftlib.methods import config as method_config
@@ -71,6 +73,8 @@ class Adapted:
         return self.method.name
 
     def __repr__(self) -> str:
+        if self.host is None:
+            return f"Adapted({type(self.model).__name__}, {self.config}, no longer attached)"
         count = self.count()
         return (
             f"Adapted({type(self.model).__name__}, {self.config}, "
@@ -90,14 +94,15 @@ class Adapted:
         return self.host.trained()
 
     def count(self) -> Count:
-        """Trained, stored and total parameters."""
+        """Trained, stored and total parameters; before calibration with what it will add, stored as an upper bound."""
         trained = self.trainable()
         state = self.state()
+        more, stored, stored_bytes = (0, 0, 0) if self.calibrated else self.method.pending()
         return Count(
-            trained=sum(p.numel() for p in trained.values()),
+            trained=sum(p.numel() for p in trained.values()) + more,
             head=sum(p.numel() for n, p in trained.items() if n in self._head),
-            stored=sum(t.numel() for t in state.values()),
-            stored_bytes=sum(t.numel() * t.element_size() for t in state.values()),
+            stored=sum(t.numel() for t in state.values()) + stored,
+            stored_bytes=sum(t.numel() * t.element_size() for t in state.values()) + stored_bytes,
             total=self._identity["parameters"],
         )
 
@@ -106,10 +111,13 @@ class Adapted:
 
         ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
         no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.
+        Raises StateError when it was done already.
         """
         self._check_attached()
         if not self.method.calibrates:
             return
+        if self.calibrated:
+            raise StateError(f"{self.name} is calibrated already; detach() and attach it again to use other data")
         device = self.host.device
         mode = self.model.training
         self.model.eval()
@@ -163,8 +171,8 @@ class Adapted:
                 "config": self.config.as_dict(),
                 "backbone": self._identity,
                 "head": sorted(self._head),
-                "sha256": _sha256(scratch / WEIGHTS),
             }
+            document["sha256"] = _sha256(scratch / WEIGHTS, document)
             (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
             os.chmod(scratch, 0o755)
             _swap(scratch, folder)
@@ -257,8 +265,8 @@ def attach(
             f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
             "or attach both at once with peftlib.combine(...)"
         )
+    identity = _identity(model)
     host = Host(model, keep_original=keep_original)
-    identity = _identity(model, host)
     head = dict(host.anatomy.head) if train_head else {}
     devices = [host.device] if host.device.type == "cuda" else []
     try:
@@ -296,8 +304,11 @@ def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise LoadError(f"{folder} has no {WEIGHTS}; is it a folder that save() wrote?")
-    if _sha256(weights) != document["sha256"]:
-        raise LoadError(f"{weights} is truncated or was changed after saving (its SHA-256 is not the recorded one)")
+    if _sha256(weights, {k: v for k, v in document.items() if k != "sha256"}) != document["sha256"]:
+        raise LoadError(
+            f"{folder} was changed after saving, or {WEIGHTS} is truncated: its SHA-256 is not the recorded one"
+        )
+    _compare(document["backbone"], _identity(model), folder)
     try:
         state = load_file(weights)
     except SafetensorError as error:
@@ -308,7 +319,6 @@ def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
         raise LoadError(f"{folder / CONFIG} does not describe a method of this peftlib: {error}") from error
     adapted = attach(model, config, train_head=bool(document["head"]), **options)
     try:
-        _compare(document["backbone"], adapted._identity, folder)
         adapted._load_state(state)
     except BaseException:
         adapted._leave(bake=False)
@@ -332,12 +342,11 @@ def _read_config(folder: Path) -> dict:
     return document
 
 
-def _identity(model: nn.Module, host: Host) -> dict:
+def _identity(model: nn.Module) -> dict:
     """What tells one backbone from another: class, shapes, and a hash of one weight."""
-    base = host.anatomy.base
-    shapes = sorted((n, tuple(p.shape)) for n, p in base.named_parameters())
-    site = host.anatomy.sites()[0]
-    weight = site.module.weight
+    parts = anatomy.of(model)
+    shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
+    weight = parts.sites()[0].module.weight
     return {
         "model_type": model.config.model_type,
         "class": type(model).__name__,
@@ -367,17 +376,31 @@ def _compare(saved: dict, here: dict, folder: Path) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(weights: Path, document: dict) -> str:
+    """Of the weights' file and of everything else that the config says."""
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(document, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _swap(scratch: Path, folder: Path) -> None:
-    """Put ``scratch`` in the place of ``folder``; an interruption leaves a whole adapter there or beside it."""
+    """Put ``scratch`` in the place of ``folder`` in one step; what was there is then in ``scratch``.
+
+    Where the system has no exchange of two folders there are two steps, and a kill between them leaves the old adapter
+    beside the folder, under a name that starts with a dot.
+    """
     if not folder.exists():
         os.rename(scratch, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / folder.name)
-    os.rename(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange(scratch, folder):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        os.rename(folder, old / folder.name)
+        os.rename(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders atomically (Linux); False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0

@@ -176,6 +176,11 @@ class Anatomy:
         path = self.family.stacks[stack].inputs
         return self.base.get_submodule(path) if path else self.base
 
+    def position_module(self) -> nn.Module | None:
+        """The module that takes the position ids of the only stack; None where they are relative or there are two."""
+        (first, *more) = self.family.stacks.values()
+        return self.base.get_submodule(first.positions) if first.positions and not more else None
+
     def final_norms(self) -> list[nn.Module]:
         """The norms after the last layer of each stack, where the family has them."""
         found = (_first(self.base, s.final_norm) for s in self.family.stacks.values() if s.final_norm)
@@ -203,6 +208,8 @@ class Anatomy:
         if patterns is None or patterns == "all-linear":
             return every
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        if not patterns:
+            raise TargetError('targets is empty; name at least one site, or "all-linear"')
         chosen: dict[int, Site] = {}
         names = list(dict.fromkeys(site.name for site in every))
         for pattern in patterns:

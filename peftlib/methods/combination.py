@@ -56,6 +56,9 @@ class Combination(Method):
             if part.calibrates:
                 part.calibrate(batches)
 
+    def pending(self) -> tuple[int, int, int]:
+        return tuple(map(sum, zip(*(part.pending() for part in self.parts))))
+
     def moments(self) -> tuple[str, ...]:
         taken = {moment for part in self.parts for moment in part.moments()}
         return tuple(m for m in MOMENTS if m in taken)
@@ -85,8 +88,9 @@ class Combination(Method):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         left = dict(state)
-        for part in self.parts:
-            names = part.state().keys()
+        # What calibration would have created is not there yet, so such a part takes what the others leave.
+        for part in sorted(self.parts, key=lambda part: part.calibrates):
+            names = left.keys() if part.calibrates else part.state().keys()
             part.load_state({n: left.pop(n) for n in list(left) if n in names})
 
     def check_mergeable(self) -> None:
