@@ -86,12 +86,9 @@ def sweep(args: argparse.Namespace) -> int:
     store = experiments.Store(args.results)
     names = args.methods or taxonomy.methods()
     tracks = args.tracks or list(chosen.tracks)
-    specs = []
-    for track in tracks:
+    specs = experiments.search_specs(args.profile, names) if args.search else []
+    for track in () if args.search else tracks:
         for name in names:
-            if args.rates:
-                specs += experiments.search_specs(args.profile, track, [name], args.rates)
-                continue
             rate = None if args.default_rates else _searched_rate(store, chosen, name)
             specs += [
                 experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rate) for seed in args.seeds
@@ -217,8 +214,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that are available")
     sub.add_argument("--tracks", nargs="+", metavar="NAME", help="default: all of the profile")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-    sub.add_argument("--rates", nargs="+", type=float, metavar="LR", help="search: one run a rate, at seed 0")
-    sub.add_argument("--default-rates", action="store_true", help="the methods' own rates, not the searched ones")
+    sub.add_argument("--search", action="store_true", help="the learning-rate search, on the profile's first track")
+    sub.add_argument("--default-rates", action="store_true", help="the methods' own rates, not those the search found")
     sub.add_argument("--executor", default="local", help="local (default) or ray")
     sub.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     sub = stored(command(results, "the stored results as tables"))

@@ -1,12 +1,13 @@
 """Experiments: what a run is, one run, the store of results, and sweeps that can be killed at any moment."""
 
 from peftlib.experiments.run import Trained, execute, run, train
-from peftlib.experiments.spec import PROFILES, Profile, RunSpec, Track, profile, run_spec, search_specs
+from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
 from peftlib.experiments.store import Store, summarize
 from peftlib.experiments.sweep import sweep
 
 __all__ = [
     "PROFILES",
+    "SEARCH_RATES",
     "Profile",
     "RunSpec",
     "Store",

@@ -65,7 +65,13 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
     for split in ("validation", "test"):
         began = time.perf_counter()
         metrics[split] = evaluate_task(
-            adapted, task, split, backbone.tokenizer, batch_size=64, max_length=s["max_length"]
+            adapted,
+            task,
+            split,
+            backbone.tokenizer,
+            batch_size=64,
+            max_length=s["max_length"],
+            precision=s["precision"],
         )
         inference = 1000 * (time.perf_counter() - began) / len(task.splits[split])
     with tempfile.TemporaryDirectory() as scratch:

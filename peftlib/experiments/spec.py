@@ -60,7 +60,7 @@ PROFILES: dict[str, Profile] = {
         "embedded",
         "minilm-l6",
         {
-            "few-shot": _embedded("sentences-fewshot", epochs=8, batch_size=16, max_length=64),
+            "few-shot": _embedded("sentences-fewshot", epochs=6, batch_size=16, max_length=48, n_train=256, n_test=800),
             "sentences": _embedded("sentences", epochs=1, batch_size=32, max_length=64),
             "acceptability": _embedded("acceptability", epochs=1, batch_size=32, max_length=64),
             "coherence": _embedded("coherence", epochs=1, batch_size=32, max_length=96),
@@ -154,13 +154,15 @@ def run_spec(
     )
 
 
-def search_specs(
-    profile_name: str, track_name: str, names: Iterable[str], rates: Iterable[float], seed: int = 0, **more
-) -> list[RunSpec]:
-    """One run a method and rate at one seed; the best one is chosen on validation data (``Store.best_rate``)."""
-    rates = list(rates)
+SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2, 5e-2)
+"""The learning rates that the search tries, the same for every method."""
+
+
+def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list[RunSpec]:
+    """The stated search: each rate of ``SEARCH_RATES`` once, at one seed, on the profile's first track, for each method.
+
+    The best rate is chosen on validation data by ``Store.best_rate``.
+    """
     return [
-        run_spec(profile_name, track_name, name, seed=seed, learning_rate=rate, **more)
-        for name in names
-        for rate in rates
+        run_spec(profile_name, None, name, seed=seed, learning_rate=rate) for name in names for rate in SEARCH_RATES
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
@@ -20,6 +21,9 @@ from peftlib.methods.base import at_least
 
 if TYPE_CHECKING:
     from peftlib.adapted import Adapted
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -105,7 +109,9 @@ def fit(
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
 
     def evaluate() -> dict[str, float]:
-        return evaluate_task(adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length)
+        return evaluate_task(
+            adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length, precision=precision
+        )
 
     def forward_backward(batch: dict) -> torch.Tensor:
         with accelerator.accumulate(wrapped):
@@ -161,22 +167,53 @@ def fit(
 
 @torch.no_grad()
 def evaluate_task(adapted, task, split: str, tokenizer, *, batch_size: int = 32, max_length: int | None = None):
-    """The task's metrics of a model on one split, and its mean ``loss``. Leaves the model in evaluation mode."""
+    """The task's metrics of a model on one split, and its mean ``loss``. Leaves the model in evaluation mode.
+
+    Raises DataError for a split that is empty or has no labels.
+    """
     model = adapted.model
     model.eval()
     device = next(model.parameters()).device
     loader: DataLoader = task.loader(split, tokenizer, batch_size=batch_size, shuffle=False, max_length=max_length)
-    logits, labels, losses = [], [], []
+    logits, labels, task_ids, losses, weights = [], [], [], [], []
     for batch in loader:
         batch = {k: v.to(device) for k, v in batch.items()}
-        output = model(**batch)
-        logits.append(output.logits.float().cpu())
-        labels.append(batch["labels"].cpu())
-        losses.append(float(output.loss) * len(batch["labels"]))
+        if "labels" not in batch:
+            raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")
+        answer, asked, loss = _answer(model, task, batch, tokenizer)
+        logits.append(answer.float().cpu())
+        labels.append(asked.cpu())
+        losses.append(float(loss))
+        weights.append(len(asked))
+        if "task_ids" in batch:
+            task_ids.append(batch["task_ids"].cpu())
     if not logits:
         raise DataError(f"task {task.name!r} has no rows in split {split!r}")
-    labels_ = torch.cat(labels)
-    return {**task.evaluate(torch.cat(logits), labels_), "loss": sum(losses) / len(labels_)}
+    outputs, targets = torch.cat(logits), torch.cat(labels)
+    if task.kind in ("causal_lm", "seq2seq"):
+        outputs, targets = outputs[None], targets[None]
+        if task.kind == "causal_lm":
+            # One position more, so that label t + 1 belongs to output t as in a causal model's row.
+            outputs, targets = (F.pad(t, p, value=-100) for t, p in ((outputs, (0, 0, 0, 1)), (targets, (1, 0))))
+    metrics = task.evaluate(outputs, targets, torch.cat(task_ids) if task_ids else None)
+    return {**metrics, "loss": sum(n * x for n, x in zip(weights, losses)) / sum(weights)}
+
+
+def _answer(model, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is compared, (n, classes) or (n, V), its labels (n,), and their mean loss: n rows or, for text, n tokens."""
+    labels = batch["labels"]
+    if task.kind == "multiple_choice":
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        choices = task.choice_logits(model(**inputs).logits, batch["attention_mask"], tokenizer)
+        return choices, labels, F.cross_entropy(choices.float(), labels)
+    output = model(**batch)
+    if task.kind not in ("causal_lm", "seq2seq"):
+        return output.logits, labels, output.loss
+    logits = output.logits
+    if task.kind == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    asked = labels != -100
+    return logits[asked], labels[asked], output.loss
 
 
 def _accelerator(precision: str, gradient_accumulation: int) -> Accelerator:
