@@ -159,7 +159,7 @@ SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2, 5e-2)
 
 
 def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list[RunSpec]:
-    """The stated search: each rate of ``SEARCH_RATES`` once, at one seed, on the profile's first track, for each method.
+    """The stated search: each rate of ``SEARCH_RATES`` once, at one seed and on the first track, for each method.
 
     The best rate is chosen on validation data by ``Store.best_rate``.
     """
