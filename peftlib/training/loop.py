@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch.utils.data import DataLoader
 
-from peftlib.errors import DataError, StateError
+from peftlib.errors import DataError, StateError, UnsupportedError
 from peftlib.methods.base import at_least
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Precision = Literal["no", "bf16", "fp16"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -53,7 +56,7 @@ def fit(
     schedule: str = "linear",
     max_grad_norm: float = 1.0,
     gradient_accumulation: int = 1,
-    precision: Literal["no", "bf16", "fp16"] = "no",
+    precision: Precision = "no",
     max_length: int | None = None,
     evaluate_on: str | None = "validation",
     evaluate_every: int | None = None,
@@ -65,7 +68,7 @@ def fit(
 
     Args:
         adapted: what :func:`peftlib.attach` gave; trained in place.
-        task: a task of :mod:`peftlib.tasks`, or any object with its ``loader`` and ``evaluate``.
+        task: a task of :mod:`peftlib.tasks`.
         tokenizer: the backbone's tokenizer.
         epochs: passes over the training split; ``steps`` (optimizer steps) overrides them.
         batch_size: rows a forward, on each process.
@@ -80,13 +83,15 @@ def fit(
 
     The process group, if any, is the one that ``accelerate launch`` or ``torchrun`` set up.
 
-    Raises DataError for a task without labels or with an empty split.
+    Raises DataError for a task without labels or with an empty split, UnsupportedError for one that the model's head
+    is not made for.
     """
     # Imported late: it brings in transformers' Trainer and every optional package that knows it.
     from transformers import get_scheduler
 
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
+    _check_task(adapted, task)
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
     model = adapted.model
@@ -166,10 +171,19 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate_task(adapted, task, split: str, tokenizer, *, batch_size: int = 32, max_length: int | None = None):
-    """The task's metrics of a model on one split, and its mean ``loss``. Leaves the model in evaluation mode.
+def evaluate_task(
+    adapted: Adapted,
+    task,
+    split: str,
+    tokenizer,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    precision: Precision = "no",
+) -> dict[str, float]:
+    """The task's metrics of a model on one split, and its mean ``loss``, under the precision's autocast.
 
-    Raises DataError for a split that is empty or has no labels.
+    Leaves the model in evaluation mode. Raises DataError for a split that is empty or has no labels.
     """
     model = adapted.model
     model.eval()
@@ -180,7 +194,8 @@ def evaluate_task(adapted, task, split: str, tokenizer, *, batch_size: int = 32,
         batch = {k: v.to(device) for k, v in batch.items()}
         if "labels" not in batch:
             raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")
-        answer, asked, loss = _answer(model, task, batch, tokenizer)
+        with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+            answer, asked, loss = _answer(model, task, batch, tokenizer)
         logits.append(answer.float().cpu())
         labels.append(asked.cpu())
         losses.append(float(loss))
@@ -214,6 +229,23 @@ def _answer(model, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Te
         logits, labels = logits[:, :-1], labels[:, 1:]
     asked = labels != -100
     return logits[asked], labels[asked], output.loss
+
+
+def _check_task(adapted: Adapted, task) -> None:
+    if task.kind == "multiple_choice":
+        raise UnsupportedError(f"task {task.name!r} is multiple choice, which is evaluated but not trained on")
+    kind = type(adapted.model).__name__
+    text, classifies = task.kind in ("causal_lm", "seq2seq"), kind.endswith("ForSequenceClassification")
+    if text == classifies:
+        raise UnsupportedError(
+            f"task {task.name!r} is of kind {task.kind!r}, and {kind} has no head for it: load the backbone with "
+            f"head={task.kind if text else 'classification'!r}"
+        )
+    if not text and adapted.model.config.num_labels != task.num_labels:
+        raise UnsupportedError(
+            f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has "
+            f"{adapted.model.config.num_labels}: load the backbone with num_labels={task.num_labels}"
+        )
 
 
 def _accelerator(precision: str, gradient_accumulation: int) -> Accelerator:
