@@ -135,8 +135,8 @@ class Host:
             raise StateError("a weight is computed by another method already; detach() that one, or combine others")
         child.to(parameter.device)
         for module, name in owners:
+            self._undo.append(partial(_unparametrize, module, name, list(module._parameters)))
             parametrize.register_parametrization(module, name, child, unsafe=True)
-            self._undo.append(partial(parametrize.remove_parametrizations, module, name, leave_parametrized=False))
         module, name = owners[0]
         self.children.append((module.parametrizations[name], "0", child))
         self._baked.append(partial(_bake, parameter, child))
@@ -269,6 +269,18 @@ def _take_out(module: nn.Module, name: str) -> None:
 
 def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
     owner._modules[name] = module
+
+
+def _unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
+    """Make the parameter plain again, in its old place among the module's."""
+    # torch keeps the computed parameter on a class of the module's own and takes it from there; deep copies share that
+    # class, so this module gets its own first.
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for other in order:
+        if other in module._parameters:
+            module._parameters[other] = module._parameters.pop(other)
 
 
 def _bake(parameter: nn.Parameter, child: nn.Module) -> None:

@@ -1,0 +1,147 @@
+"""The diagonal of the Fisher information, estimated from gradients, in fixed memory on any backbone.
+
+Beside the model there is one accumulator a weight and, at any time, the gradient of a single tensor: each is squared,
+added and dropped as soon as the backward pass has formed it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import nn
+
+from peftlib.errors import DataError, UnsupportedError
+
+Batch = dict[str, torch.Tensor]
+Kind = Literal["empirical", "expected"]
+
+
+class GradientSums:
+    """Inside ``with``, each backward pass adds ``weight * f(gradient)`` of the parameters to ``sums``.
+
+    ``f`` is the square, or the absolute value with ``absolute``. ``max_norm`` first scales each tensor's gradient down
+    to that norm. The parameters require gradients inside only, and keep none.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], absolute: bool = False, max_norm: float | None = None):
+        self.parameters = list(parameters)
+        self.sums = [torch.zeros(p.shape, device=p.device) for p in self.parameters]
+        self.absolute = absolute
+        self.max_norm = max_norm
+        self.weight: float | torch.Tensor = 1.0
+        self.passes = 0
+
+    def __enter__(self) -> GradientSums:
+        self._flags = [p.requires_grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._add, total))
+            for p, total in zip(self.parameters, self.sums)
+        ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, flag in zip(self.parameters, self._flags):
+            parameter.requires_grad_(flag)
+
+    def backward(self, loss: torch.Tensor, again: bool = False) -> None:
+        """One backward pass, into these parameters only; ``again`` keeps the graph for another one."""
+        loss.backward(inputs=self.parameters, retain_graph=again)
+        self.passes += 1
+
+    def _add(self, total: torch.Tensor, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad.float(), None
+        if self.max_norm is not None:
+            gradient = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+        total.add_(self.weight * (gradient.abs() if self.absolute else gradient.square()))
+
+
+def per_example(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    examples: int,
+    kind: Kind = "empirical",
+    absolute: bool = False,
+) -> list[torch.Tensor]:
+    """Sums, over the first ``examples`` rows, of each row's own squared (or absolute) gradient of -log p(y | x).
+
+    "empirical": y is the row's label. "expected": all classes, weighted by the model's own probabilities; for heads
+    with one row of class scores an example. Returns float32 tensors of the parameters' shapes.
+
+    Raises DataError for data without rows, without labels or with a gradient that is not finite, UnsupportedError for
+    an expectation that cannot be formed.
+    """
+    with GradientSums(parameters, absolute) as sums:
+        for row in _shown(_rows(batches, examples), examples, "gradients, row by row"):
+            if kind == "empirical":
+                sums.backward(_loss(model, row))
+            else:
+                _expected(model, row, sums)
+    return _checked(sums)
+
+
+def per_batch(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    limit: int | None = None,
+    max_norm: float | None = None,
+) -> list[torch.Tensor]:
+    """Means, over the batches (or the first ``limit``), of the squared gradient of the batch's loss.
+
+    ``max_norm`` clips each tensor's gradient to this norm. Returns and raises as :func:`per_example`.
+    """
+    with GradientSums(parameters, max_norm=max_norm) as sums:
+        for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
+            sums.backward(_loss(model, batch))
+    return [total.div_(sums.passes) for total in _checked(sums)]
+
+
+def _rows(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
+    """The first rows of a stream of batches, each as a batch of one."""
+    rows = ({k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"])))
+    return islice(rows, limit)
+
+
+def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    loss = model(**batch).loss
+    if loss is None:
+        raise DataError("importance is the gradient of a loss, and the batches have no labels")
+    return loss
+
+
+def _expected(model: nn.Module, row: Batch, sums: GradientSums) -> None:
+    logits = model(**{k: v for k, v in row.items() if k != "labels"}).logits
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise UnsupportedError(
+            f"the expected Fisher information needs one row of class scores an example; {type(model).__name__} gives "
+            f"logits of shape {tuple(logits.shape)}. Use the empirical one, or a classification head."
+        )
+    log_p = F.log_softmax(logits[0].float(), dim=-1)
+    for label, probability in enumerate(log_p.detach().exp()):
+        sums.weight = probability
+        sums.backward(-log_p[label], again=label + 1 < len(log_p))
+
+
+def _shown(items: Iterable, total: int | None, what: str) -> Iterable:
+    """``items``, with a progress bar where someone watches a terminal."""
+    return track(items, what, total=total, transient=True, disable=not sys.stdout.isatty())
+
+
+def _checked(sums: GradientSums) -> list[torch.Tensor]:
+    if not sums.passes:
+        raise DataError("there is nothing to choose entries from: the calibration batches are empty")
+    if not all(bool(total.isfinite().all()) for total in sums.sums):
+        raise DataError("a gradient on the calibration batches is not finite; look at the labels and the precision")
+    return sums.sums

@@ -1,0 +1,178 @@
+"""Training a few entries of a frozen tensor, as indices and values.
+
+The optimizer sees the k values only. In the forward pass they are written into the frozen tensor's own storage, so no
+copy of it is made; the backward pass forms the tensor's gradient, gathers the k entries and drops the rest. Every other
+entry stays bit-identical, whatever weight decay or momentum an optimizer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from peftlib.errors import LoadError
+from peftlib.mechanisms import bits
+from peftlib.mechanisms.host import Host
+
+
+class _Splice(torch.autograd.Function):
+    """The tensor with its chosen entries set to ``values``; the gradient of ``values`` is gathered from its own."""
+
+    @staticmethod
+    def forward(values: torch.Tensor, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        # Through .data: a recomputation (gradient checkpointing) writes the same values again, which must not
+        # invalidate what autograd saved of this tensor.
+        tensor.data.view(-1)[indices.long()] = values.to(tensor.dtype)
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        values, _, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.dtype = values.dtype
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (indices,) = ctx.saved_tensors
+        return gradient.reshape(-1)[indices.long()].to(ctx.dtype), None, None
+
+
+class SparseValues(nn.Module):
+    """A parametrization that trains k entries of a frozen tensor in place.
+
+    Shapes: ``indices`` (k,) of the flattened tensor, ascending, int32 where that suffices; ``values`` (k,) float32, the
+    entries themselves, so the start is bit-identical. Do not step the optimizer between a forward and its backward:
+    both read the same storage.
+    """
+
+    def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
+        super().__init__()
+        tensor.data = tensor.data.contiguous()
+        original = tensor.detach().view(-1)[indices]
+        small = tensor.numel() <= torch.iinfo(torch.int32).max
+        self.shape = tensor.shape
+        self.register_buffer("indices", indices.to(torch.int32 if small else torch.int64))
+        self.register_buffer("original", original, persistent=False)
+        self.values = nn.Parameter(original.to(torch.promote_types(original.dtype, torch.float32), copy=True))
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _Splice.apply(self.values, tensor, self.indices)
+
+    @property
+    def owned(self) -> torch.Tensor:
+        """Boolean, of the tensor's shape: the entries of the frozen tensor that this child writes."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.indices.device)
+        mask.view(-1)[self.indices.long()] = True
+        return mask
+
+
+def _restore(child: SparseValues, tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[child.indices.long()] = child.original
+
+
+def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) -> SparseValues:
+    """Train the entries of a frozen backbone parameter at these flat indices; detaching restores them bit for bit."""
+    child = SparseValues(parameter, indices)
+    # Registered first, so undone last: after the parametrization, which still writes, has left.
+    host.on_remove(partial(_restore, child, parameter), restores=True)
+    host.parametrize(parameter, child)
+    return child
+
+
+def train_top_entries(
+    host: Host, parameters: dict[str, nn.Parameter], scores: Sequence[torch.Tensor], k: int
+) -> dict[str, SparseValues]:
+    """Train the k entries with the largest scores over all these parameters; tensors without one stay as they are."""
+    chosen = top_entries(scores, k)
+    return {n: train_entries(host, parameters[n], i) for n, i in zip(parameters, chosen) if len(i)}
+
+
+def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
+    """The flat indices, tensor by tensor, of the k largest scores over all tensors; among equals the first ones win.
+
+    ``scores`` are contiguous, non-negative and float32. Exact, and without one long copy of them: the bits of such
+    floats sort as integers, so the k-th largest is found by counting their upper, then their lower halves.
+    """
+    codes = [s.view(torch.int32).flatten() for s in scores]
+    upper = sum(torch.bincount(c >> 16, minlength=1 << 15) for c in codes)
+    high, above = _bucket(upper, k)
+    lower = sum(torch.bincount(c[c >> 16 == high] & 0xFFFF, minlength=1 << 16) for c in codes)
+    low, above_low = _bucket(lower, k - above)
+    threshold, ties = (high << 16) | low, k - above - above_low
+    chosen = []
+    for code in codes:
+        equal = (code == threshold).nonzero().flatten()[:ties]
+        ties -= len(equal)
+        chosen.append(torch.cat([(code > threshold).nonzero().flatten(), equal]).sort().values)
+    return chosen
+
+
+def _bucket(histogram: torch.Tensor, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th largest, and how many are in the buckets above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    position = int((from_top < k).sum())
+    above = int(from_top[position - 1]) if position else 0
+    return len(histogram) - 1 - position, above
+
+
+def pending(k: int, entries: int) -> tuple[int, int, int]:
+    """What choosing k of so many entries will add: trained parameters, and stored numbers and bytes at most."""
+    as_bits = bits.packed_size(entries) < 4 * k
+    stored, size = (bits.packed_size(entries),) * 2 if as_bits else (k, 4 * k)
+    return k, k + stored, 4 * k + size
+
+
+def state(host: Host, children: dict[str, SparseValues]) -> dict[str, torch.Tensor]:
+    """What is stored. Of each child, by its tensor's name: ``<name>.values`` with ``<name>.indices`` or, where that is
+    smaller, ``<name>.bits``, one bit an entry of the tensor. The rest as the host has it."""
+    tensors, paths = host.state(), {id(child): path for path, child in host.paths().items()}
+    for name, child in children.items():
+        path = paths[id(child)]
+        tensors[f"{name}.values"] = tensors.pop(f"{path}.values")
+        indices = tensors.pop(f"{path}.indices")
+        if indices.numel() * indices.element_size() <= bits.packed_size(child.shape.numel()):
+            tensors[f"{name}.indices"] = indices
+        else:
+            tensors[f"{name}.bits"] = bits.pack(child.owned)
+    return tensors
+
+
+def load_state(
+    host: Host, parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor]
+) -> dict[str, SparseValues]:
+    """Make the children that :func:`state` stored, on the parameters of these names, and load the rest into the host.
+
+    Raises LoadError for names or entries that do not fit.
+    """
+    state = dict(state)
+    host.load_state({name: state.pop(name) for name in host.state() if name in state})
+    children = {}
+    for name, parameter in parameters.items():
+        values, indices = state.pop(f"{name}.values", None), _indices(name, parameter, state)
+        if values is None and indices is None:
+            continue
+        if values is None or indices is None or values.shape != indices.shape:
+            raise LoadError(f"the stored entries of {name} are incomplete: it needs as many values as indices")
+        child = train_entries(host, parameter, indices.to(parameter.device))
+        with torch.no_grad():
+            child.values.copy_(values)
+        children[name] = child
+    if state:
+        raise LoadError(f"the file holds {sorted(state)[:3]}, entries of tensors that the method does not choose from")
+    return children
+
+
+def _indices(name: str, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    if (packed := state.pop(f"{name}.bits", None)) is not None:
+        return bits.unpack(packed, (parameter.numel(),)).nonzero().flatten()
+    indices = state.pop(f"{name}.indices", None)
+    if indices is None:
+        return None
+    fits = indices.dim() == 1 and not indices.is_floating_point() and bool((indices.diff() > 0).all())
+    if not fits or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < parameter.numel()):
+        raise LoadError(f"the stored indices of {name} are not ascending positions in its {parameter.numel()} entries")
+    return indices

@@ -1,0 +1,90 @@
+r"""FISH mask: only the entries with the largest empirical Fisher information train.
+
+.. math::
+    \hat F_i = \sum_{n=1}^{N} \bigl(\nabla_{\theta_i} \log p_\theta(y_n \mid x_n)\bigr)^2, \qquad
+    M = \operatorname{top}_k(\hat F), \qquad \theta = \theta_0 \text{ outside } M
+
+F is summed over the gradients of single examples, in evaluation mode; the k largest entries are taken over all weights
+of the backbone together (embeddings, norms and biases included), ties by position. They train as sparse values, so the
+start is bit-identical, optimizer states have k entries, and nothing moves the rest. Stored: k values with their
+indices. Merge: exact, the values are the weights' own entries. Trained without the head:
+``k = int(density * parameters) - head`` (the head trains fully and is charged to the budget), to the entry.
+
+Source: Sung et al. 2021, arXiv:2111.09839, and its code. Taxonomy: partial/pretrained_weight_masking. Departures: the
+code masks gradients, so its weight decay moves masked entries and its optimizer states are dense.
+``charge_head=False`` spends the whole budget on the backbone, for heads that are larger than it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from peftlib.errors import TargetError
+from peftlib.mechanisms import fisher, sparse
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between
+
+
+@dataclass(frozen=True)
+class FishMaskConfig(MethodConfig):
+    """``density`` of all parameters that trains, head included; ``samples`` N of the training data; ``fisher``:
+    "empirical" takes the true labels, "expected" all classes weighted by the model; ``absolute`` gradients instead of
+    squared ones; ``charge_head``: whether a trained task head counts against the density."""
+
+    density: float = 0.005
+    samples: int = 1024
+    fisher: fisher.Kind = "empirical"
+    absolute: bool = False
+    charge_head: bool = True
+
+    def __post_init__(self):
+        between("density", self.density, 0, 1)
+        at_least("samples", self.samples, 1)
+        if self.fisher not in ("empirical", "expected"):
+            raise ConfigError(f"fisher={self.fisher!r} is not known; choose 'empirical' or 'expected'")
+
+
+class FishMask(Method):
+    Config = FishMaskConfig
+    learning_rate = 1e-3
+    calibrates = True
+
+    def attach(self, host: Host) -> None:
+        head = host.anatomy.head
+        frozen = {n: p for n, p in host.model.named_parameters() if not p.requires_grad}
+        self.total = sum(p.numel() for p in frozen.values())
+        self.candidates = {n: p for n, p in frozen.items() if n not in head}
+        self.children: dict[str, sparse.SparseValues] = {}
+
+    @property
+    def k(self) -> int:
+        """How many entries are chosen."""
+        head = sum(p.numel() for p in self.host.anatomy.head.values() if p.requires_grad)
+        charge = head if self.config.charge_head else 0
+        budget, most = int(self.config.density * self.total), self.total - head
+        if not 1 <= budget - charge <= most:
+            raise TargetError(
+                f"density={self.config.density} of {self.total:,} parameters is {budget:,}, of which the task head "
+                f"takes {charge:,}: that leaves no number of entries from 1 to {most:,}. Choose another density"
+                + (", or charge_head=False" if charge else "")
+            )
+        return budget - charge
+
+    def pending(self) -> tuple[int, int, int]:
+        return sparse.pending(self.k, sum(p.numel() for p in self.candidates.values()))
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        c, k = self.config, self.k
+        scores = fisher.per_example(
+            self.host.model, self.candidates.values(), batches, c.samples, c.fisher, absolute=c.absolute
+        )
+        self.children = sparse.train_top_entries(self.host, self.candidates, scores, k)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return sparse.state(self.host, self.children)
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.children = sparse.load_state(self.host, self.candidates, state)
