@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftlib.anatomy import Site
-from peftlib.errors import TargetError
+from peftlib.errors import LoadError, TargetError
 from peftlib.mechanisms.precision import cast
 
 Init = Literal["kaiming", "gaussian"]
@@ -74,6 +74,66 @@ class LowRank(nn.Module):
         """The (out, in) update ``scale * B A``, formed in float32 or wider."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return self.scale * (self.B.detach().to(dtype) @ self.A.detach().to(dtype))
+
+
+class Triplets(nn.Module):
+    """``forward(x, y) = y + scale * P diag(singular) Q dropout(x)``: an update in the form of its own singular value
+    decomposition, so that a rank can be taken away one triplet (column of P, singular value, row of Q) at a time.
+
+    Shapes: x (..., in), y (..., out), P (out, rank), singular (rank,), Q (rank, in). P and Q start N(0, std), the
+    singular values at zero, so the start is the identity. ``kept`` (rank,) marks the triplets that count.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std: float = 0.02
+    ):
+        super().__init__()
+        self.P = nn.Parameter(thin(out_features, rank).normal_(std=std))
+        self.singular = nn.Parameter(torch.zeros(rank))
+        self.Q = nn.Parameter(torch.empty(rank, in_features).normal_(std=std))
+        self.register_buffer("kept", torch.ones(rank, dtype=torch.bool))
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = cast(self.dropout(x), self.Q).flatten(0, -2)
+        return update(y, F.linear(x, self.Q) * self.singular, self.P, self.scale)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) update ``scale * P diag(singular) Q``, formed in float32 or wider."""
+        dtype = torch.promote_types(self.P.dtype, torch.float32)
+        P, singular, Q = (t.detach().to(dtype) for t in (self.P, self.singular, self.Q))
+        return self.scale * (P * singular) @ Q
+
+    def orthogonality(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frobenius norms of ``P^T P - I`` and ``Q Q^T - I``: 0 where the singular vectors are orthonormal."""
+        one = torch.eye(len(self.singular), dtype=self.P.dtype, device=self.P.device)
+        return torch.linalg.norm(self.P.T @ self.P - one), torch.linalg.norm(self.Q @ self.Q.T - one)
+
+    def only_kept(self) -> dict[str, torch.Tensor]:
+        """``P``, ``singular`` and ``Q`` without the triplets that do not count."""
+        if self.kept.is_meta:  # nothing was trained, so nothing was dropped
+            return {"P": self.P, "singular": self.singular, "Q": self.Q}
+        return {"P": self.P[:, self.kept], "singular": self.singular[self.kept], "Q": self.Q[self.kept]}
+
+    @staticmethod
+    def spread(
+        P: torch.Tensor, singular: torch.Tensor, Q: torch.Tensor, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The way back from :meth:`only_kept`: each triplet in its place, zeros where one was dropped, and ``kept``."""
+        kept = kept.bool()
+        places = kept.nonzero().flatten()
+        if not len(places) == P.shape[-1] == len(singular) == len(Q):
+            raise LoadError(
+                f"the file keeps {len(places)} triplets and holds {P.shape[-1]} columns, {len(singular)} singular "
+                f"values and {len(Q)} rows; it is not what save() wrote"
+            )
+        return (
+            P.new_zeros(len(P), len(kept)).index_copy(1, places, P),
+            singular.new_zeros(len(kept)).index_copy(0, places, singular),
+            Q.new_zeros(len(kept), Q.shape[-1]).index_copy(0, places, Q),
+            kept,
+        )
 
 
 def add_to_weight(site: Site, delta: torch.Tensor) -> None:
