@@ -128,16 +128,16 @@ METHODS = (
         "throughout.",
         equation=r"\hat{F}_i = \frac{1}{N} \sum_{n=1}^{N} "
         r"\bigl(\nabla_{\theta_i} \log p_{\theta}(y_n \mid x_n)\bigr)^2,\qquad "
-        r"\theta = \theta_0 + \operatorname{scatter}\bigl(\operatorname{top}_{k} \hat{F},\, \delta\bigr)",
-        symbols=r"$N$: samples, each with a gradient of its own; $\delta \in \mathbb{R}^{k}$: trained change of the "
-        r"chosen entries; $k$: a fixed share of all parameters.",
+        r"\theta_i = \begin{cases} v_i & i \in \operatorname{top}_{k} \hat{F} \\ \theta_{0,i} & \text{else}\end{cases}",
+        symbols=r"$N$: samples, each with a gradient of its own; $v \in \mathbb{R}^{k}$: trained values of the chosen "
+        r"entries; $k$: a fixed share of all parameters.",
         sites=("weights", "biases", "norms", "embeddings"),
         trains="The chosen k entries, as values with indices, and the task head, which is charged to the budget.",
-        count="int(density * (total + head)) - head",
+        count="int(density * (total + head)) - head * charge_head",
         start="identity",
-        start_note="The change starts at zero.",
+        start_note="The values start as the weights' own.",
         merge="exact",
-        merge_note="The change is added to the chosen entries.",
+        merge_note="The values are the weights' own entries.",
         life=("calibrate: sum squared gradients sample by sample, then fix the mask",),
         original="varunnair18/FISH",
     ),
@@ -201,18 +201,14 @@ METHODS = (
         symbols=r"$F$: Fisher information, averaged over batches $\beta$; $F_{(1-p)}$: its quantile over all encoder "
         r"layers; $p$: share of entries that train.",
         sites=("weights", "biases", "norms", "embeddings"),
-        trains="The chosen share of the encoder layers' entries; embeddings and head fully.",
-        count="total - L * (4 * d * d + 2 * d * f + 9 * d + f) "
+        trains="The chosen share of the layers' entries, as values; embeddings, pooler and head fully.",
+        count="train_rest * (total - L * (4 * d * d + 2 * d * f + 9 * d + f)) "
         "+ int(density * L * (4 * d * d + 2 * d * f + 9 * d + f))",
         start="identity",
-        start_note="Nothing is added.",
+        start_note="The values start as the weights' own.",
         merge="exact",
         merge_note="There is nothing to fold: the backbone's own entries are trained.",
-        life=(
-            "calibrate: squared gradients of batches, then fix the mask",
-            "on_gradients: entries outside the mask get no gradient",
-            "on_step_end: entries outside the mask stay bit-identical, against weight decay and momentum",
-        ),
+        life=("calibrate: average the squared gradients of batches, then fix the mask",),
         original="alibaba/AliceMind",
     ),
     Entry(
