@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ def fit(
     Raises DataError for a task without labels or with an empty split, UnsupportedError for one that the model's head
     is not made for.
     """
-    # Imported late: it brings in transformers' Trainer and every optional package that knows it.
+    # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
+    # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import get_scheduler
 
     at_least("batch_size", batch_size, 1)
