@@ -181,10 +181,22 @@ class Anatomy:
         (first, *more) = self.family.stacks.values()
         return self.base.get_submodule(first.positions) if first.positions and not more else None
 
+    def holder(self, stack: str) -> nn.Module:
+        """The module whose forward runs a stack's layers one after the other."""
+        return self.base.get_submodule(self.family.stacks[stack].layers.rpartition(".")[0])
+
+    def like(self, layer: Layer, module: nn.Module) -> Layer:
+        """The parts of another module of a layer's class, such as a slim copy."""
+        return _layer(layer.stack, self.family.stacks[layer.stack], layer.index, layer.path, module)
+
+    def final_norm(self, stack: str) -> nn.Module | None:
+        """The norm after the last layer of a stack, where the family has one."""
+        path = self.family.stacks[stack].final_norm
+        return _first(self.base, path) if path else None
+
     def final_norms(self) -> list[nn.Module]:
         """The norms after the last layer of each stack, where the family has them."""
-        found = (_first(self.base, s.final_norm) for s in self.family.stacks.values() if s.final_norm)
-        return [module for module in found if module is not None]
+        return [norm for norm in map(self.final_norm, self.family.stacks) if norm is not None]
 
     @property
     def generates(self) -> bool:

@@ -29,6 +29,9 @@ class Stack:
     inputs: str = ""
     """The module whose forward takes ``inputs_embeds``; empty: the base model."""
     final_norm: str = ""
+    positions: str = ""
+    """The module that turns position ids into embeddings or rotations, relative to the base model; empty where there
+    are no ids, or one for each stack."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def _bert(name: str, *model_types: str, **options) -> Family:
                     "ffn.down": "output.dense",
                 },
                 norms={"attention": "attention.output.LayerNorm", "ffn": "output.LayerNorm"},
+                positions="embeddings.position_embeddings",
             )
         },
         **options,
@@ -152,6 +156,7 @@ FAMILIES: tuple[Family, ...] = (
                     "ffn.down": "ffn.lin2",
                 },
                 norms={"attention": "sa_layer_norm", "ffn": "output_layer_norm"},
+                positions="embeddings.position_embeddings",
             )
         },
         inner="hidden_dim",
@@ -174,6 +179,7 @@ FAMILIES: tuple[Family, ...] = (
                 norms={"attention": "ln_1", "ffn": "ln_2"},
                 pre_norm=True,
                 final_norm="ln_f",
+                positions="wpe",
             )
         },
         inner="n_inner",
@@ -190,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
                 inputs="decoder",
                 pre_norm=True,
                 final_norm="decoder.final_layer_norm",
+                positions="decoder.embed_positions",
             )
         },
         inner="ffn_dim",
@@ -211,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
                 norms={"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
                 pre_norm=True,
                 final_norm="norm",
+                positions="rotary_emb",
             )
         },
         positions="relative",

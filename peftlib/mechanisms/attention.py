@@ -6,6 +6,7 @@ module to change the inputs and then calls transformers' own sdpa function. With
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -99,13 +100,61 @@ def _forget(module: nn.Module, name: str) -> None:
 
 
 class Prefix(nn.Module):
-    """m trained keys and values in front of the others: ``key``, ``value`` (H_kv, m, p)."""
+    """m keys and values in front of the others, ``key`` and ``value`` (H_kv, m, p): trained themselves, N(0, std) at
+    the start, or made by a trained ``maker`` until :meth:`keep` turns them into parameters."""
 
-    def __init__(self, heads: int, length: int, head_dim: int, std: float = 0.02):
+    def __init__(self, heads: int, length: int, head_dim: int, std: float = 0.02, maker: nn.Module | None = None):
         super().__init__()
-        self.key = nn.Parameter(torch.empty(heads, length, head_dim).normal_(std=std))
-        self.value = nn.Parameter(torch.empty(heads, length, head_dim).normal_(std=std))
+        self.shape = (heads, length, head_dim)
+        self.maker = maker
+        if maker is None:
+            self.key = nn.Parameter(torch.empty(self.shape).normal_(std=std))
+            self.value = nn.Parameter(torch.empty(self.shape).normal_(std=std))
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values."""
+        if self.maker is None:
+            return self.key, self.value
+        heads, length, head_dim = self.shape
+        return self.maker().view(length, 2, heads, head_dim).permute(1, 2, 0, 3).unbind()
+
+    def keep(self) -> None:
+        """Drop the maker and train the keys and values that it makes now."""
+        if self.maker is None:
+            return
+        with torch.no_grad():
+            key, value = (t.clone(memory_format=torch.contiguous_format) for t in self.pair())
+        self.maker = None
+        self.key, self.value = nn.Parameter(key), nn.Parameter(value)
 
     def forward(self, inputs: Inputs) -> Inputs:
         batch = inputs.query.shape[0]
-        return inputs.prepend(*(t[None].expand(batch, -1, -1, -1) for t in (self.key, self.value)))
+        return inputs.prepend(*(t.expand(batch, -1, -1, -1) for t in self.pair()))
+
+
+class Recorder(nn.Module):
+    """Keeps the inputs of an attention function and changes nothing."""
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        self.seen = inputs
+        return inputs
+
+
+@torch.no_grad()
+def observe(host: Host, modules: Sequence[nn.Module], **batch: torch.Tensor) -> list[Inputs]:
+    """What these attention modules get in one forward of ``batch`` without dropout."""
+    use(host)
+    modes = [(module, module.training) for module in host.model.modules()]
+    for module in modules:
+        module.recorder = Recorder()
+        module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), "recorder")
+    host.model.eval()
+    try:
+        host.model(**batch)
+        return [module.recorder.seen for module in modules]
+    finally:
+        for module in modules:
+            del module.recorder
+            _forget(module, "recorder")
+        for module, mode in modes:
+            module.training = mode

@@ -9,7 +9,6 @@ input is what the head sees, as in HF peft.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,7 @@ from torch import nn
 from peftlib.anatomy import Anatomy
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.positions import by_name, check_length, names, past_length
 
 Position = Literal["front", "after_first"]
 
@@ -73,7 +73,7 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
     seam = Seam(
         length=length,
         at=1 if position == "after_first" else 0,
-        names=_names(module),
+        names=names(module),
         first_position=parts.first_position,
         max_length=parts.max_length,
     )
@@ -81,38 +81,14 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
     host.hook(module, _insert, child, seam, before=True)
     if len(parts.stacks) > 1:
         decoder = parts.stack_inputs("decoder")
-        host.hook(decoder, _extend_cross_mask, length, _names(decoder), before=True)
+        host.hook(decoder, _extend_cross_mask, length, names(decoder), before=True)
     elif not (encoder_only and seam.at == 0 and type(host.model).__name__.endswith(_POOLING_HEADS)):
         host.hook(module, _take_out, seam)
     return child
 
 
-def check_length(tokens: int, extra: int, limit: int | None) -> None:
-    """Raise UnsupportedError when ``tokens`` and ``extra`` trained positions exceed the backbone's ``limit``."""
-    if limit is not None and tokens + extra > limit:
-        raise UnsupportedError(
-            f"an input of {tokens} tokens and {extra} trained positions need {tokens + extra} positions; this backbone "
-            f"has {limit}. Cut the input to {limit - extra} tokens or choose a smaller length."
-        )
-
-
-def past_length(kwargs: dict) -> int:
-    """Positions that the cache holds already."""
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _input_module(parts: Anatomy) -> nn.Module:
     return parts.stack_inputs(parts.stacks[0])
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
 
 
 def _put(x: torch.Tensor, piece: torch.Tensor, at: int) -> torch.Tensor:
@@ -162,8 +138,8 @@ def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
     return output
 
 
-def _extend_cross_mask(length: int, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):
-    call = by_name(names, args, kwargs)
+def _extend_cross_mask(length: int, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):
+    call = by_name(order, args, kwargs)
     states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
     if states is not None and mask is not None and states.shape[1] == mask.shape[1] + length:
         call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=1)

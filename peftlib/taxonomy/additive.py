@@ -298,13 +298,13 @@ METHODS = (
         symbols=r"$P_K, P_V \in \mathbb{R}^{m \times d}$: keys and values of each layer; $E_P$: embeddings from which "
         r"an MLP makes them while training; without the MLP they train themselves.",
         sites=("attention.key", "attention.value"),
-        trains="Keys and values of the prefix in every layer; stored without the MLP that may make them.",
-        count="2 * L * length * d",
+        trains="An MLP that makes the keys and values of every layer, or those themselves; stored are keys and values.",
+        count="length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) if reparametrize else 2 * L * length * d",
         start="changed",
         start_note="The prefix draws attention from the first step on.",
         merge="no",
         merge_note="What a prefix adds depends on the query.",
-        life=("on_train_end: store the keys and values, and drop the MLP where there is one",),
+        life=("saving stores the keys and values and drops the MLP; a loaded prefix trains on without it",),
         original="XiangLi1999/PrefixTuning",
     ),
     Entry(
@@ -408,15 +408,15 @@ METHODS = (
         r"d}$: ladder; $s_{\ell} \in \mathbb{R}^{d/r}$: side state; $\alpha_{\ell}$: gate, zero at first; $T = 0.1$.",
         sites=("embeddings", "layers", "head"),
         trains="Side layers, ladders, gates and the last up-projection.",
-        count="L * (4 * (d // reduction) * (d // reduction + 1) + 2 * (d // reduction) * (f // reduction) "
-        "+ f // reduction + 5 * (d // reduction) + (d + 1) * (d // reduction) + 1) "
+        count="(L - len(dropped_layers)) * (4 * (d // reduction) * (d // reduction + 1) + 2 * (d // reduction) * "
+        "(f // reduction) + f // reduction + 5 * (d // reduction) + (d + 1) * (d // reduction) + 1) "
         "+ (d + 1) * (d // reduction) + (d // reduction + 1) * d",
         start="changed",
         start_note="The head sees the side network's state, not the backbone's.",
         merge="no",
         merge_note="It is a network of its own beside the backbone.",
         life=(
-            "attach: the side layers start as a pruned copy of the backbone's",
+            "calibrate: the side layers become a copy of the backbone's, pruned by squared gradients",
             "training: the backbone runs without a graph",
         ),
         original="ylsung/Ladder-Side-Tuning",

@@ -464,7 +464,7 @@ def trainer(case: Case, tmp: Path) -> None:
 NEAR = 0.25
 """A start that is near the backbone's moves the logits by less than this share of their norm."""
 
-OVERFIT_RATE: dict[str, float] = {"head": 0.003}
+OVERFIT_RATE: dict[str, float] = {"prefix_tuning": 0.003, "head": 0.003, "hadamard_adapter": 0.05}
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
 

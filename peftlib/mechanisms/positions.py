@@ -1,0 +1,63 @@
+"""Positions of the text behind trained vectors: counting them in, and not running out of them."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from peftlib.errors import UnsupportedError
+from peftlib.mechanisms.host import Host
+
+
+def names(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's parameters in the order of its forward."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def by_name(order: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name."""
+    return {**dict(zip(order, args, strict=False)), **kwargs}
+
+
+def past_length(call: dict) -> int:
+    """Positions that the call's cache holds already."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def check_length(tokens: int, extra: int, limit: int | None) -> None:
+    """Raise UnsupportedError when ``tokens`` and ``extra`` trained positions exceed the backbone's ``limit``."""
+    if limit is not None and tokens + extra > limit:
+        raise UnsupportedError(
+            f"an input of {tokens} tokens and {extra} trained positions need {tokens + extra} positions; this backbone "
+            f"has {limit}. Cut the input to {limit - extra} tokens or choose a smaller length."
+        )
+
+
+def shift(host: Host, length: int) -> None:
+    """Let the text of a one-stack backbone stand at the positions after ``length`` others. Backbones with relative
+    positions or two stacks stay as they are. An input that leaves too few positions is an UnsupportedError."""
+    parts = host.anatomy
+    module = parts.position_module()
+    if module is None:
+        return
+    host.hook(module, _shift, length, before=True)
+    if parts.max_length is not None:
+        stack = parts.stack_inputs(parts.stacks[0])
+        host.hook(stack, _check, names(stack), length, parts.max_length, before=True)
+
+
+def _shift(length: int, module: nn.Module, args: tuple, kwargs: dict):
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": kwargs["position_ids"] + length}
+    *others, ids = args
+    return (*others, ids + length), kwargs
+
+
+def _check(order: tuple[str, ...], length: int, limit: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    call = by_name(order, args, kwargs)
+    given: torch.Tensor | None = call.get("input_ids")
+    tokens = (call["inputs_embeds"] if given is None else given).shape[1]
+    check_length(past_length(call) + tokens, length, limit)

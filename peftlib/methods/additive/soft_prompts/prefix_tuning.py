@@ -1,0 +1,135 @@
+r"""Prefix tuning: trained keys and values stand before those of every attention (additive, soft prompt-based).
+
+.. math:: \mathrm{Attn}(Q, [P_K; K], [P_V; V]), \qquad [P_K; P_V]_\ell = W_\ell \tanh(W E_P + b) + b_\ell
+
+Shapes: P_K, P_V (m, d) a layer, or (m, H_kv p) with grouped keys and values; E_P (m, d), W (h, d), W_l (2d, h). The MLP
+that makes them trains in their place and is not stored: what is saved, and trains on after loading, are the keys and
+values. Trained: m d + (d + 1) h + 2 L d (h + 1), stored: 2 L m d; ``reparametrize=False`` trains what is stored. A
+prefix draws attention from the first step on, and what it adds depends on the query: no merge.
+
+Encoder-decoder backbones have prefixes in encoder, decoder and cross-attention, an MLP each, as in the paper. The text
+of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft; T5 gives
+prefixes no relative bias, where HF peft (which has them in the decoder alone) counts them as tokens.
+
+Source: Li & Liang 2021, arXiv:2101.00190, whose h is 512 (800 for summarization). Without the MLP they start at
+N(0, 1) or, as ``init_token_ids`` does, from the keys and values of a text; N(0, 0.02) is from He et al. 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peftlib.errors import TargetError, UnknownNameError
+from peftlib.mechanisms import attention, positions
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+
+ROLES = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True)
+class PrefixTuningConfig(MethodConfig):
+    """``length`` m; ``reparametrize`` by an MLP of ``hidden`` units; ``attentions``: which of "encoder", "decoder" and
+    "cross" have prefixes, where the backbone has them; ``shift_positions`` of the text by m (one-stack backbones).
+    Without the MLP, ``std`` of the start, or ``init_token_ids``: the tokens of a text, repeated or cut to m, whose keys
+    and values are the start."""
+
+    length: int = 20
+    reparametrize: bool = True
+    hidden: int = 512
+    attentions: tuple[str, ...] = ROLES
+    shift_positions: bool = True
+    std: float = 0.02
+    init_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        at_least("length", self.length, 1)
+        at_least("hidden", self.hidden, 1)
+        for role in self.attentions:
+            if role not in ROLES:
+                raise UnknownNameError("attention", role, ROLES)
+        if self.init_token_ids and self.reparametrize:
+            raise ConfigError(
+                f"init_token_ids={self.init_token_ids!r} set keys and values, which the MLP makes; "
+                "add reparametrize=False"
+            )
+
+
+class Trunk(nn.Module):
+    """What the prefixes of a role share: tanh(W E_P + b), (m, h)."""
+
+    def __init__(self, length: int, d: int, hidden: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(length, d))
+        self.linear = nn.Linear(d, hidden)
+
+    def forward(self) -> torch.Tensor:
+        return torch.tanh(self.linear(self.embedding))
+
+
+class Maker(nn.Module):
+    """One attention's keys and values from its role's trunk, (m, 2 H_kv p)."""
+
+    def __init__(self, trunk: Trunk, hidden: int, width: int):
+        super().__init__()
+        self.trunk = trunk
+        self.linear = nn.Linear(hidden, 2 * width)
+
+    def forward(self) -> torch.Tensor:
+        return self.linear(self.trunk())
+
+
+class PrefixTuning(Method):
+    Config = PrefixTuningConfig
+    learning_rate = 1e-3
+
+    def attach(self, host: Host) -> None:
+        c, parts = self.config, host.anatomy
+        places = [
+            (role, module, site.out_features // parts.head_dim)
+            for layer in parts.layers
+            for role, module, site in (
+                (layer.stack, layer.attention, layer.sites["attention.key"]),
+                ("cross", layer.cross_attention, layer.sites.get("cross_attention.key")),
+            )
+            if module is not None and role in c.attentions
+        ]
+        if not places:
+            raise TargetError(
+                f"attentions={c.attentions!r} are none of {type(host.model).__name__}; it has "
+                + ", ".join((*parts.stacks, *(("cross",) if parts.layers[-1].cross_attention else ())))
+            )
+        seen = self._see_text(host, [module for _, module, _ in places]) if c.init_token_ids else None
+        trunks = {role: Trunk(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
+        for i, (role, module, heads) in enumerate(places):
+            maker = Maker(trunks[role], c.hidden, heads * parts.head_dim) if c.reparametrize else None
+            prefix = attention.Prefix(heads, c.length, parts.head_dim, c.std, maker)
+            if seen:
+                with torch.no_grad():
+                    prefix.key.copy_(seen[i].key[0])
+                    prefix.value.copy_(seen[i].value[0])
+            attention.attach(host, module, "prefix", prefix)
+        if c.shift_positions:
+            positions.shift(host, c.length)
+
+    def _see_text(self, host: Host, modules: list[nn.Module]) -> list[attention.Inputs]:
+        c = self.config
+        ids = torch.tensor([[c.init_token_ids[i % len(c.init_token_ids)] for i in range(c.length)]])
+        batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if len(host.anatomy.stacks) > 1 else {})
+        return attention.observe(host, modules, **batch)
+
+    @torch.no_grad()
+    def state(self) -> dict[str, torch.Tensor]:
+        paths = self.host.paths()
+        inside = tuple(f"{path}." for path in paths)
+        others = {n: p for n, p in self.host.trained().items() if not n.startswith(inside)}
+        pairs = {path: zip(("key", "value"), prefix.pair(), strict=True) for path, prefix in paths.items()}
+        return others | {f"{path}.{name}": tensor for path, pair in pairs.items() for name, tensor in pair}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        for prefix in self.host.paths().values():
+            prefix.keep()
+        super().load_state(state)
