@@ -1,14 +1,25 @@
 """What readers see: executed notebooks, generated pages, figures and tables, the book."""
 
-from peftlib.report.figures import learning_rate_search, loss_curves, quality_against_parameters, sites_diagram
+from peftlib.report.counts import count
+from peftlib.report.figures import (
+    learning_rate_search,
+    loss_curves,
+    quality_against_parameters,
+    sites_diagram,
+    taxonomy_tree,
+)
 from peftlib.report.show import comparison, source, table
+from peftlib.report.standings import Standings
 
 __all__ = [
+    "Standings",
     "comparison",
+    "count",
     "learning_rate_search",
     "loss_curves",
     "quality_against_parameters",
     "sites_diagram",
     "source",
     "table",
+    "taxonomy_tree",
 ]

@@ -1,4 +1,4 @@
-"""Build the book: executed notebooks, prose and generated pages, put together in ``_build/source`` and rendered.
+"""Build the book: executed notebooks, prose and generated pages, laid out in ``_build/source/<profile>`` and rendered.
 
 The Sphinx source is a copy of the repository's ``book/`` and ``notebooks/`` in the same layout, so that links and Colab
 buttons point at the clean sources, with executed notebooks in place of theirs and the generated pages added.
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,8 @@ from peftlib.report import notebooks, pages
 
 ROOT = notebooks.ROOT
 SOURCE, HTML = "_build/source", "_build/html"
+MATHJAX = "book/_static/mathjax/tex-svg.js"
+"""Where the source has its copy of MathJax: one file that needs no fonts and no network."""
 
 
 class BookError(PeftlibError, RuntimeError):
@@ -27,7 +30,7 @@ class BookError(PeftlibError, RuntimeError):
 
 def assemble(profile: str, root: Path = ROOT) -> Path:
     """Lay out the Sphinx source. A file is written only when its content changes, so that builds stay incremental."""
-    target = root / SOURCE
+    target = root / SOURCE / profile
     wanted: dict[Path, bytes] = {}
     for name in ("_config.yml", "_toc.yml"):
         wanted[Path(name)] = (root / name).read_bytes()
@@ -36,7 +39,8 @@ def assemble(profile: str, root: Path = ROOT) -> Path:
             wanted[path.relative_to(root)] = path.read_bytes()
     for source in notebooks.sources(root=root):
         wanted[source.relative_to(root)] = notebooks.executed_path(source, profile, root).read_bytes()
-    for name, content in pages.generate(profile, root).items():
+    wanted[Path(MATHJAX)] = mathjax().read_bytes()
+    for name, content in pages.generate(root).items():
         if Path(name) in wanted:
             raise BookError(f"the generated page {name} would replace a file of book/; rename one of them")
         wanted[Path(name)] = content if isinstance(content, bytes) else content.encode()
@@ -52,8 +56,14 @@ def assemble(profile: str, root: Path = ROOT) -> Path:
     return target
 
 
-def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT) -> Path:
-    """Execute what changed, generate pages, render; return the folder of the HTML.
+def mathjax() -> Path:
+    """MathJax's file for TeX to SVG, from the package that carries it."""
+    files = metadata.files("sphinx-mathjax-offline") or ()
+    return Path(next(file for file in files if file.name == "tex-svg.js").locate())
+
+
+def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT, html: Path | None = None) -> Path:
+    """Execute what changed, generate pages, render; return the folder of the HTML, ``_build/html`` by default.
 
     Warnings are errors, a failed notebook or an error output is too. Raises BookError or NotebookError.
     """
@@ -67,9 +77,9 @@ def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT)
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     if done.returncode:
         raise BookError(f"the book did not build without warnings:\n{(done.stdout + done.stderr)[-4000:]}")
-    html = root / HTML
+    html = html or root / HTML
     _mirror(source / "_build/html", html)
-    console.print(f"book: {html.relative_to(root)}/index.html after {time.perf_counter() - started:.0f} s")
+    console.print(f"book: {html}/index.html after {time.perf_counter() - started:.0f} s")
     return html
 
 

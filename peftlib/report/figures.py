@@ -5,17 +5,18 @@ Colours are readable on a light and on a dark page; text takes a mid grey that b
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import Circle, FancyBboxPatch
 
 from peftlib import taxonomy
 
-INK, TOUCHED, ADDED, PLAIN = "#6b7280", "#d97706", "#0f766e", "#9ca3af"
+INK, TOUCHED, ADDED, PLAIN = "#747c89", "#d97706", "#0f766e", "#9ca3af"
 CLASSES = {
     "additive": "#0f766e",
     "partial": "#7c3aed",
@@ -37,6 +38,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 10,
+    "figure.dpi": 150,
     "svg.hashsalt": "peftlib",
 }
 
@@ -45,61 +47,83 @@ def _figure(width: float, height: float, **more) -> tuple[Figure, Any]:
     return plt.subplots(figsize=(width, height), **more)
 
 
-#: The parts of one layer: site -> (x, y, width, height, label), in units of the drawing.
+#: The parts of a model with one layer drawn: site -> (x, y, width, height, label), in units of the drawing.
 _BOXES: dict[str, tuple[float, float, float, float, str]] = {
-    "embeddings": (0.0, 1.1, 1.1, 0.8, "embeddings"),
-    "attention.query": (2.0, 2.0, 0.85, 0.6, "query"),
-    "attention.key": (2.0, 1.2, 0.85, 0.6, "key"),
-    "attention.value": (2.0, 0.4, 0.85, 0.6, "value"),
-    "attention.heads": (3.15, 0.9, 0.85, 1.2, "heads"),
-    "attention.output": (4.3, 1.2, 0.85, 0.6, "output"),
-    "norms": (5.45, 1.2, 0.7, 0.6, "norm"),
-    "ffn.gate": (6.75, 2.0, 0.75, 0.6, "gate"),
-    "ffn.up": (6.75, 1.2, 0.75, 0.6, "up"),
-    "ffn.down": (7.85, 1.2, 0.85, 0.6, "down"),
-    "norms ": (9.0, 1.2, 0.7, 0.6, "norm"),
-    "head": (10.75, 1.1, 0.9, 0.8, "task head"),
+    "embeddings": (0.0, 1.1, 1.25, 0.8, "embeddings"),
+    "attention.query": (2.15, 2.0, 0.85, 0.6, "query"),
+    "attention.key": (2.15, 1.2, 0.85, 0.6, "key"),
+    "attention.value": (2.15, 0.4, 0.85, 0.6, "value"),
+    "attention.heads": (3.3, 0.9, 0.8, 1.2, "heads"),
+    "attention.output": (4.4, 1.2, 0.85, 0.6, "output"),
+    "norms": (6.0, 1.2, 0.7, 0.6, "norm"),
+    "ffn.gate": (7.2, 2.0, 0.75, 0.6, "gate"),
+    "ffn.up": (7.2, 1.2, 0.75, 0.6, "up"),
+    "ffn.down": (8.3, 1.2, 0.85, 0.6, "down"),
+    "norms ": (9.9, 1.2, 0.7, 0.6, "norm"),
+    "head": (11.5, 1.1, 1.1, 0.8, "task head"),
 }
 _ARROWS = (
-    ((1.1, 1.5), (2.0, 1.5)),
-    ((2.85, 2.3), (3.15, 1.9)),
-    ((2.85, 1.5), (3.15, 1.5)),
-    ((2.85, 0.7), (3.15, 1.1)),
-    ((4.0, 1.5), (4.3, 1.5)),
-    ((5.15, 1.5), (5.45, 1.5)),
-    ((6.15, 1.5), (6.75, 1.5)),
-    ((7.5, 1.5), (7.85, 1.5)),
-    ((8.7, 1.5), (9.0, 1.5)),
-    ((9.7, 1.5), (10.75, 1.5)),
+    ((1.25, 1.5), (2.15, 1.5)),
+    ((1.9, 1.5), (2.15, 2.2)),
+    ((1.9, 1.5), (2.15, 0.8)),
+    ((3.0, 2.3), (3.3, 1.9)),
+    ((3.0, 1.5), (3.3, 1.5)),
+    ((3.0, 0.7), (3.3, 1.1)),
+    ((4.1, 1.5), (4.4, 1.5)),
+    ((5.25, 1.5), (5.5, 1.5)),
+    ((5.76, 1.5), (6.0, 1.5)),
+    ((6.7, 1.5), (7.2, 1.5)),
+    ((7.95, 1.5), (8.3, 1.5)),
+    ((9.15, 1.5), (9.4, 1.5)),
+    ((9.66, 1.5), (9.9, 1.5)),
+    ((10.6, 1.5), (11.5, 1.5)),
 )
+#: Gated families only: into the gate, and on to the product with the up-projection.
+_GATE_ARROWS = (((6.95, 1.5), (7.2, 2.2)), ((7.95, 2.3), (8.3, 1.7)))
+#: The sums after both blocks, and where the residual that enters them branches off.
+_SUMS = ((5.63, 1.9), (9.53, 6.95))
 _WEIGHTS = tuple(b for b in _BOXES if b.startswith(("attention.", "ffn.")) and b != "attention.heads")
 
 
 @mpl.rc_context(STYLE)
-def sites_diagram(method: str) -> Figure:
-    """Where a method acts in a transformer: the sites of its taxonomy entry, coloured in one drawing of a layer."""
+def sites_diagram(method: str, title: bool = True) -> Figure:
+    """Where a method acts in a transformer: the sites of its taxonomy entry, coloured in one drawing of a layer.
+
+    The layer is an encoder's, with norms after the sums; the dashed gate is there in gated families only. A strip
+    below a box stands for its bias, a coloured frame for whole layers. ``title`` names the method and its sites.
+    """
     entry = taxonomy.entry(method)
     sites = set(entry.sites)
     touched = {b for b in _BOXES if b.strip() in sites}
     if "weights" in sites:
         touched |= set(_WEIGHTS)
-    figure, axes = _figure(9.6, 2.9)
+    figure, axes = _figure(10.2, 3.1)
     frame = TOUCHED if "layers" in sites else PLAIN
     axes.add_patch(
         FancyBboxPatch(
-            (1.65, 0.05),
-            8.35,
-            2.85,
+            (1.7, 0.0),
+            9.1,
+            3.0,
             boxstyle="round,pad=0.05",
             fill=False,
             edgecolor=frame,
-            linestyle="--",
-            linewidth=1.2,
+            linestyle="-" if "layers" in sites else "--",
+            linewidth=2.0 if "layers" in sites else 1.2,
         )
     )
-    axes.text(9.95, 0.1, "one of L layers", ha="right", va="bottom", fontsize=8.5, color=frame)
+    axes.text(10.75, 0.04, "one of L layers", ha="right", va="bottom", fontsize=8.5, color=frame)
+    axes.text(3.7, 0.04, "attention", ha="center", va="bottom", fontsize=8.5)
+    axes.text(8.2, 0.04, "feed-forward", ha="center", va="bottom", fontsize=8.5)
+    arrow = {"arrowstyle": "-|>", "color": PLAIN, "linewidth": 1}
     for start, end in _ARROWS:
-        axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": PLAIN, "linewidth": 1})
+        axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+    for start, end in _GATE_ARROWS:
+        axes.annotate("", xy=end, xytext=start, arrowprops={**arrow, "linestyle": ":"})
+    for x, source in _SUMS:
+        axes.add_patch(Circle((x, 1.5), 0.13, fill=False, edgecolor=PLAIN, linewidth=1))
+        axes.text(x, 1.49, "+", ha="center", va="center", fontsize=9)
+        axes.plot([source, source, x], [1.5, 2.8, 2.8], color=PLAIN, linewidth=1)
+        axes.annotate("", xy=(x, 1.63), xytext=(x, 2.8), arrowprops={**arrow, "shrinkA": 0})
     for name, (x, y, width, height, label) in _BOXES.items():
         hit = name in touched
         axes.add_patch(
@@ -110,21 +134,58 @@ def sites_diagram(method: str) -> Figure:
                 boxstyle="round,pad=0.0,rounding_size=0.08",
                 facecolor=TOUCHED if hit else "none",
                 edgecolor=TOUCHED if hit else PLAIN,
+                linestyle=":" if name == "ffn.gate" and not hit else "-",
                 linewidth=1.4,
             )
         )
         axes.text(
-            x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=9, color="white" if hit else INK
+            x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=9.5, color="white" if hit else INK
         )
         if "biases" in sites and name in _WEIGHTS:
             axes.add_patch(plt.Rectangle((x, y - 0.16), width, 0.1, color=TOUCHED))
-    words = ", ".join(entry.sites)
-    axes.text(0, 3.15, f"{entry.title} acts at: {words}", fontsize=9.5, color=TOUCHED, va="bottom")
-    axes.set_xlim(-0.1, 11.75)
-    axes.set_ylim(-0.05, 3.45)
-    axes.set_aspect("equal")
+    words = textwrap.fill(f"{entry.title} acts at: {', '.join(entry.sites)}", 120) if title else ""
+    axes.text(0, 3.2, words, fontsize=9.5, color=TOUCHED, va="bottom")
+    top = 3.5 + 0.25 * words.count("\n") if title else 3.15
+    axes.set_xlim(-0.1, 12.7)
+    axes.set_ylim(-0.1, top)
+    axes.set_position((0, 0, 1, 1))
     axes.axis("off")
-    figure.tight_layout(pad=0.2)
+    figure.set_size_inches(0.8 * 12.8, 0.8 * (top + 0.1))
+    plt.close(figure)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def taxonomy_tree() -> Figure:
+    """The survey's taxonomy as a tree, one line a method: filled marks are in peftlib."""
+    blocks = [c for c in taxonomy.CATEGORIES if c.path != "baselines"]
+    of = {c.path: [e for e in taxonomy.METHODS if e.category == c.path] for c in blocks}
+    leaves = [c for c in blocks if of[c.path]]
+    # Two columns of categories, as even as the order allows.
+    total = sum(len(of[c.path]) + 1.6 for c in leaves)
+    heights, column, columns = 0.0, 0, {}
+    for block in leaves:
+        if column == 0 and heights >= total / 2:
+            column, heights = 1, 0.0
+        columns[block.path] = (column, heights)
+        heights += len(of[block.path]) + 1.6
+    rows = max(at + len(of[path]) + 1.6 for path, (_, at) in columns.items())
+    figure, axes = _figure(10.2, 0.2 * rows + 0.2)
+    for path, (column, at) in columns.items():
+        x, colour = 6.0 * column, CLASSES[path.split("/")[0]]
+        titles = [taxonomy.category("/".join(path.split("/")[: n + 1])).title for n in range(path.count("/") + 1)]
+        axes.plot([x, x], [at - 0.4, at + len(of[path]) + 0.4], color=colour, linewidth=3)
+        axes.text(x + 0.15, at, " › ".join(titles), fontsize=8.5, weight="bold", va="center", color=colour)
+        for number, entry in enumerate(of[path], 1):
+            y = at + number
+            axes.plot(
+                [x + 0.3], [y], "o", markersize=5, color=colour, markerfacecolor=colour if entry.available else "none"
+            )
+            axes.text(x + 0.48, y, entry.title, fontsize=8.5, va="center")
+    axes.set_xlim(-0.1, 12)
+    axes.set_ylim(rows, -0.8)
+    axes.axis("off")
+    axes.set_position((0, 0, 1, 1))
     plt.close(figure)
     return figure
 

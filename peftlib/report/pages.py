@@ -1,0 +1,308 @@
+"""The generated pages: taxonomy, one card a method, leaderboard, conformance; with the figures that they show.
+
+Everything comes from the taxonomy, the attached methods, the store of results and the conformance file: the same
+inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import yaml
+from matplotlib.figure import Figure
+
+from peftlib import taxonomy
+from peftlib.experiments import PROFILES, SEARCH_RATES, Store
+from peftlib.report import cards, conformance, figures, markdown, notebooks
+from peftlib.report.counts import counts
+from peftlib.report.standings import Standings
+
+MEASURED = "embedded"
+"""The profile of the leaderboard and the cards. What a notebook measures is in its chapter."""
+
+
+def generate(root: Path) -> dict[str, str | bytes]:
+    """All generated files, by their path below the Sphinx source."""
+    standings = Standings(Store(root / "results"), MEASURED)
+    matrix = conformance.read(root)
+    sources = cards.Sources(
+        counts=counts(root),
+        standings=standings,
+        matrix=matrix,
+        chapters=frozenset(path.stem for path in notebooks.sources(root=root)),
+        repository=repository(root),
+    )
+    files: dict[str, str | bytes] = {
+        "taxonomy.md": taxonomy_page(sources),
+        "leaderboard.md": leaderboard_page(standings),
+        "conformance.md": conformance_page(matrix),
+        "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
+    }
+    drawn: dict[frozenset[str], bytes] = {}
+    for entry in taxonomy.METHODS:
+        files[f"cards/{entry.name}.md"] = cards.page(entry, sources)
+        sites = frozenset(entry.sites)
+        if sites not in drawn:
+            drawn[sites] = svg(figures.sites_diagram(entry.name, title=False))
+        files[f"figures/sites-{entry.name}.svg"] = drawn[sites]
+    for track, rows in standings.rows.items():
+        metric = standings.metric(track) if rows else ""
+        files[f"figures/quality-{track}.svg"] = svg(figures.quality_against_parameters(rows, metric))
+    if standings.search:
+        metric = standings.metric(standings.first)
+        files["figures/search.svg"] = svg(figures.learning_rate_search(standings.search, metric))
+    return files
+
+
+def repository(root: Path) -> str:
+    """Where the repository's files can be read: the address of ``_config.yml`` and its branch."""
+    settings = yaml.safe_load((root / "_config.yml").read_text())["repository"]
+    return f"{settings['url']}/blob/{settings['branch']}"
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, the same bytes each time."""
+    with mpl.rc_context({"svg.hashsalt": "peftlib"}), io.BytesIO() as buffer:
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+
+# Taxonomy
+
+
+def taxonomy_page(sources: cards.Sources) -> str:
+    """The tree, one line a method."""
+    survey = [e for e in taxonomy.METHODS if e.category != "baselines"]
+    there = sum(e.available for e in survey)
+    parts = [
+        "# Taxonomy",
+        f"The {len(survey)} methods of the survey {{cite:p}}`xu2023survey` in its five classes; "
+        f"{there} of them are in peftlib (●), {len(survey) - there} are not yet (○). "
+        "Every method has a card; the methods in peftlib also have a chapter and code. "
+        "The folders below `peftlib/methods/` are this tree.",
+        markdown.figure(
+            "figures/taxonomy.svg",
+            "The taxonomy as a tree of classes, categories and methods",
+            "The tree in one picture: filled marks are in peftlib.",
+        ),
+    ]
+    for node in taxonomy.tree():
+        parts += _branch(node, 2, sources)
+    return "\n\n".join(parts) + "\n"
+
+
+def _branch(node: taxonomy.Node, depth: int, sources: cards.Sources) -> Iterator[str]:
+    category = node.category
+    yield f"({_anchor(category.path)})=\n{'#' * depth} {category.title}"
+    chapter = f" [Chapter](notebooks/{category.chapter}.ipynb)." if category.chapter in sources.chapters else ""
+    yield category.summary + chapter
+    if node.entries:
+        yield "\n".join(_line(entry, sources) for entry in node.entries)
+    for child in node.children:
+        yield from _branch(child, depth + 1, sources)
+
+
+def _line(entry: taxonomy.Entry, sources: cards.Sources) -> str:
+    links = markdown.links(entry, sources.repository, sources.chapters)
+    sign = "●" if entry.available else "○"
+    rest = " · ".join(text for name, text in links.items() if name not in ("card", "chapter"))
+    return f"- {sign} [{entry.title}](cards/{entry.name}.md): {entry.summary}" + (f" {rest}" if rest else "")
+
+
+def _anchor(path: str) -> str:
+    return f"taxonomy-{path.replace('/', '-').replace('_', '-')}"
+
+
+# Leaderboard
+
+
+def leaderboard_page(standings: Standings) -> str:
+    """Every track of the measured profile, from the store alone."""
+    parts = [
+        "# Leaderboard",
+        f"What the stored runs of the profile `{standings.profile.name}` say: {standings.profile.summary}. "
+        "All methods of a track share data, batch size, epochs and evaluation, and each has the learning rate that one "
+        "stated search found for it; [the protocol](book/protocol.md) says how, and what the numbers cannot show. "
+        "A click on a column's head sorts by it.",
+    ]
+    for track in standings.profile.tracks:
+        parts += _track(standings, track)
+    parts += _search(standings)
+    for name, profile in PROFILES.items():
+        if name in ("smoke", standings.profile.name):
+            continue
+        other = Standings(standings.store, name)
+        parts += [f"## Profile {name}", f"{profile.summary[0].upper()}{profile.summary[1:]}."]
+        ran = [track for track in profile.tracks if other.rows[track]]
+        for track in ran:
+            parts += [f"### {track}", *_table(other, track)]
+        if not ran:
+            parts.append("No stored runs.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _track(standings: Standings, track: str) -> Iterator[str]:
+    settings = standings.profile.tracks[track]
+    yield f"## {track.capitalize()}"
+    options = ", ".join(f"`{k}={v}`" for k, v in settings.task_options.items())
+    yield (
+        f"Task `{settings.task}`{f' ({options})' if options else ''}, backbone `{settings.backbone}`, "
+        f"{settings.epochs:g} {'epoch' if settings.epochs == 1 else 'epochs'}, batches of {settings.batch_size}, "
+        f"at most {settings.max_length} tokens."
+    )
+    rows = standings.rows[track]
+    if not rows:
+        yield "No stored runs."
+        return
+    yield markdown.figure(
+        f"figures/quality-{track}.svg",
+        f"Quality against trained parameters on {track}",
+        f"Quality against trained parameters: {sum(len(r['runs']) for r in rows)} runs, named below. The solid line is "
+        "full fine-tuning, the dotted one the task head alone.",
+    )
+    yield from _table(standings, track)
+
+
+def _table(standings: Standings, track: str) -> Iterator[str]:
+    rows, metric = standings.rows[track], standings.metric(track)
+    head = (
+        "method",
+        f"test {metric}",
+        "seeds",
+        "trained",
+        "% of all",
+        "stored",
+        "ms a step",
+        "peak MB",
+        "learning rate",
+    )
+    yield markdown.table(
+        head,
+        [
+            (
+                f"[{row['method']}](cards/{row['method']}.md)",
+                cards.quality(row),
+                len(row["seeds"]),
+                f"{row['trained']:,}",
+                f"{row['percent']:.3f}",
+                cards.size(row["stored_bytes"]),
+                f"{1000 * row['seconds_per_step']:.0f}",
+                f"{row['peak_memory'] / 1e6:,.0f}",
+                f"{row['learning_rate']:g}",
+            )
+            for row in rows
+        ],
+        "lrrrrrrrr",
+        name="sortable",
+    )
+    missing = [name for name in taxonomy.methods() if name not in {row["method"] for row in rows}]
+    if missing:
+        yield f"Without stored runs here: {', '.join(missing)}."
+    yield markdown.dropdown(
+        "The runs behind this table",
+        f"{_machines(standings, track)} Files: `results/{standings.profile.name}/{track}/<method>-<seed>-<key>.json`."
+        "\n\n"
+        + markdown.table(
+            ("method", "seeds", "keys"),
+            [
+                (row["method"], ", ".join(map(str, row["seeds"])), " ".join(f"`{key}`" for key in row["runs"]))
+                for row in rows
+            ],
+        ),
+    )
+
+
+def _machines(standings: Standings, track: str) -> str:
+    keys = {key for row in standings.rows[track] for key in row["runs"]}
+    seen = {
+        (p["processor"] if p["device"] == "CPU" else p["device"], p["threads"], p["versions"]["torch"])
+        for p in (r["provenance"] for r in standings.records[track] if r["key"] in keys)
+    }
+    return " ".join(
+        f"Measured on {device}, {threads} threads, torch {version}." for device, threads, version in sorted(seen)
+    )
+
+
+def _search(standings: Standings) -> Iterator[str]:
+    yield "## Learning-rate search"
+    tried = ", ".join(f"{rate:g}" for rate in SEARCH_RATES)
+    yield (
+        f"Every method is tried once at each of the rates {tried}, seed 0, on the track {standings.first}; the rate "
+        "with the best validation metric is used on every track. Test data play no part."
+    )
+    if not standings.search:
+        yield "No stored runs."
+        return
+    yield markdown.figure(
+        "figures/search.svg",
+        "Validation metric by learning rate, one panel a method",
+        f"Validation metric by learning rate, {len(standings.search)} runs; the chosen rate is marked.",
+    )
+    values: dict[str, dict[float, float]] = {}
+    metric = standings.metric(standings.first)
+    for record in standings.search:
+        spec = record["spec"]
+        values.setdefault(spec["method"], {})[spec["learning_rate"]] = record["metrics"]["validation"][metric]
+    rows = [
+        (name, *(_marked(values[name].get(rate), rate == standings.rates[name]) for rate in SEARCH_RATES))
+        for name in taxonomy.methods()
+        if name in values
+    ]
+    yield markdown.table(("method", *(f"{rate:g}" for rate in SEARCH_RATES)), rows, "l" + "r" * len(SEARCH_RATES))
+
+
+def _marked(value: float | None, best: bool) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.3f}**" if best else f"{value:.3f}"
+
+
+# Conformance
+
+
+def conformance_page(matrix: conformance.Matrix | None) -> str:
+    """The matrix method x check."""
+    parts = [
+        "# Conformance",
+        "What every method must do, checked on tiny random models of every family that can host it. "
+        "A method that cannot do one of these says why, and the suite checks that it really does not.",
+    ]
+    if matrix is None:
+        return (
+            "\n\n".join([*parts, f"There is no stored matrix: `make conformance` writes `{conformance.FILE}`."]) + "\n"
+        )
+    cells = [cell for row in matrix.methods.values() for cell in row.values()]
+    parts.append(
+        f"{sum(len(c.passed) for c in cells):,} cells hold, {sum(len(c.declined) for c in cells):,} are declined for a "
+        f"stated reason, {sum(len(c.failed) for c in cells):,} fail; {len(matrix.methods)} methods, "
+        f"{len(matrix.checks)} checks."
+    )
+    numbers = {name: number for number, name in enumerate(matrix.checks, 1)}
+    parts.append("\n".join(f"{number}. {matrix.checks[name]}" for name, number in numbers.items()))
+    parts.append(
+        "The number in a cell says on how many families the check holds. A dash says that it is declined, there or on "
+        "some families (then beside a number); an empty cell that no family can be asked."
+    )
+    parts.append(
+        markdown.table(
+            ("method", *numbers.values()),
+            [
+                (f"[{name}](cards/{name}.md)", *(row[check].sign if check in row else "" for check in numbers))
+                for name, row in matrix.methods.items()
+            ],
+            "l" + "r" * len(numbers),
+            name="matrix",
+        )
+    )
+    declined = [
+        f"- {name}, check {numbers[check]}: {'; '.join(cell.reasons())}"
+        for name, row in matrix.methods.items()
+        for check, cell in row.items()
+        if cell.declined
+    ]
+    if declined:
+        parts += ["## What is declined, and why", "\n".join(declined)]
+    return "\n\n".join(parts) + "\n"

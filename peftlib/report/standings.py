@@ -1,0 +1,81 @@
+"""Which stored runs can be compared with each other, and what they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from typing import Any
+
+from peftlib import taxonomy
+from peftlib.experiments import SEARCH_RATES, Store, profile, summarize
+from peftlib.methods import config, find
+
+Record = dict[str, Any]
+
+
+class Standings:
+    """The runs of one profile that can be compared: a track's own settings, the methods' default options."""
+
+    def __init__(self, store: Store, profile_name: str):
+        self.store = store
+        self.profile = profile(profile_name)
+
+    @property
+    def first(self) -> str:
+        """The track on which learning rates are searched."""
+        return next(iter(self.profile.tracks))
+
+    @cached_property
+    def records(self) -> dict[str, list[Record]]:
+        """Track -> its comparable runs, at every learning rate."""
+        defaults = {name: _json(config(name).as_dict()) for name in taxonomy.methods()}
+        return {
+            track: [
+                r
+                for r in self.store.records(self.profile.name, track)
+                if r["spec"]["settings"] == _json(dataclasses.asdict(settings))
+                and r["spec"]["options"] == defaults.get(r["spec"]["method"])
+            ]
+            for track, settings in self.profile.tracks.items()
+        }
+
+    @cached_property
+    def search(self) -> list[Record]:
+        """The runs of the learning-rate search: the stated rates at seed 0 on the first track."""
+        return [
+            r for r in self.records[self.first] if r["spec"]["seed"] == 0 and r["spec"]["learning_rate"] in SEARCH_RATES
+        ]
+
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        """Method -> the rate at which it is compared: what the search found, else the method's own default."""
+        searched = {r["spec"]["method"]: r["metric"] for r in self.search}
+        return {
+            name: self.store.best_rate(self.profile.name, self.first, name, searched[name])
+            if name in searched
+            else find(name).learning_rate
+            for name in taxonomy.methods()
+        }
+
+    @cached_property
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Track -> one row a method at its rate, best mean first; rows as ``experiments.summarize`` makes them."""
+        found = {}
+        for track, records in self.records.items():
+            chosen = [r for r in records if r["spec"]["learning_rate"] == self.rates[r["spec"]["method"]]]
+            summary = summarize(chosen, chosen[0]["metric"]) if chosen else []
+            found[track] = sorted(summary, key=lambda row: (-row["mean"], row["trained"]))
+        return found
+
+    def metric(self, track: str) -> str:
+        """The main metric of a track that has runs."""
+        return self.records[track][0]["metric"]
+
+    def of(self, method: str) -> dict[str, dict[str, Any]]:
+        """Track -> the row of one method, where it has runs."""
+        return {track: row for track, rows in self.rows.items() for row in rows if row["method"] == method}
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
