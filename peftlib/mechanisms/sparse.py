@@ -1,8 +1,9 @@
 """Training a few entries of a frozen tensor, as indices and values.
 
 The optimizer sees the k values only. In the forward pass they are written into the frozen tensor's own storage, so no
-copy of it is made; the backward pass forms the tensor's gradient, gathers the k entries and drops the rest. Every other
-entry stays bit-identical, whatever weight decay or momentum an optimizer has.
+copy of it is made (a functional scatter would keep a second copy of all such weights from forward to backward); the
+backward pass forms the tensor's gradient, gathers the k entries and drops the rest. Every other entry stays
+bit-identical, whatever weight decay or momentum an optimizer has; ``owned`` masks say which entries are written.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ indices. Merge: exact, the values are the weights' own entries. Trained without 
 ``k = int(density * parameters) - head`` (the head trains fully and is charged to the budget), to the entry.
 
 Source: Sung et al. 2021, arXiv:2111.09839, and its code. Taxonomy: partial/pretrained_weight_masking. Departures: the
-code masks gradients, so its weight decay moves masked entries and its optimizer states are dense.
+code masks gradients, so its weight decay moves masked entries and its optimizer states are dense; it takes the first N
+rows of the data set, here they are the first N that :meth:`Adapted.calibrate` is given (``fit``: in shuffled order).
 ``charge_head=False`` spends the whole budget on the backbone, for heads that are larger than it.
 """
 
