@@ -260,11 +260,7 @@ def attach(
         StateError: something is attached already.
     """
     chosen = resolve(method, **options)
-    if (attached := getattr(model, "peftlib_adapted", None)) is not None:
-        raise StateError(
-            f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
-            "or attach both at once with peftlib.combine(...)"
-        )
+    _check_free(model)
     identity = _identity(model)
     host = Host(model, keep_original=keep_original)
     head = dict(host.anatomy.head) if train_head else {}
@@ -299,6 +295,7 @@ def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
     changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
     shapes give a warning.
     """
+    _check_free(model)
     folder = Path(folder)
     document = _read_config(folder)
     weights = folder / WEIGHTS
@@ -324,6 +321,14 @@ def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
         adapted._leave(bake=False)
         raise
     return adapted
+
+
+def _check_free(model: nn.Module) -> None:
+    if (attached := getattr(model, "peftlib_adapted", None)) is not None:
+        raise StateError(
+            f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
+            "or attach both at once with peftlib.combine(...)"
+        )
 
 
 def _read_config(folder: Path) -> dict:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from peftlib.errors import StateError, UnsupportedError
+from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import MOMENTS, Method, MethodConfig, Progress
+from peftlib.methods.base import MOMENTS, ConfigError, Method, MethodConfig, Progress
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,15 @@ class CombinationConfig(MethodConfig):
 
     parts: tuple[dict, ...] = ()
 
+    def __post_init__(self):
+        # As the parts' own configs have it, also when they come from JSON.
+        plain = ({k: tuple(v) if isinstance(v, list) else v for k, v in part.items()} for part in self.parts)
+        object.__setattr__(self, "parts", tuple(plain))
+
 
 class Combination(Method):
-    """Attaches its parts in order. Counts add up; the moments run part by part; it merges if every part does."""
+    """Attaches its parts in order, those that calibrate last. Counts add up; the moments run part by part; it merges if
+    every part does."""
 
     Config = CombinationConfig
 
@@ -40,7 +46,8 @@ class Combination(Method):
         self.calibrates = any(part.calibrates for part in self.parts)
 
     def attach(self, host: Host) -> None:
-        for part in self.parts:
+        # Those that choose among frozen parameters come last: they leave alone what another part trains.
+        for part in sorted(self.parts, key=lambda part: part.calibrates):
             part.host = host.scope()
             try:
                 part.attach(part.host)
@@ -87,11 +94,14 @@ class Combination(Method):
         return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        left = dict(state)
-        # What calibration would have created is not there yet, so such a part takes what the others leave.
-        for part in sorted(self.parts, key=lambda part: part.calibrates):
-            names = left.keys() if part.calibrates else part.state().keys()
-            part.load_state({n: left.pop(n) for n in list(left) if n in names})
+        # What calibration would have created is not there yet, so such a part also gets what no other part knows.
+        known = {id(part): part.state().keys() for part in self.parts}
+        left = state.keys() - {n for part in self.parts if not part.calibrates for n in known[id(part)]}
+        for part in self.parts:
+            names = known[id(part)] | (left if part.calibrates else set())
+            part.load_state({n: t for n, t in state.items() if n in names})
+        if left and not any(part.calibrates for part in self.parts):
+            raise LoadError(f"the file does not fit: {len(left)} tensors are left over {sorted(left)[:3]}")
 
     def check_mergeable(self) -> None:
         for part in self.parts:
@@ -105,9 +115,11 @@ class Combination(Method):
 def combine(*parts: str | MethodConfig) -> CombinationConfig:
     """Several methods as one: ``attach(model, combine("prefix_tuning", "parallel_adapter"))``.
 
-    Parts are names (with their defaults) or configs. Raises UnknownNameError for a name that does not exist and, when
-    attached, UnsupportedError for parts that want the same place.
+    Parts are names (with their defaults) or configs. Raises UnknownNameError for a name that does not exist,
+    ConfigError for fewer than two parts and, when attached, UnsupportedError for parts that want the same place.
     """
+    if len(parts) < 2:
+        raise ConfigError(f"a combination needs at least two methods, and {len(parts)} were given")
     registry = importlib.import_module("peftlib.methods")
     configs = [registry.resolve(part).config for part in parts]
     return CombinationConfig(tuple({"method": c.method, **c.as_dict()} for c in configs))

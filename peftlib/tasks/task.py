@@ -150,8 +150,11 @@ class Task:
         limit = min(self.max_length if max_length is None else max_length, tokenizer.model_max_length)
         key = (id(tokenizer), len(tokenizer), split, limit)
         if key not in self._encoded:
+            rows = self._rows(split)
+            if not len(rows):
+                raise DataError(f"task {self.name!r} has no rows in split {split!r}")
             # The tokenizer is kept beside its rows so that its id cannot come to mean another one.
-            self._encoded[key] = tokenizer, Dataset.from_dict(self._columns(tokenizer, self._rows(split), limit))
+            self._encoded[key] = tokenizer, Dataset.from_dict(self._columns(tokenizer, rows, limit))
         return self._encoded[key][1]
 
     def _columns(self, tokenizer, rows: Dataset, limit: int) -> dict[str, list]:

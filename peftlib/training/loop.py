@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -100,8 +101,8 @@ def fit(
     model = adapted.model
     model.to(accelerator.device)
     loader = task.loader("train", tokenizer, batch_size=batch_size, shuffle=True, seed=seed, max_length=max_length)
-    if len(loader) == 0:
-        raise DataError(f"task {task.name!r} has no training rows")
+    if evaluate_on:
+        _check_labels(task, evaluate_on, tokenizer, max_length)
     if not adapted.calibrated:
         adapted.calibrate(loader)
 
@@ -111,25 +112,12 @@ def fit(
     rate = adapted.method.learning_rate if learning_rate is None else learning_rate
     groups = _groups(trained, adapted.head_names, rate, head_learning_rate, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=rate)
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    total = steps if steps is not None else max(1, round(epochs * len(loader) / gradient_accumulation))
-    at_least("steps", total, 1)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
 
     def evaluate() -> dict[str, float]:
         return evaluate_task(
             adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length, precision=precision
         )
 
-    def forward_backward(batch: dict) -> torch.Tensor:
-        with accelerator.accumulate(wrapped):
-            loss = wrapped(**batch).loss
-            if loss is None:
-                raise DataError(f"task {task.name!r} has no labels, so there is no loss to train on")
-            accelerator.backward(loss)
-        return loss.detach()
-
-    result = FitResult(steps=total, metrics={})
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,8 +127,19 @@ def fit(
         disable=not progress or not accelerator.is_main_process,
     )
     start, spent = time.perf_counter(), 0.0
-    batches = _forever(loader)
-    try:
+    with _prepared(accelerator, model, optimizer, loader) as (wrapped, optimizer, loader):
+        total = steps if steps is not None else max(1, round(epochs * len(loader) / gradient_accumulation))
+        at_least("steps", total, 1)
+        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
+        result = FitResult(steps=total, metrics={})
+        batches = _forever(loader)
+
+        def forward_backward(batch: dict) -> torch.Tensor:
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(**batch).loss
+                accelerator.backward(loss)
+            return loss.detach()
+
         with bar, adapted.lifecycle(total) as life:
             shown = bar.add_task(f"{adapted.name} on {task.name}", total=total)
             for step in range(total):
@@ -162,9 +161,6 @@ def fit(
                     result.history.append({"step": step + 1, "loss": float(torch.stack(losses).mean())})
                 if evaluate_on and evaluate_every and not last and (step + 1) % evaluate_every == 0:
                     result.history.append({"step": step + 1, **_prefixed(evaluate_on, evaluate())})
-    finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        model.eval()
     result.seconds_per_step = spent / total
     if evaluate_on:
         result.metrics = evaluate()
@@ -188,6 +184,7 @@ def evaluate_task(
 
     Leaves the model in evaluation mode. Raises DataError for a split that is empty or has no labels.
     """
+    _check_labels(task, split, tokenizer, max_length)
     model = adapted.model
     model.eval()
     device = next(model.parameters()).device
@@ -195,8 +192,6 @@ def evaluate_task(
     logits, labels, task_ids, losses, weights = [], [], [], [], []
     for batch in loader:
         batch = {k: v.to(device) for k, v in batch.items()}
-        if "labels" not in batch:
-            raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
             answer, asked, loss = _answer(model, task, batch, tokenizer)
         logits.append(answer.float().cpu())
@@ -205,8 +200,6 @@ def evaluate_task(
         weights.append(len(asked))
         if "task_ids" in batch:
             task_ids.append(batch["task_ids"].cpu())
-    if not logits:
-        raise DataError(f"task {task.name!r} has no rows in split {split!r}")
     outputs, targets = torch.cat(logits), torch.cat(labels)
     if task.kind in ("causal_lm", "seq2seq"):
         outputs, targets = outputs[None], targets[None]
@@ -249,6 +242,27 @@ def _check_task(adapted: Adapted, task) -> None:
             f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has "
             f"{adapted.model.config.num_labels}: load the backbone with num_labels={task.num_labels}"
         )
+
+
+def _check_labels(task, split: str, tokenizer, max_length: int | None) -> None:
+    if "labels" not in task.encode(tokenizer, split, max_length).column_names:
+        raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model, *others):
+    """The objects as accelerate prepares them. It wraps ``model.forward`` for autocast and marks the model as done,
+    which would keep another run from its own precision: both are taken back."""
+    marks = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in marks if name in vars(model)}
+    vars(model).pop("_is_accelerate_prepared", None)
+    try:
+        yield accelerator.prepare(model, *others)
+    finally:
+        for name in marks:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+        model.eval()
 
 
 def _accelerator(precision: str, gradient_accumulation: int) -> Accelerator:

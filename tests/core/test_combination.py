@@ -1,0 +1,149 @@
+"""Several methods on one backbone: counts add up, moments and files are those of all parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftlib
+from peftlib.errors import LoadError, MergeError, StateError, UnknownNameError, UnsupportedError
+from tests.conformance.case import Case, backbone, batch, inputs, logits, train
+from tests.conformance.checks import _assert_same_structure, _structure
+
+PAIRS = [
+    ("lora", "bitfit"),
+    ("lora", "ia3"),
+    ("lora", "prefix_tuning"),
+    ("lora", "parallel_adapter"),
+    ("prefix_tuning", "parallel_adapter"),
+    ("prompt_tuning", "ia3"),
+    ("fish_mask", "sequential_adapter"),
+    ("adalora", "bitfit"),
+    ("hadamard_adapter", "adalora"),
+]
+
+
+def parts(pair):
+    return [Case(name, "bert").config for name in pair]
+
+
+def combined(pair, seed: int = 0, **options) -> peftlib.Adapted:
+    adapted = peftlib.attach(backbone("bert"), peftlib.combine(*parts(pair)), seed=seed, **options)
+    adapted.calibrate([batch("bert")])
+    return adapted
+
+
+def apart(name) -> peftlib.Adapted:
+    return Case(name, "bert").attach()
+
+
+@pytest.fixture(params=PAIRS, ids="+".join)
+def pair(request):
+    missing = [name for name in request.param if name not in peftlib.methods()]
+    if missing:
+        pytest.skip(f"{missing[0]} is not in peftlib")
+    return request.param
+
+
+def test_counts_add_up_but_shared_parameters_count_once(pair):
+    both = combined(pair)
+    alone = [apart(name) for name in pair]
+    names = [set(a.trainable()) - set(a.head_names) for a in alone]
+    together = set(both.trainable()) - set(both.head_names)
+    if "fish_mask" not in pair:
+        assert together == names[0] | names[1]
+        shared = sum(both.trainable()[n].numel() for n in names[0] & names[1])
+        assert both.count().method == sum(a.count().method for a in alone) - shared
+    assert both.count().head == alone[0].count().head
+
+
+def test_it_trains_saves_loads_and_leaves(pair, tmp_path):
+    model = backbone("bert")
+    before, structure = {n: t.clone() for n, t in model.state_dict().items()}, _structure(model)
+    both = combined(pair)
+    losses = train(both, batch("bert"), steps=6, rate=1e-3)
+    assert losses[-1] < losses[0]
+    loaded = peftlib.load(model, both.save(tmp_path / "adapter"))
+    assert loaded.config == both.config
+    assert torch.equal(logits(model, **inputs("bert")), logits(both.model, **inputs("bert")))
+    loaded.detach()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    _assert_same_structure(_structure(model), structure)
+
+
+def test_the_moments_are_those_of_the_parts(pair):
+    both = combined(pair)
+    assert set(both.method.moments()) == {m for name in pair for m in apart(name).method.moments()}
+    assert both.method.calibrates == any(peftlib.find(name).calibrates for name in pair)
+    if both.method.moments() or both.method.calibrates:
+        both.model.train()
+        with pytest.raises(StateError, match="combination acts during training"):
+            both.model(**batch("bert"))
+
+
+def test_it_merges_where_every_part_does(pair):
+    both = combined(pair)
+    train(both, batch("bert"))
+    before = logits(both.model, **inputs("bert"))
+    stay = [name for name in pair if peftlib.card(name).merge == "no"]
+    if stay:
+        with pytest.raises(MergeError, match=f"{stay[0]} has no merge"):
+            both.merge()
+        assert torch.equal(logits(both.model, **inputs("bert")), before)
+        return
+    merged = both.merge()
+    after = logits(merged, **inputs("bert"))
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-5
+    _assert_same_structure(_structure(merged), _structure(backbone("bert")))
+
+
+def test_each_part_acts_as_it_does_alone():
+    """LoRA and BitFit: with the other part at its start, each gives what it gives alone."""
+    both = combined(("lora", "bitfit"))
+    alone = Case("lora", "bert").trained()
+    with torch.no_grad():
+        for name, parameter in alone.trainable().items():
+            both.trainable()[name].copy_(parameter)
+    assert torch.equal(logits(both.model, **inputs("bert")), logits(alone.model, **inputs("bert")))
+
+
+def test_two_of_the_same_method_want_the_same_place():
+    model = backbone("bert")
+    structure = _structure(model)
+    with pytest.raises(UnsupportedError, match=r"lora \+ lora cannot be combined: lora wants a place that is taken"):
+        peftlib.attach(model, peftlib.combine("lora", peftlib.LoRAConfig(rank=2)))
+    _assert_same_structure(_structure(model), structure)
+    other = peftlib.combine(peftlib.LoRAConfig(targets="ffn.up"), peftlib.LoRAConfig(rank=2))
+    assert peftlib.attach(model, other).count().method == 2 * 8 * (32 + 64) + 2 * 2 * 2 * (32 + 32)
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(UnknownNameError, match=r"'lorra'.*did you mean 'lora'"):
+        peftlib.combine("bitfit", "lorra")
+
+
+def test_a_combination_of_nothing_is_an_error():
+    with pytest.raises(peftlib.ConfigError, match="at least two"):
+        peftlib.combine()
+    with pytest.raises(peftlib.ConfigError, match="at least two"):
+        peftlib.combine("lora")
+
+
+def test_the_seed_decides(pair):
+    one, same, other = (combined(pair, seed=s).state() for s in (1, 1, 2))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert one.keys() == other.keys() or "fish_mask" in pair
+
+
+def test_left_over_tensors_are_named(tmp_path):
+    from tests.core.test_files import rewrite
+
+    both = combined(("lora", "bitfit"))
+    folder = both.save(tmp_path / "adapter")
+    state = {n: t.contiguous().clone() for n, t in both.state().items()}
+    rewrite(folder, weights=state | {"bert.more": torch.zeros(1)})
+    with pytest.raises(LoadError, match=r"left over.*bert\.more"):
+        peftlib.load(backbone("bert"), folder)
+    rewrite(folder, weights={n: t for n, t in state.items() if not n.endswith("lora.A")})
+    with pytest.raises(LoadError, match=r"missing.*lora\.A"):
+        peftlib.load(backbone("bert"), folder)
