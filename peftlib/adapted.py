@@ -134,6 +134,25 @@ class Adapted:
         self._check_attached()
         return Lifecycle(self, total_steps)
 
+    def parameter_groups(
+        self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict]:
+        """What an optimizer trains, in groups: the task head at its own rate (default: the same), and the parameters
+        for which the method asks for a multiple of the rate. :func:`peftlib.fit` uses them; with ``transformers``:
+
+        >>> optimizer = torch.optim.AdamW(adapted.parameter_groups(1e-4))
+        >>> Trainer(model, ..., optimizers=(optimizer, None), callbacks=[adapted.callback()])
+        """
+        factors = self.method.learning_rates()
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in self.trainable().items():
+            head = name in self._head
+            rate = learning_rate * factors.get(name, 1.0)
+            if head and head_learning_rate is not None:
+                rate = head_learning_rate
+            groups.setdefault((head, rate), []).append(parameter)
+        return [{"params": params, "lr": rate, "weight_decay": weight_decay} for (_, rate), params in groups.items()]
+
     def callback(self):
         """A ``transformers.TrainerCallback`` that runs the method's moments inside ``transformers.Trainer``."""
         self._check_attached()

@@ -99,39 +99,6 @@ def _forget(module: nn.Module, name: str) -> None:
         del module.peftlib_attention
 
 
-class Prefix(nn.Module):
-    """m keys and values in front of the others, ``key`` and ``value`` (H_kv, m, p): trained themselves, N(0, std) at
-    the start, or made by a trained ``maker`` until :meth:`keep` turns them into parameters."""
-
-    def __init__(self, heads: int, length: int, head_dim: int, std: float = 0.02, maker: nn.Module | None = None):
-        super().__init__()
-        self.shape = (heads, length, head_dim)
-        self.maker = maker
-        if maker is None:
-            self.key = nn.Parameter(torch.empty(self.shape).normal_(std=std))
-            self.value = nn.Parameter(torch.empty(self.shape).normal_(std=std))
-
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and the values."""
-        if self.maker is None:
-            return self.key, self.value
-        heads, length, head_dim = self.shape
-        return self.maker().view(length, 2, heads, head_dim).permute(1, 2, 0, 3).unbind()
-
-    def keep(self) -> None:
-        """Drop the maker and train the keys and values that it makes now."""
-        if self.maker is None:
-            return
-        with torch.no_grad():
-            key, value = (t.clone(memory_format=torch.contiguous_format) for t in self.pair())
-        self.maker = None
-        self.key, self.value = nn.Parameter(key), nn.Parameter(value)
-
-    def forward(self, inputs: Inputs) -> Inputs:
-        batch = inputs.query.shape[0]
-        return inputs.prepend(*(t.expand(batch, -1, -1, -1) for t in self.pair()))
-
-
 class Recorder(nn.Module):
     """Keeps the inputs of an attention function and changes nothing."""
 

@@ -99,6 +99,10 @@ class Method:
     def on_train_end(self) -> None:
         """After the last step."""
 
+    def learning_rates(self) -> dict[str, float]:
+        """Factors of the learning rate for parameters that do not train at 1 times it, by name in the model."""
+        return {}
+
     # State
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -90,6 +90,9 @@ class Combination(Method):
         for part in self.parts:
             part.on_train_end()
 
+    def learning_rates(self) -> dict[str, float]:
+        return {name: factor for part in self.parts for name, factor in part.learning_rates().items()}
+
     def state(self) -> dict[str, torch.Tensor]:
         return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 

@@ -39,8 +39,9 @@ METHODS = (
         r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: the adapter; "
         r"$s$: its fixed scale.",
         sites=("attention.key", "attention.value", "ffn.down"),
-        trains="Keys and values of the prefix and the parallel adapter of every layer.",
-        count="L * (2 * length * d + 2 * d * bottleneck + bottleneck + d)",
+        trains="The parallel adapter of every layer, and an MLP that makes the keys and values or those themselves.",
+        count="L * (2 * d * bottleneck + bottleneck + d) + (length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) "
+        "if reparametrize else 2 * L * length * d)",
         start="changed",
         start_note="The adapter starts at zero, but a prefix draws attention from the first step on.",
         merge="no",

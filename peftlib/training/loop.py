@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -110,7 +109,7 @@ def fit(
     if not trained:
         raise StateError(f"{adapted.name} trains nothing on {type(model).__name__} with these options")
     rate = adapted.method.learning_rate if learning_rate is None else learning_rate
-    groups = _groups(trained, adapted.head_names, rate, head_learning_rate, weight_decay)
+    groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=rate)
 
     def evaluate() -> dict[str, float]:
@@ -274,19 +273,6 @@ def _accelerator(precision: str, gradient_accumulation: int) -> Accelerator:
 
 def _prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in metrics.items()}
-
-
-def _groups(trained: dict, head: Iterable[str], rate: float, head_rate: float | None, decay: float) -> list[dict]:
-    head = set(head)
-    groups = [
-        {"params": [p for n, p in trained.items() if n not in head], "lr": rate, "weight_decay": decay},
-        {
-            "params": [p for n, p in trained.items() if n in head],
-            "lr": rate if head_rate is None else head_rate,
-            "weight_decay": decay,
-        },
-    ]
-    return [g for g in groups if g["params"]]
 
 
 def _forever(loader):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.prefix import Prefix
 from tests.conformance.case import FAMILIES, backbone, inputs, lm_head, logits
 from tests.conformance.checks import _assert_same_structure, _structure
 
@@ -78,7 +79,7 @@ SEAMS = {
     "parametrize": lambda h, s: h.parametrize(s.module.weight, Scale(2.0)),
     "train": lambda h, s: h.train([s.module.weight]),
     "replace": lambda h, s: h.replace(s.path, nn.Linear(s.module.in_features, s.module.out_features)),
-    "attention": lambda h, s: attention.attach(h, h.anatomy.layers[0].attention, "prefix", attention.Prefix(4, 3, 8)),
+    "attention": lambda h, s: attention.attach(h, h.anatomy.layers[0].attention, "prefix", Prefix(4, 3, 8)),
     "hook": lambda h, s: h.hook(h.model, lambda module, args, kwargs, output: None),
 }
 
@@ -276,7 +277,7 @@ def test_two_children_on_one_attention_act_in_order_and_leave_together(model):
     host = Host(model)
     module = host.anatomy.layers[0].attention
     for name in ("one", "two"):
-        attention.attach(host, module, name, attention.Prefix(4, 2, 8))
+        attention.attach(host, module, name, Prefix(4, 2, 8))
     assert module.peftlib_attention == ("one", "two")
     logits(model, **inputs("bert"))
     host.remove()

@@ -1,5 +1,7 @@
 """Prefix tuning: the keys and values that every query sees, the MLP that makes them, and HF peft's version."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -61,6 +63,30 @@ def test_the_same_prefix_gives_hf_pefts_logits_loss_and_count(family, head, task
     told = batch["attention_mask"].bool() if task == "CAUSAL_LM" else slice(None)
     torch.testing.assert_close(got.logits[told], expected.logits[told], atol=1e-5, rtol=0)
     torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=0)
+    assert ours.count().method == embedding.numel()
+
+
+def test_t5s_decoder_alone_gives_hf_pefts_logits():
+    """HF peft's split of its tensor gives decoder layer i the keys and values of layer 2i (modulo the layers) and drops
+    what is meant for cross-attention; it counts the prefix as tokens, which a relative bias of 0 does not show."""
+    model = backbone("t5", "seq2seq")
+    with torch.no_grad():
+        for stack in (model.encoder, model.decoder):
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.zero_()
+    ours, prefixes = attached(copy.deepcopy(model), attentions=("decoder",))
+    # HF peft keeps a method of the model that transformers 5 no longer has, for its own generate().
+    model._prepare_encoder_decoder_kwargs_for_generation = None
+    theirs = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)).eval()
+    embedding = theirs.prompt_encoder["default"].embedding.weight.detach()
+    pairs = embedding.view(5, len(prefixes), 2, 4, 8).permute(1, 2, 3, 0, 4)
+    with torch.no_grad():
+        for i, prefix in enumerate(prefixes):
+            key, value = pairs[2 * i % len(prefixes)]
+            prefix.key.copy_(key)
+            prefix.value.copy_(value)
+    batch = inputs("t5")
+    batch["decoder_input_ids"] = batch["input_ids"]
+    torch.testing.assert_close(logits(ours.model, **batch), logits(theirs, **batch), atol=1e-5, rtol=0)
     assert ours.count().method == embedding.numel()
 
 

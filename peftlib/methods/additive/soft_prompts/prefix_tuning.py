@@ -8,8 +8,9 @@ values. Trained: m d + (d + 1) h + 2 L d (h + 1), stored: 2 L m d; ``reparametri
 prefix draws attention from the first step on, and what it adds depends on the query: no merge.
 
 Encoder-decoder backbones have prefixes in encoder, decoder and cross-attention, an MLP each, as in the paper. The text
-of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft; T5 gives
-prefixes no relative bias, where HF peft (which has them in the decoder alone) counts them as tokens.
+of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft; that of two
+stacks stays where it is, and T5 gives prefixes no relative bias. HF peft counts them as tokens there, and of its
+prefixes for encoder-decoder backbones only the decoder's come to act.
 
 Source: Li & Liang 2021, arXiv:2101.00190, whose h is 512 (800 for summarization). Without the MLP they start at
 N(0, 1) or, as ``init_token_ids`` does, from the keys and values of a text; N(0, 0.02) is from He et al. 2022.
@@ -25,6 +26,7 @@ from torch import nn
 from peftlib.errors import TargetError, UnknownNameError
 from peftlib.mechanisms import attention, positions
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 ROLES = ("encoder", "decoder", "cross")
@@ -58,30 +60,6 @@ class PrefixTuningConfig(MethodConfig):
             )
 
 
-class Trunk(nn.Module):
-    """What the prefixes of a role share: tanh(W E_P + b), (m, h)."""
-
-    def __init__(self, length: int, d: int, hidden: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.randn(length, d))
-        self.linear = nn.Linear(d, hidden)
-
-    def forward(self) -> torch.Tensor:
-        return torch.tanh(self.linear(self.embedding))
-
-
-class Maker(nn.Module):
-    """One attention's keys and values from its role's trunk, (m, 2 H_kv p)."""
-
-    def __init__(self, trunk: Trunk, hidden: int, width: int):
-        super().__init__()
-        self.trunk = trunk
-        self.linear = nn.Linear(hidden, 2 * width)
-
-    def forward(self) -> torch.Tensor:
-        return self.linear(self.trunk())
-
-
 class PrefixTuning(Method):
     Config = PrefixTuningConfig
     learning_rate = 1e-3
@@ -105,8 +83,8 @@ class PrefixTuning(Method):
         seen = self._see_text(host, [module for _, module, _ in places]) if c.init_token_ids else None
         trunks = {role: Trunk(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
         for i, (role, module, heads) in enumerate(places):
-            maker = Maker(trunks[role], c.hidden, heads * parts.head_dim) if c.reparametrize else None
-            prefix = attention.Prefix(heads, c.length, parts.head_dim, c.std, maker)
+            maker = Maker(trunks[role], heads * parts.head_dim) if c.reparametrize else None
+            prefix = Prefix(heads, c.length, parts.head_dim, c.std, maker)
             if seen:
                 with torch.no_grad():
                     prefix.key.copy_(seen[i].key[0])

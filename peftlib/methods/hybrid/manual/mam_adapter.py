@@ -1,0 +1,47 @@
+r"""MAM adapter: a short prefix at attention, a scaled parallel adapter beside the FFN (hybrid, manual combination).
+
+.. math:: \mathrm{Attn}(Q, [P_K; K], [P_V; V]), \qquad \mathrm{FFN}(x) + s\, W_{up}\, \mathrm{ReLU}(W_{down} x)
+
+Shapes: P_K, P_V (m, d) a layer; W_down (r, d), W_up (d, r). Trained: what prefix tuning and the parallel adapter train,
+which are its two parts; stored: theirs, so keys and values without the MLP that makes them. The adapter starts at
+zero, the prefix acts from the first step on. No merge: a prefix depends on the query, and the adapter is nonlinear.
+
+Source: He et al. 2022, arXiv:2110.04366: m = 30 with an MLP of 800 units, r = 512, s = 4. The defaults are those of
+their summarization and translation runs; on GLUE they use m = r = 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftlib.methods.base import Method, MethodConfig, at_least
+from peftlib.methods.combination import Combination
+
+
+@dataclass(frozen=True)
+class MAMAdapterConfig(MethodConfig):
+    """``length`` m; ``reparametrize`` by an MLP of ``hidden`` units; ``bottleneck`` r; ``scale`` s."""
+
+    length: int = 30
+    reparametrize: bool = True
+    hidden: int = 800
+    bottleneck: int = 512
+    scale: float = 4.0
+
+    def __post_init__(self):
+        for name in ("length", "hidden", "bottleneck"):
+            at_least(name, getattr(self, name), 1)
+
+
+class MAMAdapter(Combination):
+    Config = MAMAdapterConfig
+    learning_rate = 1e-4
+
+    def part_configs(self) -> tuple[dict, ...]:
+        c = self.config
+        prefix = {"length": c.length, "reparametrize": c.reparametrize, "hidden": c.hidden}
+        adapter = {"bottleneck": c.bottleneck, "scale": c.scale}
+        return {"method": "prefix_tuning", **prefix}, {"method": "parallel_adapter", **adapter}
+
+    def check_mergeable(self) -> None:
+        Method.check_mergeable(self)
