@@ -29,6 +29,8 @@ TABLE = [
     ("t5-base", "seq2seq", "lora", {"rank": 8}, 884_736, 222_903_552),
     ("llama-7b", "causal_lm", "lora", {"rank": 64, "targets": "all-linear"}, 159_907_840, 6_738_415_616),
     ("llama-13b", "causal_lm", "lora", {"rank": 64, "targets": "all-linear"}, 250_347_520, 13_015_864_320),
+    ("llama-7b", "causal_lm", "qlora", {"rank": 64, "targets": "all-linear"}, 159_907_840, 6_738_415_616),
+    ("llama-13b", "causal_lm", "qlora", {"rank": 64, "targets": "all-linear"}, 250_347_520, 13_015_864_320),
 ]
 
 
