@@ -73,7 +73,8 @@ def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT,
         notebooks.execute_changed(profile, root=root)
     source = assemble(profile, root)
     console.print("book: rendering")
-    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", str(source), "-W", "-n", "--keep-going", "-q"]
+    program = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "build", str(source), "-W", "-n", "--keep-going", "-q"]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     if done.returncode:
         raise BookError(f"the book did not build without warnings:\n{(done.stdout + done.stderr)[-4000:]}")

@@ -72,14 +72,14 @@ def _place(entry: Entry) -> str:
 
 def _facts(entry: Entry) -> str:
     merge = "Folds exactly into plain weights" if entry.merge == "exact" else "Does not fold into plain weights"
-    rows = [
-        ("Trains", entry.trains),
-        ("Starts", f"{_START[entry.start]}. {entry.start_note}"),
-        ("Merge", f"{merge}. {entry.merge_note}"),
-        ("Beside gradient steps", "; ".join(entry.life) or "Nothing"),
-        ("Trained parameters", f"`{entry.count}`, without the task head"),
-    ]
-    return markdown.table(("Fact", ""), [(f"**{name}**", text) for name, text in rows], name="facts")
+    facts = {
+        "Trains": entry.trains,
+        "Starts": f"{_START[entry.start]}. {entry.start_note}",
+        "Merge": f"{merge}. {entry.merge_note}",
+        "Beside gradient steps": "; ".join(entry.life) or "Nothing.",
+        "Trained parameters": f"`{entry.count}`, without the task head",
+    }
+    return "\n\n".join(f"{name}\n: {text}" for name, text in facts.items())
 
 
 def _use(entry: Entry) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _measured(entry: Entry, sources: Sources) -> Iterator[str]:
         f"Test split, profile `{standings.profile.name}`: mean and standard deviation over seeds, at the learning rate "
         "that the [stated search](../book/protocol.md) found; all methods are on the [leaderboard](../leaderboard.md)."
     )
-    head = ("Track", "quality", "seeds", "trained", "ms a step", "learning rate", "runs")
+    head = ("Track", "quality", "seeds", "trained", "ms/step", "learning rate", "runs")
     yield markdown.table(head, rows, "lrrrrrl")
 
 

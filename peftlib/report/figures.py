@@ -172,8 +172,10 @@ def taxonomy_tree() -> Figure:
     rows = max(at + len(of[path]) + 1.6 for path, (_, at) in columns.items())
     figure, axes = _figure(10.2, 0.2 * rows + 0.2)
     for path, (column, at) in columns.items():
-        x, colour = 6.0 * column, CLASSES[path.split("/")[0]]
-        titles = [taxonomy.category("/".join(path.split("/")[: n + 1])).title for n in range(path.count("/") + 1)]
+        x, colour = 5.6 * column, CLASSES[path.split("/")[0]]
+        parts = path.split("/")
+        titles = [taxonomy.category("/".join(parts[: n + 1])).title for n in range(len(parts))]
+        titles[0] = titles[0].removesuffix(" fine-tuning")
         axes.plot([x, x], [at - 0.4, at + len(of[path]) + 0.4], color=colour, linewidth=3)
         axes.text(x + 0.15, at, " › ".join(titles), fontsize=8.5, weight="bold", va="center", color=colour)
         for number, entry in enumerate(of[path], 1):

@@ -103,13 +103,17 @@ def problems(notebook: NotebookNode) -> Iterator[str]:
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as the book shows it: papermill's times and paths gone, injected parameters not shown."""
+    """The notebook as the book shows it: no times and paths of papermill, one cell with the parameters in force."""
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata.tags = ["injected-parameters", "remove-cell"]
+    injected = next((c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])), None)
+    if injected is not None:
+        notebook.cells.remove(injected)
+        for cell in notebook.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = injected.source.removeprefix("# Parameters\n")
     return notebook
 
 

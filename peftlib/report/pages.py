@@ -14,7 +14,7 @@ import matplotlib as mpl
 import yaml
 from matplotlib.figure import Figure
 
-from peftlib import taxonomy
+from peftlib import tasks, taxonomy
 from peftlib.experiments import PROFILES, SEARCH_RATES, Store
 from peftlib.report import cards, conformance, figures, markdown, notebooks
 from peftlib.report.counts import counts
@@ -39,6 +39,8 @@ def generate(root: Path) -> dict[str, str | bytes]:
         "taxonomy.md": taxonomy_page(sources),
         "leaderboard.md": leaderboard_page(standings),
         "conformance.md": conformance_page(matrix),
+        "tables/profiles.md": profiles_table(),
+        "tables/tracks.md": tracks_table(standings),
         "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
     }
     drawn: dict[frozenset[str], bytes] = {}
@@ -160,8 +162,8 @@ def _track(standings: Standings, track: str) -> Iterator[str]:
     yield markdown.figure(
         f"figures/quality-{track}.svg",
         f"Quality against trained parameters on {track}",
-        f"Quality against trained parameters: {sum(len(r['runs']) for r in rows)} runs, named below. The solid line is "
-        "full fine-tuning, the dotted one the task head alone.",
+        "Quality against trained parameters. The solid line is full fine-tuning, the dotted one the task head alone. "
+        f"Runs: {sum(len(r['runs']) for r in rows)}, named below.",
     )
     yield from _table(standings, track)
 
@@ -175,7 +177,7 @@ def _table(standings: Standings, track: str) -> Iterator[str]:
         "trained",
         "% of all",
         "stored",
-        "ms a step",
+        "ms/step",
         "peak MB",
         "learning rate",
     )
@@ -258,6 +260,42 @@ def _marked(value: float | None, best: bool) -> str:
     if value is None:
         return ""
     return f"**{value:.3f}**" if best else f"{value:.3f}"
+
+
+# Tables that prose pages include
+
+
+def profiles_table() -> str:
+    """What each profile is, and its tracks."""
+    rows = [
+        (f"`{name}`", f"{p.summary[0].upper()}{p.summary[1:]}.", ", ".join(p.tracks)) for name, p in PROFILES.items()
+    ]
+    return markdown.table(("Profile", "What it is", "Tracks"), rows) + "\n"
+
+
+def tracks_table(standings: Standings) -> str:
+    """The tracks of the measured profile with their data and settings."""
+    rows = []
+    for name, track in standings.profile.tracks.items():
+        task = tasks.load(track.task, **track.task_options)
+        sizes = [len(task.splits[split]) for split in ("train", "validation", "test")]
+        rows.append(
+            (
+                name,
+                task.main_metric,
+                " / ".join(f"{size:,}" for size in sizes),
+                f"{track.epochs:g}",
+                track.batch_size,
+                track.max_length,
+                f"{0.5 / sizes[-1] ** 0.5:.3f}",
+            )
+        )
+    head = ("Track", "metric", "train / validation / test rows", "epochs", "batch", "tokens at most", "test error")
+    backbones = ", ".join(sorted({f"`{track.backbone}`" for track in standings.profile.tracks.values()}))
+    return (
+        f"Profile `{standings.profile.name}`, backbone {backbones}. The last column is the largest standard error that "
+        f"an accuracy on so many test rows can have, $0.5/\\sqrt{{n}}$.\n\n{markdown.table(head, rows, 'llrrrrr')}\n"
+    )
 
 
 # Conformance
