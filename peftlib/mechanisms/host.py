@@ -160,13 +160,21 @@ class Host:
         self._undo.append(partial(_copy, parameter, original))
 
     def replace(self, path: str, module: nn.Module) -> nn.Module:
-        """Put ``module`` in the place of the one at ``path``; sites are looked up anew."""
+        """Put ``module`` in the place of the one at ``path``; sites are looked up anew.
+
+        The old one waits on the CPU, except for parameters that ``module`` shares with it; a merge leaves ``module``
+        where it is.
+        """
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
         old = owner._modules[name]
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
+            shared = {id(parameter) for parameter in module.parameters()}
+            for parameter in old.parameters():
+                if id(parameter) not in shared and not parameter.is_meta:
+                    parameter.data = parameter.data.cpu()
             self._undo.append(partial(_put, owner, name, old))
         else:
             self.root.can_restore = False
@@ -268,7 +276,9 @@ def _take_out(module: nn.Module, name: str) -> None:
 
 
 def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
-    owner._modules[name] = module
+    present = owner._modules[name]
+    device = next((tensor.device for tensor in (*present.parameters(), *present.buffers())), None)
+    owner._modules[name] = module if device is None else module.to(device)
 
 
 def _unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
@@ -298,4 +308,4 @@ def _restore(function: Callable[[], None]) -> None:
 
 def _restores(undo: Callable) -> bool:
     """Whether this undo step puts old values back, which a merge must not do."""
-    return isinstance(undo, partial) and undo.func in (_copy, _restore)
+    return isinstance(undo, partial) and undo.func in (_copy, _put, _restore)

@@ -20,6 +20,8 @@ LABELS = (0, 1, 1, 0, 1, 0, 0, 1)
 
 # Settings where a method's defaults are made for larger backbones or longer training, and do not fit these.
 SETTINGS: dict[str, dict] = {
+    "qlora": {"rank": 8},  # rank 64 is wider than a tiny model
+    "mam_adapter": {"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
     "prompt_tuning": {"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
     "fish_mask": {"density": 0.1},  # 0.5 % of a tiny model is less than its head
     "hadamard_adapter": {"head_stage": 0.0},  # half of three steps is too little to move the rest

@@ -76,7 +76,7 @@ def start(case: Case, tmp: Path) -> None:
     assert not torch.equal(before, after), f"the card says {promise!r} and the start is the identity"
     if promise == "near":
         distance = float((after - before).norm() / before.norm())
-        assert distance < NEAR, f"the start moved the logits by {distance:.2f} of their norm"
+        assert distance < FARTHER.get(case.method, NEAR), f"the start moved the logits by {distance:.2f} of their norm"
 
 
 @check("The trained parameters are as many as the formula says", families=ENCODERS)
@@ -463,6 +463,10 @@ def trainer(case: Case, tmp: Path) -> None:
 
 NEAR = 0.25
 """A start that is near the backbone's moves the logits by less than this share of their norm."""
+
+FARTHER: dict[str, float] = {"qlora": 0.6}
+"""Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
+norm, which a random post-norm encoder amplifies."""
 
 OVERFIT_RATE: dict[str, float] = {"prefix_tuning": 0.003, "head": 0.003, "hadamard_adapter": 0.05}
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""

@@ -1,0 +1,189 @@
+"""Frozen weights in 4 bits: NormalFloat codes, quantized scales, and a linear map that computes from them.
+
+Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantization); Dettmers et al. 2022, arXiv:2110.02861
+(the 8-bit dynamic data type of the scales). The layout in memory is that of bitsandbytes, whose kernel dequantizes on
+CUDA where it is installed; everything here also runs without it, on any device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftlib.errors import UnsupportedError
+
+BLOCK, SCALE_BLOCK = 64, 256
+"""Weights that share a scale, and scales that share a scale of their own."""
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The sixteen levels of 4-bit NormalFloat: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero."""
+
+
+def dynamic_levels() -> list[float]:
+    """The 256 levels of the signed 8-bit dynamic type: seven decades, each with twice the levels of the one below."""
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, device="cpu")
+        centres = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
+        found += [*centres.tolist(), *(-centres).tolist()]
+    return sorted(found)
+
+
+def quantize(values: torch.Tensor, levels: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (n,) uint8 and scales (ceil(n / block),) float32 of a tensor with n entries.
+
+    Each block is divided by its largest magnitude, its scale; an entry's code is the nearest of the sorted ``levels``.
+    """
+    flat = values.reshape(-1).float()
+    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    scales = padded.abs().amax(dim=1)
+    unit = (padded * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    return codes.view(-1)[: len(flat)], scales
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """Levels (n,) that were looked up by their codes, times the scale of each block."""
+    short = -len(values) % block
+    padded = F.pad(values, (0, short)) if short else values
+    return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]
+
+
+class NF4Weight(nn.Module):
+    """An (out, in) weight as NF4 codes, two a byte, with doubly quantized scales: about 4.127 bits an entry.
+
+    Buffers: ``codes`` (ceil(n / 2),) uint8, the first entry in the high half; ``scale_codes`` (ceil(n / 64),) uint8;
+    ``scales``: a scale for every 256 scales, and last the mean that was subtracted from them. ``like`` is empty and has
+    the dtype that the weight would have. ``scales`` and the two tables of levels are float32, kept as integers so that
+    ``model.to(dtype)`` leaves them alone.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.shape = weight.shape
+        device = weight.device
+        self.register_buffer("pairs", _pairs(device), persistent=False)
+        dynamic = torch.tensor(dynamic_levels(), device=device)
+        self.register_buffer("dynamic", dynamic.view(torch.int32), persistent=False)
+        codes, scales = quantize(weight.detach(), torch.tensor(NF4, device=device), BLOCK)
+        mean = scales.mean()
+        scale_codes, outer = quantize(scales - mean, dynamic, SCALE_BLOCK)
+        codes = F.pad(codes, (0, len(codes) % 2), value=NF4.index(0.0))
+        self.register_buffer("codes", (codes[::2] << 4) | codes[1::2])
+        self.register_buffer("scale_codes", scale_codes)
+        self.register_buffer("scales", torch.cat([outer, mean[None]]).view(torch.int32))
+        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes; the two tables of levels are not counted."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale_codes, self.scales))
+
+    def block_scales(self) -> torch.Tensor:
+        """The scales of the weight's blocks, (ceil(n / 64),) float32."""
+        scales = self.scales.view(torch.float32)
+        units = self.dynamic.index_select(0, self.scale_codes.int()).view(torch.float32)
+        return dequantize(units, scales[:-1], SCALE_BLOCK) + scales[-1]
+
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        """The (out, in) weight, computed in float32 and rounded once to ``dtype``."""
+        if self.codes.is_cuda and FAST and dtype in (torch.float32, torch.bfloat16, torch.float16):
+            return _kernel(self.codes, self.block_scales(), self.shape, dtype)
+        values = self.pairs.index_select(0, self.codes.int()).view(torch.float32)[: math.prod(self.shape)]
+        return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)
+
+
+def _pairs(device: torch.device) -> torch.Tensor:
+    """Byte -> the two levels that it stands for, (256,): two float32 in the bytes of one int64."""
+    levels = torch.tensor(NF4, device=device)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64)[:, 0]
+
+
+FAST = importlib.util.find_spec("bitsandbytes") is not None
+"""Whether bitsandbytes is installed: its kernel then dequantizes on CUDA."""
+
+
+def _kernel(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    import bitsandbytes  # noqa: F401 - it registers the operator
+
+    return torch.ops.bitsandbytes.dequantize_4bit(codes[:, None], scales, BLOCK, "nf4", list(shape), dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b for a frozen W that is computed anew in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
+        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return x, bias, None
+
+
+class QuantizedLinear(nn.Module):
+    """A linear map that keeps its weight quantized. It takes the place of an nn.Linear or a transformers Conv1D.
+
+    Args:
+        module: the map whose weight is quantized; its bias parameter moves over as it is.
+        compute: the dtype of the product; None: bfloat16 on CUDA, elsewhere that of the input. Autocast overrides it.
+    """
+
+    def __init__(self, module: nn.Module, compute: torch.dtype | None = None):
+        super().__init__()
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise UnsupportedError(
+                f"only nn.Linear and transformers' Conv1D can be quantized, not {type(module).__name__}"
+            )
+        self.original = type(module)
+        self.attributes = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        self.out_features, self.in_features = weight.shape
+        self.compute = compute
+        self.quantized = NF4Weight(weight)
+        self.register_parameter("bias", module.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized (out_features, in_features) weight: a fresh tensor, so writing to it changes nothing."""
+        return self.quantized(self.quantized.like.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return self._product(x, torch.get_autocast_dtype(x.device.type))
+        return self._product(x, self.compute or (torch.bfloat16 if x.is_cuda else x.dtype)).to(x.dtype)
+
+    def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _Linear.apply(x.to(dtype), bias, self.quantized)
+
+    def dense(self) -> torch.Tensor:
+        """The dequantized (out_features, in_features) weight in float32 or wider, to compute a merged one from."""
+        return self.quantized(torch.promote_types(self.quantized.like.dtype, torch.float32))
+
+    def plain(self, weight: torch.Tensor) -> nn.Module:
+        """An unquantized module of the original's class and attributes with this (out_features, in_features) weight,
+        rounded to the original's dtype, and the same bias parameter."""
+        weight = weight.to(self.quantized.like.dtype)
+        module = self.original.__new__(self.original)
+        nn.Module.__init__(module)
+        vars(module).update(self.attributes)
+        module.weight = nn.Parameter(weight.T.contiguous() if self.original is Conv1D else weight)
+        module.register_parameter("bias", self.bias)
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
