@@ -85,11 +85,12 @@ METHODS = (
         sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
         trains="The prototype and the scores of every layer; stored are the prototype and one bit a score.",
         count="(L + 1) * 2 * d * bottleneck + bottleneck + d if form == 'adapter' else "
-        "(L + 1) * 2 * length * d if form == 'prefix' else (L + 1) * 2 * 2 * d * rank",
+        "length * d + (d + 1) * hidden + 2 * d * (hidden + 1) + 2 * L * length * d if form == 'prefix' else "
+        "(L + 1) * len(targets) * 2 * d * rank",
         start="near",
-        start_note="An adapter or LoRA whose last factor is small changes little; the prefix form changes the output.",
+        start_note="An adapter starts at small weights. LoRA starts as the identity, and a prefix changes the output.",
         merge="no",
-        merge_note="The default form is an adapter, which is nonlinear.",
+        merge_note="An adapter is nonlinear and a prefix depends on the query; the LoRA form alone merges.",
         life=(
             "every forward: binarize the scores, with a straight-through gradient",
             "the scores train with a learning rate of their own",

@@ -1,0 +1,211 @@
+r"""ProPETL: one prototype module for all layers, of which each layer learns to keep its own part (unified).
+
+.. math:: \theta_\ell = \theta \odot M_\ell, \qquad M_\ell = \mathrm{top}_{k}(|S_\ell|)
+
+Shapes: the scores S_l and masks M_l have the shape of each of the prototype's matrices, of which k percent are kept,
+tensor by tensor; the mask's gradient is the scores'. Scores train at a rate of their own. Trained: the prototype and
+its size in scores for every layer; stored: the prototype and one bit a score. A loaded adapter trains on with its masks
+fixed, because the scores are gone.
+
+========  ============================================  =================================  =======================
+form      prototype                                     start                              merge
+========  ============================================  =================================  =======================
+adapter   W_down (r, d), W_up (d, r) and unmasked bias  near: both matrices N(0, 0.02)     no, it is nonlinear
+prefix    keys and values (m, 2d), from an MLP          changed, as prefix tuning          no
+lora      A (r, in), B (out, r) for each target name    identity: B is zero                exact, as LoRA
+========  ============================================  =================================  =======================
+
+The adapter reads what the feed-forward block would give without it (behind the residual sum and, where it stands
+there, the norm) and adds to the sum. The prefix form leaves the text's positions as they are and has a prototype for
+each of encoder, decoder and cross-attention; encoder and decoder share the others (``share_stacks``), as in the
+paper's T5 runs.
+
+Source: Zeng et al. 2023, arXiv:2305.17682, and its code, with its RoBERTa-base settings as defaults: adapter r = 64,
+half kept, scores at 30 times the rate; LoRA r = 32, alpha = 48, a tenth kept, 300 times; prefix m = 64, a tenth kept,
+the same rate. Their T5 adapters start at N(0, 0.01), use GELU and keep 30 %. One task at a time: masks of tasks, which
+their multi-task runs combine with those of layers, are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from peftlib.anatomy import Layer
+from peftlib.errors import LoadError, UnknownNameError
+from peftlib.mechanisms import attention
+from peftlib.mechanisms.bottleneck import Bottleneck, check_activation
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
+from peftlib.mechanisms.masking import MaskedBottleneck, MaskedLowRank, MaskedTable, Table, TopMask
+from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
+from peftlib.methods.base import Method, MethodConfig, at_least, between
+
+KEEP = {"adapter": 0.5, "prefix": 0.1, "lora": 0.1}
+MASK_RATE = {"adapter": 30.0, "prefix": 1.0, "lora": 300.0}
+
+
+@dataclass(frozen=True)
+class ProPETLConfig(MethodConfig):
+    """``form``: "adapter" (``bottleneck`` r, ``activation``, ``std`` of the start), "prefix" (``length`` m, MLP of
+    ``hidden`` units) or "lora" (``rank``, ``alpha``, ``targets``); ``keep``: share of each tensor that a layer keeps,
+    and ``mask_rate``: factor of the learning rate for scores (None: the paper's for this form); ``share_stacks``: one
+    prototype for encoder and decoder where their sizes agree; ``dropout``: of the inner activation (adapter) or the
+    update's input (LoRA)."""
+
+    form: Literal["adapter", "prefix", "lora"] = "adapter"
+    keep: float | None = None
+    mask_rate: float | None = None
+    bottleneck: int = 64
+    activation: str = "relu"
+    std: float = 0.02
+    length: int = 64
+    hidden: int = 512
+    rank: int = 32
+    alpha: float = 48.0
+    targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
+    dropout: float = 0.0
+    share_stacks: bool = True
+
+    def __post_init__(self):
+        if self.form not in KEEP:
+            raise UnknownNameError("form of propetl", self.form, KEEP)
+        for name in ("bottleneck", "length", "hidden", "rank"):
+            at_least(name, getattr(self, name), 1)
+        if self.keep is not None:
+            between("keep", self.keep, 0, 1)
+        if self.mask_rate is not None:
+            between("mask_rate", self.mask_rate, 0, float("inf"))
+        check_activation(self.activation)
+
+    @property
+    def share(self) -> float:
+        return KEEP[self.form] if self.keep is None else self.keep
+
+
+class ProPETL(Method):
+    Config = ProPETLConfig
+    learning_rate = 5e-4
+
+    def attach(self, host: Host) -> None:
+        self.prototypes: dict[tuple, nn.Module] = {}
+        {"adapter": self._adapters, "prefix": self._prefixes, "lora": self._updates}[self.config.form](host)
+
+    def _prototype(self, stack: str, *key, make) -> nn.Module:
+        """The prototype that places with this key share."""
+        key = key if self.config.share_stacks else (stack, *key)
+        if key not in self.prototypes:
+            self.prototypes[key] = make()
+        return self.prototypes[key]
+
+    def _adapters(self, host: Host) -> None:
+        for layer in host.anatomy.layers:
+            prototype = self._prototype(layer.stack, make=lambda: self._bottleneck(host.anatomy.d))
+            child = host.add(layer.module, "propetl", MaskedBottleneck(prototype, self.config.share))
+            if layer.pre_norm:
+                host.hook(layer.module, _behind_layer, child)
+            else:
+                host.hook(layer.norms["ffn"], _before_norm, child, before=True)
+
+    def _bottleneck(self, d: int) -> Bottleneck:
+        c = self.config
+        bottleneck = Bottleneck(d, c.bottleneck, c.activation, dropout=c.dropout)
+        for linear in (bottleneck.down, bottleneck.up):
+            nn.init.normal_(linear.weight, std=c.std)
+        return bottleneck
+
+    def _updates(self, host: Host) -> None:
+        c = self.config
+        self.updates = {}
+        for site in host.anatomy.sites(c.targets):
+            check_rank(c.rank, site)
+            sizes = site.in_features, site.out_features
+            prototype = self._prototype(
+                site.stack,
+                site.name,
+                sizes,
+                make=lambda sizes=sizes: LowRank(*sizes, c.rank, c.alpha / c.rank, c.dropout),
+            )
+            self.updates[site] = host.after(site, "propetl", MaskedLowRank(prototype, c.share))
+
+    def _prefixes(self, host: Host) -> None:
+        c, parts = self.config, host.anatomy
+        for role, module, heads in _attentions(parts.layers, parts.head_dim):
+            width = heads * parts.head_dim
+            prototype = self._prototype(
+                role, role, make=lambda width=width: Table(Maker(Trunk(c.length, parts.d, c.hidden), width))
+            )
+            masked = MaskedTable(prototype, c.share, (c.length, 2 * width))
+            attention.attach(host, module, "propetl", Prefix(heads, c.length, parts.head_dim, maker=masked))
+
+    def _parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
+        """The modules of this kind in what was attached, each once, by name in the model."""
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for path, child in self.host.paths().items():
+            for name, module in child.named_modules(prefix=path):
+                if isinstance(module, kind):
+                    found.setdefault(id(module), (name, module))
+        return dict(found.values())
+
+    def learning_rates(self) -> dict[str, float]:
+        factor = MASK_RATE[self.config.form] if self.config.mask_rate is None else self.config.mask_rate
+        return {f"{name}.scores": factor for name, mask in self._parts(TopMask).items() if mask.scores is not None}
+
+    def _dense(self) -> dict[str, torch.Tensor]:
+        """What is stored as it is: prototypes (a table without its maker) and the task head."""
+        masks, tables = self._parts(TopMask), self._parts(Table)
+        packed = {id(p) for module in (*masks.values(), *tables.values()) for p in module.parameters()}
+        dense = {n: p for n, p in self.host.trained().items() if id(p) not in packed}
+        return dense | {f"{name}.table": table() for name, table in tables.items()}
+
+    @torch.no_grad()
+    def state(self) -> dict[str, torch.Tensor]:
+        return self._dense() | {f"{name}.bits": mask.pack() for name, mask in self._parts(TopMask).items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        if wrong := sorted(self.state().keys() ^ state.keys()):
+            raise LoadError(f"the file does not fit: {len(wrong)} tensors are missing or left over {wrong[:3]}")
+        for name, mask in self._parts(TopMask).items():
+            mask.deploy(state[f"{name}.bits"])
+        for table in self._parts(Table).values():
+            table.keep()
+        with torch.no_grad():
+            for name, tensor in self._dense().items():
+                if tensor.shape != state[name].shape:
+                    raise LoadError(
+                        f"{name} has shape {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} here"
+                    )
+                tensor.copy_(state[name])
+
+    def check_mergeable(self) -> None:
+        if self.config.form != "lora":
+            super().check_mergeable()
+
+    def merge(self) -> None:
+        for site, masked in self.updates.items():
+            add_to_weight(site, masked.delta())
+
+
+def _attentions(layers: list[Layer], head_dim: int) -> Iterator[tuple[str, nn.Module, int]]:
+    """Role, module and heads of the keys, of every attention."""
+    for layer in layers:
+        yield layer.stack, layer.attention, layer.sites["attention.key"].out_features // head_dim
+        if layer.cross_attention is not None:
+            yield "cross", layer.cross_attention, layer.sites["cross_attention.key"].out_features // head_dim
+
+
+def _before_norm(child: MaskedBottleneck, norm: nn.Module, args: tuple, kwargs: dict):
+    """z <- z + delta(norm(z)) for the residual sum z that the norm behind the block gets."""
+    z = args[0]
+    return (z + child.delta(norm.forward(z)).to(z.dtype), *args[1:]), kwargs
+
+
+def _behind_layer(child: MaskedBottleneck, layer: nn.Module, args: tuple, kwargs: dict, output):
+    """h <- h + delta(h) for the residual sum h that a layer gives."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = hidden + child.delta(hidden).to(hidden.dtype)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
