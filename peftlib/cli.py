@@ -106,6 +106,12 @@ def results(args: argparse.Namespace) -> int:
         records = store.records(args.profile, track)
         if records:
             _results(experiments.summarize(records, records[0]["metric"], args.split), f"{args.profile}: {track}")
+    if args.figure:
+        from peftlib.report import pages
+
+        with open(args.figure, "wb") as file:
+            file.write(pages.quality_figure(store, args.profile))
+        out.print(f"written: {args.figure}")
     return 0
 
 
@@ -220,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))
+    sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")
     command(backbones, "the backbones that need no network")
     sub = command(notebooks, "execute the notebooks that changed")
     sub.add_argument("names", nargs="*", help="default: all")

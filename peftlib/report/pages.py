@@ -65,6 +65,14 @@ def repository(root: Path) -> str:
     return f"{settings['url']}/blob/{settings['branch']}"
 
 
+def quality_figure(store: Store, profile_name: str = MEASURED) -> bytes:
+    """Quality against trained parameters on a profile's first track, as SVG: the figure of README.md."""
+    standings = Standings(store, profile_name)
+    rows = standings.rows[standings.first]
+    metric = standings.metric(standings.first) if rows else ""
+    return svg(figures.quality_against_parameters(rows, metric))
+
+
 def svg(figure: Figure) -> bytes:
     """A figure as SVG, the same bytes each time."""
     with mpl.rc_context({"svg.hashsalt": "peftlib"}), io.BytesIO() as buffer:
