@@ -1,0 +1,226 @@
+"""What a training step costs with each method, on this machine: beside the frozen backbone, and beside HF peft.
+
+The floor of a method that trains something below the first layer is a frozen backbone that carries gradients from the
+loss to its embeddings and computes none for its weights. The contestants take turns, step by step, so that whatever
+else the machine does meets all of them; the ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from peftlib import backbones, taxonomy
+from peftlib.adapted import Adapted, attach
+from peftlib.methods import config
+from peftlib.methods.base import MethodConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One contestant's forward and backward pass: median ``seconds``, median ``ratio`` to the floor's step of the same
+    turn, and the ``kept`` bytes that autograd held between forward and backward (parameters not counted)."""
+
+    seconds: float
+    ratio: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's step, the floor's and, where HF peft is installed and has the method, HF peft's."""
+
+    name: str
+    trained: int
+    ours: Step
+    floor: Step
+    peft: Step | None
+
+
+def cases() -> list[tuple[str, MethodConfig]]:
+    """What is measured by default: every method with its defaults, and LoRA on all linear maps."""
+    found = [(name, config(name)) for name in taxonomy.methods()]
+    found.insert(
+        1 + [name for name, _ in found].index("lora"), ("lora, all linear", config("lora", targets="all-linear"))
+    )
+    return found
+
+
+def row(
+    name: str,
+    method: MethodConfig,
+    *,
+    backbone: str = "minilm-l6",
+    batch_size: int = 8,
+    length: int = 64,
+    turns: int = 7,
+    device: str | torch.device | None = None,
+) -> Row:
+    """Measure one method.
+
+    Args:
+        name: the row's label.
+        method: the method's config.
+        backbone: a name of :func:`peftlib.backbones.load`, given a two-class head and no dropout.
+        batch_size, length: rows and tokens of the batch, without padding.
+        turns: how many steps each contestant takes, after one that is not counted.
+        device: default: CUDA where there is one, else the CPU, with torch's number of threads.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def load() -> nn.Module:
+        return backbones.load(backbone, dropout=0.0).model.to(device).train()
+
+    model = load()
+    ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
+    labels = torch.randint(0, 2, (batch_size,), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = {k: v.to(device) for k, v in batch.items()}
+    adapted = attach(model, method)
+    adapted.calibrate([batch])
+    adapted.model.train()
+    models = {"floor": _floor(load()), "ours": model}
+    if (theirs := _peft(load, adapted)) is not None:
+        models["peft"] = theirs.to(device).train()
+    with adapted.lifecycle(turns + 1) as life:
+        life.step_start()
+        kept = {who: _kept(m, batch) for who, m in models.items()}
+        seconds = _take_turns({who: lambda m=m: _step(m, batch) for who, m in models.items()}, turns, device)
+    steps = {
+        who: Step(
+            statistics.median(taken),
+            statistics.median(mine / floor for mine, floor in zip(taken, seconds["floor"])),
+            kept[who],
+        )
+        for who, taken in seconds.items()
+    }
+    return Row(name, adapted.count().trained, steps["ours"], steps["floor"], steps.get("peft"))
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """The rows as a table for a terminal; ratios are to the floor."""
+    shown = Table(
+        *("method", "trained", "ours", "HF peft", "ours/floor", "peft/floor", "kept", "kept by peft", "by the floor"),
+        title="A training step: forward and backward",
+        caption="kept: bytes held for the backward pass; floor: a frozen backbone with gradients to its embeddings",
+    )
+    for r in rows:
+        theirs = ("", "", "") if r.peft is None else (_ms(r.peft), f"{r.peft.ratio:.2f}", _mb(r.peft))
+        shown.add_row(
+            *(r.name, f"{r.trained:,}", _ms(r.ours), theirs[0], f"{r.ours.ratio:.2f}", theirs[1]),
+            *(_mb(r.ours), theirs[2], _mb(r.floor)),
+        )
+    return shown
+
+
+def main(methods: Iterable[str] = (), *, threads: int = 1, **options) -> int:
+    """Measure and print; ``methods`` are names (default: all of :func:`cases`), ``options`` those of :func:`row`.
+
+    One thread by default: with more, what other processes do on the machine shows in the times.
+    """
+    out, wanted, before = Console(), set(methods), torch.get_num_threads()
+    chosen = [case for case in cases() if not wanted or case[1].method in wanted]
+    torch.set_num_threads(threads)
+    try:
+        shown = track(chosen, "measuring", console=out, transient=True)
+        out.print(table([row(name, method, **options) for name, method in shown]))
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def _ms(step: Step) -> str:
+    return f"{1e3 * step.seconds:.0f} ms"
+
+
+def _mb(step: Step) -> str:
+    return f"{step.kept / 2**20:.1f} MB"
+
+
+def _floor(model: nn.Module) -> nn.Module:
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return model
+
+
+def _peft(load: Callable[[], nn.Module], adapted: Adapted) -> nn.Module | None:
+    """The same method by HF peft, on the same sites; None where it is not installed or has no such method."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    c, name = adapted.config, adapted.name
+    task = {"task_type": "SEQ_CLS"}
+    if name == "lora":
+        modules = sorted({site.path for site in adapted.method.updates})
+        made = peft.LoraConfig(**task, r=c.rank, lora_alpha=c.alpha, target_modules=modules)
+    elif name == "adalora":
+        modules = sorted({site.path for site in adapted.method.updates})
+        made = peft.AdaLoraConfig(**task, init_r=c.rank, target_r=c.target_rank, target_modules=modules, total_step=100)
+    elif name == "ia3":
+        sites = adapted.host.anatomy.sites
+        inner = sorted({site.path for site in sites(c.inputs)})
+        outer = sorted({site.path for site in sites(c.outputs)})
+        made = peft.IA3Config(**task, target_modules=[*outer, *inner], feedforward_modules=inner)
+    elif name == "prompt_tuning":
+        made = peft.PromptTuningConfig(**task, num_virtual_tokens=c.length)
+    elif name == "prefix_tuning":
+        made = peft.PrefixTuningConfig(
+            **task, num_virtual_tokens=c.length, prefix_projection=c.reparametrize, encoder_hidden_size=c.hidden
+        )
+    else:
+        return None
+    return peft.get_peft_model(load(), made)
+
+
+def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    model(**batch).loss.backward()
+
+
+def _take_turns(steps: dict[str, Callable[[], None]], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step in each turn. On a CPU these are the process's CPU seconds divided by the threads, which
+    other processes on the machine do not lengthen."""
+    seconds: dict[str, list[float]] = {who: [] for who in steps}
+    for turn in range(turns + 1):
+        for who, step in steps.items():
+            start = _now(device)
+            step()
+            taken = _now(device) - start
+            if turn:
+                seconds[who].append(taken)
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+def _kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves in a forward pass, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(found.values())
