@@ -113,6 +113,13 @@ class Method:
         """Write a stored state back; raises LoadError where it does not fit."""
         self.host.load_state(state)
 
+    def memory(self) -> dict[str, torch.Tensor]:
+        """What a run remembers beside the model's tensors, by name, for a checkpoint that training resumes from."""
+        return {}
+
+    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+        """Take up what :meth:`memory` gave, before the first resumed step."""
+
     def merge(self) -> None:
         """Write the method into the backbone's weights; the host then removes it. Parametrized weights and trained
         backbone parameters need nothing here."""

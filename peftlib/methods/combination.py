@@ -106,6 +106,13 @@ class Combination(Method):
         if left and not any(part.calibrates for part in self.parts):
             raise LoadError(f"the file does not fit: {len(left)} tensors are left over {sorted(left)[:3]}")
 
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
+
+    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            part.recall({n.removeprefix(f"{i}."): t for n, t in memory.items() if n.startswith(f"{i}.")})
+
     def check_mergeable(self) -> None:
         for part in self.parts:
             part.check_mergeable()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftlib.training.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from peftlib.adapted import Adapted
+
+MEMORY = "peftlib.safetensors"
 
 
 class PeftCallback(TrainerCallback):
@@ -27,6 +32,8 @@ class PeftCallback(TrainerCallback):
         self.life = self.adapted.lifecycle(state.max_steps)
         self.life.step = state.global_step
         self.life.__enter__()
+        if state.global_step:
+            self._recall(args, state)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.life.step_start()
@@ -37,6 +44,22 @@ class PeftCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.life.step_end()
 
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and (memory := self.adapted.method.memory()):
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in memory.items()}
+            save_file(tensors, _checkpoint(args, state) / MEMORY)
+
+    def _recall(self, args, state) -> None:
+        """A resumed run goes on with what the method remembers; only a method that remembers something has a file."""
+        named = args.resume_from_checkpoint
+        folders = [_checkpoint(args, state), *([Path(named)] if isinstance(named, str) else [])]
+        if (file := next((f / MEMORY for f in folders if (f / MEMORY).is_file()), None)) is not None:
+            self.adapted.method.recall(load_file(file))
+
     def on_train_end(self, args, state, control, **kwargs):
         self.life.__exit__(None, None, None)
         self.life = None
+
+
+def _checkpoint(args, state) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

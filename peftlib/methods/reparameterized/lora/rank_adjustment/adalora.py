@@ -76,6 +76,9 @@ class AdaLoRAConfig(MethodConfig):
         return target + int((initial - target) * (1 - (step - first) / (last - first)) ** 3)
 
 
+_WEIGHTS, _KINDS = ("singular", "P", "Q"), ("sensitivity", "uncertainty")
+
+
 class AdaLoRA(Method):
     Config = AdaLoRAConfig
     learning_rate = 2e-3
@@ -106,7 +109,7 @@ class AdaLoRA(Method):
         if progress.step + 1 >= last and self.smooth:
             return
         for update in self.updates.values():
-            weights = (update.singular, update.P, update.Q)
+            weights = [getattr(update, name) for name in _WEIGHTS]
             if update not in self.smooth:
                 self.smooth[update] = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
             for weight, (sensitivity, uncertainty) in zip(weights, self.smooth[update]):
@@ -130,6 +133,20 @@ class AdaLoRA(Method):
 
     def on_train_end(self) -> None:
         self.smooth.clear()
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{path}.{weight}.{kind}": tensor
+            for path, update in self._paths().items()
+            for weight, pair in zip(_WEIGHTS, self.smooth.get(update, ()))
+            for kind, tensor in zip(_KINDS, pair)
+        }
+
+    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+        for path, update in self._paths().items() if memory else ():
+            self.smooth[update] = [
+                tuple(memory[f"{path}.{weight}.{kind}"].to(self.host.device) for kind in _KINDS) for weight in _WEIGHTS
+            ]
 
     def _restart(self) -> None:
         self.fixed = False

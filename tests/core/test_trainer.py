@@ -1,0 +1,201 @@
+"""``transformers.Trainer`` with the callback: the same weights as the project's loop, resuming, and failing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import peftlib
+from peftlib.errors import StateError
+from tests.conformance.case import Case, backbone, batch, train
+
+
+def rows(family: str = "bert") -> list[dict[str, torch.Tensor]]:
+    data = batch(family)
+    return [{k: v[i] for k, v in data.items()} for i in range(len(data["labels"]))]
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(output_dir=str(folder), **(defaults | options))
+
+
+def trained(method: str, folder, family: str = "bert", callbacks=(), resume=None, **options) -> peftlib.Adapted:
+    adapted = Case(method, family).attach()
+    run = Trainer(
+        adapted.model,
+        arguments(folder, **options),
+        train_dataset=rows(family),
+        callbacks=[adapted.callback(), *callbacks],
+    )
+    run.train(resume_from_checkpoint=resume)
+    return adapted
+
+
+def by_hand(method: str, steps: int = 6) -> peftlib.Adapted:
+    """The same steps in a loop of one's own: batches of four in order, AdamW, linear decay, clipping at 1."""
+    adapted = Case(method, "bert").attach()
+    parameters = adapted.trainable()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    data = rows()
+    adapted.model.train()
+    with adapted.lifecycle(steps) as life:
+        for step in range(steps):
+            life.step_start()
+            part = data[:4] if step % 2 == 0 else data[4:]
+            adapted.model(**{k: torch.stack([row[k] for row in part]) for k in part[0]}).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            life.gradients()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            life.step_end()
+    adapted.model.eval()
+    return adapted
+
+
+def assert_close(one: peftlib.Adapted, two: peftlib.Adapted, tolerance: float = 1e-6) -> None:
+    mine, yours = one.trainable(), two.trainable()
+    assert mine.keys() == yours.keys()
+    for name, parameter in mine.items():
+        difference = float((parameter - yours[name]).detach().abs().max())
+        assert difference <= tolerance, f"{name} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "bitfit", "fish_mask"])
+def test_trainer_and_a_loop_of_ones_own_give_the_same_weights(method, tmp_path):
+    start = Case(method, "bert").attach()
+    done = trained(method, tmp_path)
+    assert_close(done, by_hand(method))
+    assert any(not torch.equal(p, start.trainable()[n]) for n, p in done.trainable().items())
+
+
+def test_the_projects_loop_and_trainer_give_the_same_weights(tmp_path):
+    """One batch of all rows, so that the order of the rows makes no difference."""
+    from datasets import Dataset
+
+    from peftlib import tasks
+    from tests.conformance.case import LABELS, texts, tokenizer
+
+    data = Dataset.from_dict({"text": texts(), "label": list(LABELS)})
+    task = tasks.Task(
+        name="eight",
+        kind="classification",
+        splits={"train": data},
+        source="custom",
+        metrics=("accuracy",),
+        label_names=("a", "b"),
+    )
+    fitted = Case("lora", "bert").attach()
+    peftlib.fit(
+        fitted,
+        task,
+        tokenizer=tokenizer("bert"),
+        steps=6,
+        batch_size=8,
+        learning_rate=1e-2,
+        warmup=0.0,
+        evaluate_on=None,
+        progress=False,
+    )
+    done = trained("lora", tmp_path, per_device_train_batch_size=8)
+    assert_close(fitted, done, 1e-5)
+
+
+def test_accumulated_steps_run_the_moments_once_a_step(tmp_path):
+    adapted = Case("lora", "bert").attach()
+    calls = []
+    adapted.method.on_step_start = lambda progress: calls.append(("start", progress.step, progress.total))
+    adapted.method.on_gradients = lambda progress: calls.append(("gradients", progress.step, progress.total))
+    adapted.method.on_step_end = lambda progress: calls.append(("end", progress.step, progress.total))
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3}
+    Trainer(adapted.model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[adapted.callback()]).train()
+    assert calls == [(name, step, 3) for step in range(3) for name in ("start", "gradients", "end")]
+
+
+class Stop(TrainerCallback):
+    """Stops training as Ctrl-C would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_a_run_resumes_from_a_checkpoint(method, tmp_path):
+    """Interrupted after the fourth of six steps and resumed from the checkpoint of the third, it ends as it would."""
+    whole = trained(method, tmp_path / "whole")
+    options = {"save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        trained(method, tmp_path / "run", callbacks=[Stop(4)], **options)
+    resumed = trained(method, tmp_path / "run", resume=True, **options)
+    assert_close(whole, resumed)
+
+
+def test_after_an_interruption_the_same_trainer_starts_again(tmp_path):
+    adapted = Case("adalora", "bert").attach()
+    run = Trainer(adapted.model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback(), Stop(2)])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Stop)
+    run.train()
+    assert adapted.lifecycle_active is None
+
+
+def test_without_the_callback_a_method_with_moments_does_not_train(tmp_path):
+    adapted = Case("adalora", "bert").attach()
+    run = Trainer(adapted.model, arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(StateError, match=r"adalora acts during training.*callbacks=\[adapted\.callback\(\)\]"):
+        run.train()
+
+
+def test_two_loops_at_once_are_an_error():
+    adapted = Case("lora", "bert").attach()
+    with (
+        adapted.lifecycle(2),
+        pytest.raises(StateError, match="already being trained by another loop"),
+        adapted.lifecycle(2),
+    ):
+        pass
+    train(adapted, batch("bert"), steps=1)
+
+
+def test_trainer_evaluates_in_the_middle(tmp_path):
+    adapted = Case("lora", "bert").attach()
+    run = Trainer(
+        adapted.model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=2),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=[adapted.callback()],
+    )
+    run.train()
+    assert [e["step"] for e in run.state.log_history if "eval_loss" in e] == [2, 4, 6]
+    assert_close(adapted, trained("lora", tmp_path))
+
+
+def test_the_backbone_comes_back_after_trainer(tmp_path):
+    model = backbone("bert")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    adapted = Case("lora", "bert").attach(model)
+    Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback()]).train()
+    adapted.detach()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
