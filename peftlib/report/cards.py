@@ -40,9 +40,7 @@ def page(entry: Entry, sources: Sources) -> str:
     """The card of one method as a MyST page below ``cards/``."""
     parts = [f"# {entry.title}", _place(entry), entry.summary + f" Source: {{cite:t}}`{entry.cite}`."]
     if not entry.available:
-        parts.append(
-            ":::{note}\nThis method is not in peftlib yet: below are the facts of its paper, and no numbers.\n:::"
-        )
+        parts.append(":::{note}\nNot in peftlib yet: below are the facts of its paper, and no numbers.\n:::")
     parts += [
         markdown.figure(
             f"../figures/sites-{entry.name}.svg",

@@ -76,7 +76,7 @@ def read(root: Path) -> Matrix | None:
             document["checks"],
             {m: {c: Cell(cells) for c, cells in row.items()} for m, row in document["methods"].items()},
         )
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a conformance matrix ({error!r}); write it again with `make conformance`"
         ) from error

@@ -27,7 +27,7 @@ _CODE = ("adapted.py", "anatomy", "backbones", "mechanisms", "methods", "taxonom
 def count(method: str, backbone: str, **options) -> dict[str, Any]:
     """Counts of one method on one backbone, without any weights: ``trained``, ``head``, ``stored``, ``stored_bytes``,
     ``total``, ``percent``; where the family cannot host the method, only ``unsupported``, which says why."""
-    return next(iter(_counts({method: options}, backbone).values()))
+    return next(iter(_counts([(method, options)], backbone).values()))
 
 
 def counts(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -43,17 +43,17 @@ def counts(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
     except (FileNotFoundError, ValueError, KeyError):
         pass
     names = taxonomy.methods()
-    columns = {backbone: _counts({name: {} for name in names}, backbone) for backbone in BACKBONES}
+    columns = {backbone: _counts([(name, {}) for name in names], backbone) for backbone in BACKBONES}
     found = {name: {backbone: columns[backbone][name] for backbone in BACKBONES} for name in names}
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps({"code": code, "counts": found}, indent=1) + "\n")
     return found
 
 
-def _counts(methods: dict[str, dict], backbone: str) -> dict[str, dict[str, Any]]:
+def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[str, Any]]:
     _, head = BACKBONES.get(backbone, (backbone, "classification"))
     model, found = None, {}
-    for name, options in methods.items():
+    for name, options in methods:
         # A method that changed the backbone's own parameters leaves a model that is of no more use.
         model = model or backbones.shapes(backbone, head=head)
         try:

@@ -66,6 +66,9 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
     """Execute one notebook with papermill and keep the result. Raises NotebookError naming the cell that failed."""
     target = executed_path(source, profile, root)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Taken before, so that what changes meanwhile counts as changed.
+    library = [str(path.relative_to(root)) for path in (root / "peftlib").rglob("*.py")]
+    record = _dependencies(source, profile, library, root)
     notebook = nbformat.read(source, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(TRACE))
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -76,27 +79,32 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
             os.environ.setdefault(name, value)
         try:
             papermill.execute_notebook(
-                given, made, parameters={"PROFILE": profile}, kernel_name="python3", cwd=root, progress_bar=False
+                given,
+                made,
+                parameters={"PROFILE": profile},
+                kernel_name="python3",
+                cwd=root,
+                progress_bar=False,
+                # The kernel warns that it talks over TCP, which stays on this machine.
+                extra_arguments=["--log-level=ERROR"],
             )
         except papermill.PapermillExecutionError as error:
-            raise NotebookError(
-                f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"
-            ) from error
+            number = next(n for n, cell in enumerate(notebook.cells, 1) if cell.source == error.source)
+            raise NotebookError(f"{source.name} failed in cell {number}: {error.ename}: {error.evalue}") from error
         result = nbformat.read(made, as_version=4)
     trace = result.cells.pop()
-    files = json.loads("".join(o.get("text", "") for o in trace.outputs))
-    relative = sorted(str(Path(f).resolve().relative_to(root)) for f in files if Path(f).resolve().is_relative_to(root))
+    imported = {Path(f).resolve() for f in json.loads("".join(o.get("text", "") for o in trace.outputs))}
+    record["files"] = {name: hashed for name, hashed in record["files"].items() if (root / name).resolve() in imported}
     for problem in problems(result):
         raise NotebookError(f"{source.name}: {problem}")
     nbformat.write(tidy(result), target)
-    record = _dependencies(source, profile, relative, root)
     target.with_suffix(".json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     return target
 
 
 def problems(notebook: NotebookNode) -> Iterator[str]:
     """Errors that stand in a notebook's outputs."""
-    for number, cell in enumerate(notebook.cells):
+    for number, cell in enumerate(notebook.cells, 1):
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
                 yield f"cell {number} holds an error: {output.ename}: {output.evalue}"
@@ -113,7 +121,7 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
         notebook.cells.remove(injected)
         for cell in notebook.cells:
             if "parameters" in cell.metadata.get("tags", []):
-                cell.source = injected.source.removeprefix("# Parameters\n")
+                cell.source = injected.source.removeprefix("# Parameters\n").strip()
     return notebook
 
 

@@ -1,0 +1,65 @@
+"""The table of contents, the notebooks and the taxonomy agree, and the prose keeps to what there is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from pybtex.database import parse_file
+
+from peftlib import taxonomy
+
+from ..project import ROOT
+
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PROSE = sorted((ROOT / "book").glob("*.md"))
+
+
+def files(part: dict | list) -> list[str]:
+    if isinstance(part, list):
+        return [name for item in part for name in files(item)]
+    return [value for key, value in part.items() if key in ("root", "file")] + [
+        name for value in part.values() if isinstance(value, list | dict) for name in files(value)
+    ]
+
+
+def test_every_notebook_stands_in_the_contents_once_in_the_order_of_its_number():
+    listed = [name for name in files(TOC) if name.startswith("notebooks/")]
+    there = sorted(f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert listed == there
+
+
+def test_every_page_of_prose_stands_in_the_contents_once():
+    listed = sorted(name for name in files(TOC) if name.startswith("book/"))
+    assert listed == [f"book/{path.stem}" for path in PROSE]
+
+
+def test_every_available_method_has_its_chapter():
+    listed = set(files(TOC))
+    missing = {e.name: e.chapter for e in taxonomy.METHODS if e.available and f"notebooks/{e.chapter}" not in listed}
+    assert not missing
+
+
+@pytest.mark.parametrize("entry", [e for e in taxonomy.METHODS if e.available], ids=lambda e: e.name)
+def test_a_chapter_shows_its_methods(entry):
+    """Each method's chapter names it, so that a card never leads to a page without it."""
+    assert re.search(rf'"{entry.name}\\?"', (ROOT / "notebooks" / f"{entry.chapter}.ipynb").read_text())
+
+
+def test_every_chapter_belongs_to_a_category():
+    chapters = {category.chapter for category in taxonomy.CATEGORIES}
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} <= chapters
+
+
+def test_citations_exist():
+    known = set(parse_file(ROOT / "book" / "references.bib").entries)
+    for path in PROSE:
+        for keys in re.findall(r"\{cite:\w+\}`([^`]+)`", path.read_text()):
+            assert set(keys.split(",")) <= known, path.name
+
+
+def test_commands_of_the_prose_exist():
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    for path in PROSE:
+        assert set(re.findall(r"^make ([a-z]+)", path.read_text(), re.M)) <= targets, path.name
