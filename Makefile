@@ -26,7 +26,7 @@ COUNT = awk -v all="$$(grep -c == $(LOCK))" -v tty="$$(test -t 2 && echo 1 || ec
 	/^Installing collected packages/ { printf "%s  installing\n", tty ? "\r\033[K" : "" > "/dev/stderr" } \
 	/ERROR|[Ww]arning: / { print > "/dev/stderr" }'
 
-.PHONY: help env book test lint format notebooks bench serve lock clean distclean
+.PHONY: help env book test conformance lint format notebooks bench serve lock clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ notebooks: env ## Execute the notebooks that changed, in PROFILE
 
 test: env lint ## Lint, then all tests (they also execute every notebook and build the book)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+conformance: env ## Check every method on every model family and write results/conformance.json
+	PEFTLIB_CONFORMANCE=write $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/conformance $(PYTEST_ARGS)
 
 lint: env ## Style, formatting and layering
 	$(BIN)/ruff check .

@@ -8,13 +8,9 @@ from pathlib import Path
 import peftlib
 from tests.conformance.case import FAMILIES
 from tests.conformance.checks import CHECKS
-from tests.conformance.plugin import PROPERTY
-
-__all__ = ["BUILT", "COMMITTED", "PROPERTY", "complete", "document", "titles", "write"]
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "results" / "conformance.json"
-BUILT = ROOT / "_build" / "conformance.json"
 
 
 def titles() -> dict[str, str]:

@@ -1,10 +1,15 @@
-"""Collects the cells from the reports of a run, wherever its workers are, and writes the matrix of a whole one."""
+"""Collects the cells from the reports of a run, wherever its workers are. After a whole run without a
+failure the matrix is compared with the committed one, or written there (``make conformance``)."""
 
 from __future__ import annotations
 
 import json
+import os
+
+import pytest
 
 PROPERTY = "conformance"
+WRITE = os.environ.get("PEFTLIB_CONFORMANCE") == "write"
 
 
 class Collector:
@@ -23,15 +28,17 @@ class Collector:
             return
         from tests.conformance import matrix
 
-        if not matrix.complete(self.cells):
+        if not matrix.complete(self.cells) or any(outcome == "fails" for *_, outcome in self.cells):
             return
         document = matrix.document(self.cells)
-        matrix.write(document, matrix.BUILT)
-        committed = json.loads(matrix.COMMITTED.read_text()) if matrix.COMMITTED.is_file() else None
-        self.stale = committed != document
+        if WRITE:
+            matrix.write(document, matrix.COMMITTED)
+        elif not matrix.COMMITTED.is_file() or json.loads(matrix.COMMITTED.read_text()) != document:
+            self.stale = True
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
         if self.stale:
             terminalreporter.write_line(
-                "results/conformance.json differs from what was seen in this run: `make conformance`", yellow=True
+                "results/conformance.json is not what this run saw: write it again with `make conformance`", red=True
             )
