@@ -7,6 +7,7 @@ else the machine does meets all of them; the ratios are medians over the turns.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -107,18 +108,21 @@ def row(
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows as a table for a terminal; ratios are to the floor."""
+    """The rows as a table for a terminal."""
+    rows = list(rows)
     shown = Table(
-        *("method", "trained", "ours", "HF peft", "ours/floor", "peft/floor", "kept", "kept by peft", "by the floor"),
         title="A training step: forward and backward",
-        caption="kept: bytes held for the backward pass; floor: a frozen backbone with gradients to its embeddings",
+        caption="x floor: time over that of a frozen backbone with gradients to its embeddings "
+        f"({1e3 * statistics.median(r.floor.seconds for r in rows):.0f} ms, {_mb(rows[0].floor)} MB kept); "
+        "MB kept: held for the backward pass; peft: HF peft",
     )
+    shown.add_column("method", no_wrap=True)
+    for heading in ("trained", "ms", "x floor", "peft x floor", "MB kept", "peft MB"):
+        shown.add_column(heading, justify="right")
     for r in rows:
-        theirs = ("", "", "") if r.peft is None else (_ms(r.peft), f"{r.peft.ratio:.2f}", _mb(r.peft))
-        shown.add_row(
-            *(r.name, f"{r.trained:,}", _ms(r.ours), theirs[0], f"{r.ours.ratio:.2f}", theirs[1]),
-            *(_mb(r.ours), theirs[2], _mb(r.floor)),
-        )
+        theirs = ("", "") if r.peft is None else (f"{r.peft.ratio:.2f}", _mb(r.peft))
+        milliseconds = f"{1e3 * r.ours.seconds:.0f}"
+        shown.add_row(r.name, f"{r.trained:,}", milliseconds, f"{r.ours.ratio:.2f}", theirs[0], _mb(r.ours), theirs[1])
     return shown
 
 
@@ -138,12 +142,8 @@ def main(methods: Iterable[str] = (), *, threads: int = 1, **options) -> int:
     return 0
 
 
-def _ms(step: Step) -> str:
-    return f"{1e3 * step.seconds:.0f} ms"
-
-
 def _mb(step: Step) -> str:
-    return f"{step.kept / 2**20:.1f} MB"
+    return f"{step.kept / 2**20:.1f}"
 
 
 def _floor(model: nn.Module) -> nn.Module:
@@ -155,6 +155,8 @@ def _floor(model: nn.Module) -> nn.Module:
 
 def _peft(load: Callable[[], nn.Module], adapted: Adapted) -> nn.Module | None:
     """The same method by HF peft, on the same sites; None where it is not installed or has no such method."""
+    # peft imports bitsandbytes, which logs that a CPU kernel which nothing here uses is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:
