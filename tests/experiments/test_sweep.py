@@ -14,13 +14,13 @@ from peftlib.errors import UnknownNameError
 
 METHODS, SEEDS = ("lora", "head"), (0, 1, 2)
 
-SWEEP = """
+SWEEP = f"""
 import sys
 from peftlib import experiments
 if __name__ == "__main__":
-    specs = [experiments.run_spec("smoke", "smoke", m, seed=s) for m in {methods} for s in {seeds}]
+    specs = [experiments.run_spec("smoke", "smoke", m, seed=s) for m in {METHODS} for s in {SEEDS}]
     print(dict(experiments.sweep(specs, experiments.Store(sys.argv[1]), progress=False)))
-""".format(methods=METHODS, seeds=SEEDS)
+"""
 
 
 def specs():
