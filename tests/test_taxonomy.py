@@ -79,10 +79,10 @@ SITES = {
 # The LaTeX commands in use; all are in MathJax's base and ams packages.
 NAMES = """
     alpha beta delta Delta ell eta gamma lambda mathcal nabla omega phi Pi sigma Sigma tau theta Lambda
-    arg approx bar bigl bigr Bigl Bigr cos dots exp frac ge hat in leftarrow log max mathbb mathrel mathrm
+    arg approx bar begin bigl bigr Bigl Bigr cos dots end exp frac ge hat in leftarrow log max mathbb mathrel mathrm
     mid min odot operatorname otimes partial propto qquad quad sim sqrt sum text tfrac tilde times top widehat
 """
-COMMANDS = {*NAMES.split(), *"{}|, "}
+COMMANDS = {*NAMES.split(), *"{}|, \\"}
 
 
 def values_for(entry: Entry) -> dict:
