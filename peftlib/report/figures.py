@@ -6,7 +6,8 @@ Colours are readable on a light and on a dark page; text takes a mid grey that b
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -214,41 +215,79 @@ def quality_against_parameters(rows: Sequence[dict[str, Any]], metric: str = "ac
             row["trained"], row["mean"], yerr=row["std"], fmt="o", color=colour, capsize=2, markersize=5, elinewidth=1
         )
     axes.set_xscale("log")
-    _label(axes, [(row["trained"], row["mean"], row["method"]) for row in rows])
+    axes.margins(x=0.12, y=0.08)
     shown = dict.fromkeys(taxonomy.entry(row["method"]).category.split("/")[0] for row in rows)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=CLASSES[c], label=c) for c in shown]
-    axes.legend(handles=handles, loc="lower right", fontsize=8.5)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncol": len(handles)}
+    axes.legend(handles=handles, fontsize=8.5, handletextpad=0.1, columnspacing=1.2, **place)
     seeds = sorted({len(row["seeds"]) for row in rows})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     axes.set_xlabel("trained parameters, task head included")
     axes.set_ylabel(f"{metric} on the test split" + (f", mean and s.d. over {count} seeds" if spread else ", one seed"))
     if title:
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=11, pad=24)
     figure.tight_layout()
+    references = [row["mean"] for row in rows if row["method"] in ("full", "head")]
+    _label(axes, [(row["trained"], row["mean"], row["std"], row["method"]) for row in rows], references)
     plt.close(figure)
     return figure
 
 
-def _label(axes, points: Iterable[tuple[float, float, str]]) -> None:
-    """Name the points; labels that would collide are moved up or down with a thin line to their point."""
-    points = sorted(points, key=lambda p: p[1])
-    low, high = axes.get_ylim()
-    step = (high - low) * 0.034
-    placed: list[tuple[float, float]] = []
-    for x, y, name in points:
-        at = y
-        while any(abs(at - other) < step and max(x / ox, ox / x) < 6 for ox, other in placed):
-            at += step / 2
-        placed.append((x, at))
+def _label(axes, points: Sequence[tuple[float, float, float, str]], lines: Sequence[float], size: float = 7.5) -> None:
+    """Name (x, y, spread, name) points, each at the nearest place that is free of points, names and horizontal lines.
+
+    A name that is not right beside its point gets a thin line to it.
+    """
+    unit, frame = axes.figure.dpi / 72, axes.get_window_extent()
+    height = 1.25 * size * unit
+
+    def pixels(x: float, y: float) -> tuple[float, float]:
+        return tuple(axes.transData.transform((x, y)))
+
+    taken = [_Box(frame.x0, pixels(1, y)[1] - unit, frame.width, 2 * unit) for y in lines]
+    for x, y, spread, _ in points:
+        (px, py), (_, low), (_, high) = pixels(x, y), pixels(x, y - spread), pixels(x, y + spread)
+        taken += [_Box(px - 4 * unit, py - 4 * unit, 8 * unit, 8 * unit), _Box(px - unit, low, 2 * unit, high - low)]
+    for x, y, _, name in sorted(points, key=lambda p: -p[1]):
+        px, py = pixels(x, y)
+        width = 0.62 * size * unit * len(name)
+        places = [
+            (px + dx, py + step * height)
+            for step in sorted(range(-14, 15), key=abs)
+            for dx in (7 * unit, -7 * unit - width)
+            if px + dx > frame.x0 and px + dx + width < frame.x1 + 40 * unit
+        ]
+        boxes = [_Box(left, middle - height / 2, width, height) for left, middle in places]
+        box = next((box for box in boxes if not any(box.meets(other) for other in taken)), boxes[0])
+        taken.append(box)
+        far = abs(box.y + height / 2 - py) > height
         axes.annotate(
             name,
             xy=(x, y),
-            xytext=(x * 1.15, at),
-            fontsize=7.5,
+            xytext=((box.x - px) / unit, (box.y + height / 2 - py) / unit),
+            textcoords="offset points",
+            fontsize=size,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": PLAIN, "linewidth": 0.5} if at != y else None,
+            arrowprops={"arrowstyle": "-", "color": PLAIN, "linewidth": 0.5} if far else None,
         )
-    axes.set_ylim(low, max(high, max((at for _, at in placed), default=high) + step))
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle in pixels, by its lower left corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            self.x < other.x + other.width
+            and other.x < self.x + self.width
+            and self.y < other.y + other.height
+            and other.y < self.y + self.height
+        )
 
 
 @mpl.rc_context(STYLE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from peftlib.experiments import profile as known_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES, EXECUTED = "notebooks", "_build/executed"
+#: What stands in a notebook that reads the store of results.
+READS_STORE = re.compile(r"\b(Store|Standings)\(")
 #: The last cell of an executed notebook, removed again: which files of the library its kernel had imported.
 TRACE = """\
 import json as _json, sys as _sys
@@ -71,7 +74,13 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
     record = _dependencies(source, profile, library, root)
     notebook = nbformat.read(source, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(TRACE))
-    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        # tqdm asks for widgets, which a page without a kernel cannot show.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+    }
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         given, made = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
         nbformat.write(notebook, given)
@@ -170,7 +179,7 @@ def _dependencies(source: Path, profile: str, files: list[str], root: Path) -> d
         "notebook": _hash(text.encode()),
         "profile": profile,
         "lock": _hash((root / "requirements.lock").read_bytes()),
-        "results": _hash_results(root) if "experiments" in text or "report" in text else None,
+        "results": _hash_results(root) if READS_STORE.search(text) else None,
         "files": {name: _hash((root / name).read_bytes()) for name in files},
     }
 

@@ -66,6 +66,8 @@ def test_book(tmp_path, subtests):
             assert code
             assert all(cell.execution_count for cell in code), source.name
             assert not list(notebooks.problems(executed)), source.name
+            noise = [o.text for c in code for o in c.outputs if o.output_type == "stream" and o.name == "stderr"]
+            assert not noise, source.name
 
     with subtests.test("nothing is executed again when nothing has changed"):
         assert all(notebooks.is_fresh(source, "smoke") for source in notebooks.sources())

@@ -92,7 +92,7 @@ def test_what_changes_during_the_execution_counts_as_changed(root):
 
 
 def test_a_notebook_that_reads_the_store_depends_on_it(root):
-    write(root, "10_one", COUNT, "# reads experiments")
+    write(root, "10_one", COUNT, "# experiments.Store() is read here")
     run(root)
     run(root)
     assert executions(root) == 1

@@ -96,3 +96,19 @@ def test_loss_curves_are_the_history(standings):
     (axes,) = figures.loss_curves(standings.search[:1]).axes
     (line,) = axes.lines
     assert list(zip(line.get_xdata(), line.get_ydata())) == [(10, 0.7), (20, 0.5)]
+
+
+def test_names_do_not_cover_each_other_or_points():
+    """Forty methods, many of them close together."""
+    names = taxonomy.methods(available=False)[:40]
+    rows = [
+        {"method": name, "trained": 10 ** (3 + n % 5), "mean": 0.7 + 0.004 * (n % 9), "std": 0.002, "seeds": [0, 1]}
+        for n, name in enumerate(names)
+    ]
+    figure = figures.quality_against_parameters(rows)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    extents = [text.get_window_extent() for text in axes.texts]
+    covered = [(a, b) for n, a in enumerate(extents) for b in extents[:n] if a.overlaps(b)]
+    assert len(extents) == 40
+    assert not covered
