@@ -290,6 +290,7 @@ def attach(
             chosen.host = host
             chosen.attach(host)
             host.train(head.values())
+        host.name_once()
     except BaseException:
         host.remove()
         raise

@@ -191,6 +191,16 @@ class Host:
         """
         self._undo.append(partial(_restore, function) if restores else function)
 
+    def name_once(self) -> None:
+        """Let the model's state dict have one name for each tensor that children share, as files without pickle want
+        it: a checkpoint of the whole model can then be written, and read back without strictness."""
+        kinds = (self.model.named_parameters, self.model.named_buffers)
+        first = {n for kind in kinds for n, _ in kind()}
+        mine = {id(t) for child in self.paths().values() for t in (*child.parameters(), *child.buffers())}
+        again = tuple(n for kind in kinds for n, t in kind(remove_duplicate=False) if id(t) in mine and n not in first)
+        if again:
+            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)))
+
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
 
@@ -269,6 +279,11 @@ class Host:
 
 def _part_name(name: str, part: tuple[int, int] | None) -> str:
     return name if part is None else f"{name}_{part[0]}"
+
+
+def _without(names: tuple[str, ...], module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for name in names:
+        state.pop(prefix + name, None)
 
 
 def _take_out(module: nn.Module, name: str) -> None:

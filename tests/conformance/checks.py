@@ -429,34 +429,47 @@ def compiles(case: Case, tmp: Path) -> None:
     assert all(torch.allclose(grads[n], grads_[n], atol=1e-4) for n in grads)
 
 
-@check("transformers' Trainer with the callback runs the method's moments and trains it", families=None)
+@check("transformers' Trainer with the callback runs the method's moments, trains it, and resumes", families=None)
 def trainer(case: Case, tmp: Path) -> None:
     adapted = case.attach()
-    data = case.batch()
-    rows = [{k: v[i] for k, v in data.items()} for i in range(len(data["labels"]))]
     before = {n: p.detach().clone() for n, p in adapted.trainable().items()}
     called = _watch_moments(adapted)
+    _train_with_trainer(adapted, case, tmp)
+    _assert_called(adapted, called, steps=4, forwards=8)
+    still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
+    assert not still, f"four steps did not move {still[:5]}"
+    assert adapted.lifecycle_active is None
+    loaded = peftlib.load(case.backbone(), adapted.save(tmp / "adapter"))
+    assert torch.equal(case.logits(loaded.model), case.logits(adapted.model))
+
+    resumed = case.attach()
+    _train_with_trainer(resumed, case, tmp, checkpoint=str(tmp / "checkpoint-2"))
+    end = adapted.state()
+    differ = [n for n, t in resumed.state().items() if not torch.allclose(t.double(), end[n].double(), atol=1e-6)]
+    assert not differ, f"resumed from its second step it ends elsewhere: {differ[:5]}"
+
+
+def _train_with_trainer(adapted: peftlib.Adapted, case: Case, folder: Path, checkpoint: str | None = None) -> None:
+    """Four steps of two forwards each, with a checkpoint after the second."""
+    data = case.batch()
+    rows = [{k: v[i] for k, v in data.items()} for i in range(len(data["labels"]))]
     arguments = TrainingArguments(
-        output_dir=str(tmp),
+        output_dir=str(folder),
         max_steps=4,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         use_cpu=True,
-        save_strategy="no",
+        save_steps=2,
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         seed=0,
     )
     run = Trainer(adapted.model, arguments, train_dataset=rows, callbacks=[adapted.callback()])
     with contextlib.redirect_stdout(None):
-        run.train()
-    _assert_called(adapted, called, steps=4, forwards=8)
-    still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
-    assert not still, f"four steps did not move {still[:5]}"
-    assert adapted.lifecycle_active is None
-    loaded = peftlib.load(case.backbone(), adapted.save(tmp / "adapter"))
-    assert torch.equal(case.logits(loaded.model), case.logits(adapted.model.cpu()))
+        run.train(resume_from_checkpoint=checkpoint)
+    adapted.model.eval()
 
 
 # What the checks share

@@ -284,6 +284,28 @@ def test_two_children_on_one_attention_act_in_order_and_leave_together(model):
     _assert_same_structure(_structure(model), structure)
 
 
+def test_a_shared_child_is_saved_once_with_the_whole_model(tmp_path, model):
+    before, structure = everything(model), _structure(model)
+    host = Host(model)
+    child = Shift(0.5)
+    for site in host.anatomy.sites("ffn.up"):
+        host.after(site, "shift", child)
+    paths = [f"{site.path}.shift" for site in host.anatomy.sites("ffn.up")]
+    assert set(host.state()) == {f"{paths[0]}.{n}" for n in ("value", "frozen", "seen")}
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        model.save_pretrained(tmp_path)
+    host.name_once()
+    assert set(model.state_dict()) - set(before) == set(host.state())
+    model.save_pretrained(tmp_path)
+    state = everything(model)
+    with torch.no_grad():
+        child.value.add_(1.0)
+    missing = model.load_state_dict(state, strict=False)
+    assert {n for n in missing.missing_keys if n.startswith(paths[1])} == set(missing.missing_keys)
+    assert float(child.value) == 0.5
+    check_undone(host, before, structure)
+
+
 def test_a_deep_copy_undoes_its_own_changes(model):
     before, structure = everything(model), _structure(model)
     host = Host(model)
