@@ -44,15 +44,22 @@ def assemble(profile: str, root: Path = ROOT) -> Path:
         if Path(name) in wanted:
             raise BookError(f"the generated page {name} would replace a file of book/; rename one of them")
         wanted[Path(name)] = content if isinstance(content, bytes) else content.encode()
-    for path in sorted(target.rglob("*"), reverse=True) if target.exists() else ():
+    changed = []
+    for path in sorted(target.rglob("*")) if target.exists() else ():
         relative = path.relative_to(target)
         if relative.parts[0] != "_build" and path.is_file() and relative not in wanted:
             path.unlink()
+            changed.append(relative)
     for name, content in wanted.items():
         path = target / name
         if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+            if name.is_relative_to("book/_static"):
+                changed.append(name)
+    if changed:
+        # Sphinx neither takes away the pages of removed files nor copies static files where no page has changed.
+        shutil.rmtree(target / "_build", ignore_errors=True)
     return target
 
 
@@ -77,16 +84,14 @@ def build(profile: str = "embedded", *, execute: bool = True, root: Path = ROOT,
     command = [sys.executable, "-c", program, "build", str(source), "-W", "-n", "--keep-going", "-q"]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     if done.returncode:
+        # The next build would not read these pages again, and would not warn.
+        shutil.rmtree(source / "_build", ignore_errors=True)
         raise BookError(f"the book did not build without warnings:\n{(done.stdout + done.stderr)[-4000:]}")
     html = html or root / HTML
-    _mirror(source / "_build/html", html)
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.copytree(source / "_build/html", html)
     console.print(f"book: {html}/index.html after {time.perf_counter() - started:.0f} s")
     return html
-
-
-def _mirror(built: Path, html: Path) -> None:
-    shutil.rmtree(html, ignore_errors=True)
-    shutil.copytree(built, html, copy_function=shutil.copy2)
 
 
 def main(profile: str, *, execute: bool = True) -> int:

@@ -83,7 +83,8 @@ def _facts(entry: Entry) -> str:
 def _use(entry: Entry) -> Iterator[str]:
     cls = find(entry.name)
     fields = dataclasses.fields(cls.Config)
-    given = "".join(f", {f.name}={f.default!r}" for f in fields[:2])
+    numbers = [f for f in fields if type(f.default) in (int, float)]
+    given = "".join(f", {f.name}={f.default!r}" for f in numbers[:2])
     yield "## Use"
     yield f'```python\nadapted = peftlib.attach(model, "{entry.name}"{given})\n```'
     if fields:
