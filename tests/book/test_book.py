@@ -15,6 +15,7 @@ import pytest
 
 from peftlib import taxonomy
 from peftlib.report import book, notebooks
+from peftlib.report.pages import repository
 
 from ..project import ROOT
 
@@ -50,6 +51,17 @@ class Page(HTMLParser):
             self.links.append(values["href"])
         if tag in LOADS and values.get(LOADS[tag]) and values.get("rel") not in POINTERS:
             self.loads.append(values[LOADS[tag]])
+
+
+def test_a_page_knows_what_a_browser_would_load():
+    page = Page(
+        '<link rel="stylesheet" href="https://a/b.css"><script src="//c/d.js"></script><link rel="next" href="e.html">'
+        '<img id="f" src="f.png"><a href="https://g/">g</a>'
+    )
+    assert page.loads == ["https://a/b.css", "//c/d.js", "f.png"]
+    assert [urlsplit(load).netloc for load in page.loads] == ["a", "c", ""]
+    assert page.links == ["https://g/"]
+    assert page.anchors == {"f"}
 
 
 @pytest.mark.book
@@ -101,7 +113,9 @@ def test_book(tmp_path, subtests):
         assert any(urlsplit(load).path.endswith("mathjax/tex-svg.js") for load in pages["cards/lora.html"].loads)
 
     with subtests.test("chapters lead to Colab, at their clean sources"):
-        url = "https://colab.research.google.com/github/peft-review/peft-review/blob/main/notebooks"
+        url = (
+            repository(ROOT).replace("https://github.com/", "https://colab.research.google.com/github/") + "/notebooks"
+        )
         for source in notebooks.sources():
             assert f"{url}/{source.name}" in pages[f"notebooks/{source.stem}.html"].links
 
