@@ -94,8 +94,8 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
                 kernel_name="python3",
                 cwd=root,
                 progress_bar=False,
-                # The kernel warns that it talks over TCP, which stays on this machine.
-                extra_arguments=["--log-level=ERROR"],
+                # The kernel logs that it talks over TCP on this machine, and that it was stopped; errors come as messages.
+                extra_arguments=["--log-level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
             number = next(n for n, cell in enumerate(notebook.cells, 1) if cell.source == error.source)
