@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import psutil
 import pytest
 
@@ -67,10 +65,9 @@ def test_masks_on_roberta_base(method, options, trained):
         assert count.stored_bytes == 84_934_656 // 8 + 4 * 592_130
 
 
-def test_the_meta_device_takes_neither_time_nor_memory():
+def test_the_meta_device_takes_no_memory():
     process = psutil.Process()
-    before, start = process.memory_info().rss, time.perf_counter()
+    before = process.memory_info().rss
     adapted = peftlib.attach(backbones.shapes("llama-13b", head="causal_lm"), "lora", rank=64, targets="all-linear")
     assert adapted.count().trained == 250_347_520
-    assert time.perf_counter() - start < 30
     assert process.memory_info().rss - before < 200 * 2**20

@@ -94,7 +94,7 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
                 kernel_name="python3",
                 cwd=root,
                 progress_bar=False,
-                # The kernel logs that it talks over TCP on this machine, and that it was stopped; errors come as messages.
+                # The kernel logs that it talks over TCP and that it was stopped; errors come as messages.
                 extra_arguments=["--log-level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
