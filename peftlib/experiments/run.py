@@ -57,6 +57,7 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
             warmup=s["warmup"],
             precision=s["precision"],
             max_length=s["max_length"],
+            group_by_length=s["group_by_length"],
             evaluate_on=None,
             seed=spec.seed,
             progress=progress,

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from peftlib.errors import DataError, UnknownNameError, UnsupportedError
@@ -185,8 +185,12 @@ class Task:
         shuffle: bool = False,
         seed: int = 0,
         max_length: int | None = None,
+        group_by_length: bool = False,
     ) -> DataLoader:
         """Batches of torch tensors, each padded to its longest row: model inputs, ``labels``, maybe ``task_ids``.
+
+        ``group_by_length``: rows of a batch are of similar length, so less of it is padding; with ``shuffle`` the order
+        stays random, without it the longest rows come first.
 
         Raises DataError where the split is missing, or is "train" and has no labels.
         """
@@ -195,10 +199,16 @@ class Task:
         rows = self.encode(tokenizer, split, max_length)
         generator = torch.Generator()
         generator.manual_seed(seed)
+        grouped = None
+        if group_by_length:
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            grouped = LengthGrouped(lengths, batch_size, generator) if shuffle else longest_first
         return DataLoader(
             rows,
             batch_size=batch_size,
-            shuffle=shuffle,
+            shuffle=shuffle and grouped is None,
+            sampler=grouped,
             generator=generator,
             collate_fn=partial(_collate, DataCollatorWithPadding(tokenizer), causal=self.kind == "causal_lm"),
         )
@@ -256,6 +266,31 @@ class Task:
 
     def _with(self, **changes) -> Task:
         return dataclasses.replace(self, _encoded={}, **changes)
+
+
+class LengthGrouped(Sampler[int]):
+    """A random order of rows in which each ``batch_size`` that follow one another are of similar length: sorted inside
+    random stretches of ``WINDOW`` batches, the batches then shuffled. Another order at every pass."""
+
+    WINDOW = 8
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, generator: torch.Generator):
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.lengths), generator=self.generator)
+        stretches = order.split(self.WINDOW * self.batch_size)
+        order = torch.cat([part[self.lengths[part].argsort(stable=True)] for part in stretches])
+        whole = len(order) // self.batch_size
+        batches = order[: whole * self.batch_size].view(whole, self.batch_size)
+        shuffled = batches[torch.randperm(whole, generator=self.generator)].flatten()
+        # The incomplete batch is the last one, as without groups.
+        yield from torch.cat([shuffled, order[whole * self.batch_size :]]).tolist()
 
 
 def _array(values) -> np.ndarray:

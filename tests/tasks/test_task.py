@@ -156,6 +156,27 @@ def test_shuffling_follows_the_seed(bert):
     assert epochs[0] != epochs[1]
 
 
+def test_batches_of_similar_length_hold_every_row_once_with_less_padding(bert):
+    rows = [{"text": " ".join(["movie"] * (1 + 7 * i % 23)), "label": i} for i in range(300)]
+    task = tasks.Task("made", "regression", {"train": Dataset.from_list(rows)}, "custom", ("mse",))
+
+    def batches(**options):
+        return list(task.loader("train", bert, 8, seed=1, **options))
+
+    grouped, plain = batches(shuffle=True, group_by_length=True), batches(shuffle=True)
+    assert sorted(float(x) for b in grouped for x in b["labels"]) == list(range(300))
+    assert [len(b["labels"]) for b in grouped] == [8] * 37 + [4]
+    padded = [sum(b["input_ids"].numel() for b in batch) for batch in (grouped, plain)]
+    assert padded[0] < 0.7 * padded[1]
+    widths = [b["input_ids"].shape[1] for b in grouped]
+    assert widths != sorted(widths) != sorted(widths, reverse=True)
+    loader = task.loader("train", bert, 8, seed=1, shuffle=True, group_by_length=True)
+    first, second = ([tuple(b["labels"].tolist()) for b in loader] for _ in range(2))
+    assert {frozenset(b) for b in first} != {frozenset(b) for b in second}
+    longest_first = [b["input_ids"].shape[1] for b in batches(group_by_length=True)]
+    assert longest_first == sorted(longest_first, reverse=True)
+
+
 def test_loading_batches_leaves_the_global_random_state(bert):
     torch.manual_seed(3)
     before = torch.get_rng_state()
