@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 from peftlib.errors import UnknownNameError
-from peftlib.mechanisms import fisher, side
+from peftlib.mechanisms import importance, side
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
@@ -75,7 +75,7 @@ class LadderSideTuning(Method):
         for ladder in self.ladders.values():
             ladder.bypassed = True
         try:
-            sums = fisher.per_example(self.host.model, parameters, batches, self.config.samples)
+            sums = importance.per_example(self.host.model, parameters, batches, self.config.samples)
         finally:
             for ladder in self.ladders.values():
                 ladder.bypassed = False

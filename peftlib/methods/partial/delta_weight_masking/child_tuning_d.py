@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.errors import TargetError
-from peftlib.mechanisms import fisher, sparse
+from peftlib.mechanisms import importance, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, at_least, between
 
@@ -70,7 +70,7 @@ class ChildTuningD(Method):
         return sparse.pending(self.k, sum(p.numel() for p in self.candidates.values()))
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        scores = fisher.per_batch(
+        scores = importance.per_batch(
             self.host.model, self.candidates.values(), batches, self.config.batches, self.config.clip
         )
         self.children = sparse.train_top_entries(self.host, self.candidates, scores, self.k)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.errors import TargetError
-from peftlib.mechanisms import fisher, sparse
+from peftlib.mechanisms import importance, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between
 
@@ -37,7 +37,7 @@ class FishMaskConfig(MethodConfig):
 
     density: float = 0.005
     samples: int = 1024
-    fisher: fisher.Kind = "empirical"
+    fisher: importance.Kind = "empirical"
     absolute: bool = False
     charge_head: bool = True
 
@@ -79,7 +79,7 @@ class FishMask(Method):
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         c, k = self.config, self.k
-        scores = fisher.per_example(
+        scores = importance.per_example(
             self.host.model, self.candidates.values(), batches, c.samples, c.fisher, absolute=c.absolute
         )
         self.children = sparse.train_top_entries(self.host, self.candidates, scores, k)

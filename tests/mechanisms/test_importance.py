@@ -1,4 +1,4 @@
-"""Streamed squared gradients against plain loops."""
+"""Streamed scores against plain loops."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftlib.errors import DataError, UnsupportedError
-from peftlib.mechanisms import fisher
+from peftlib.mechanisms import importance
 from tests.conformance.case import backbone, batch
 
 
@@ -45,14 +45,14 @@ def test_per_example_equals_a_loop_over_unpadded_rows(family, absolute):
             total += g.abs() if absolute else g**2
     expected = [total.float() for total in expected]
     for size in (1, 3, 8):
-        sums = fisher.per_example(model, list(model.parameters()), split(data, size), 100, absolute=absolute)
+        sums = importance.per_example(model, list(model.parameters()), split(data, size), 100, absolute=absolute)
         assert_equal(sums, expected)
 
 
 def test_per_example_is_not_the_square_of_the_batchs_gradient():
     model, data = backbone("bert"), batch("bert")
-    one = fisher.per_example(model, list(model.parameters()), [data], 100)
-    whole = fisher.per_batch(model, list(model.parameters()), [data])
+    one = importance.per_example(model, list(model.parameters()), [data], 100)
+    whole = importance.per_batch(model, list(model.parameters()), [data])
     assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(one, whole))
 
 
@@ -67,7 +67,7 @@ def test_expected_weighs_all_classes_by_the_model():
         for p in probabilities:
             for total, g in zip(expected, gradients(model, -p.log())):
                 total += p.detach() * g**2
-    assert_equal(fisher.per_example(model, list(model.parameters()), [data], 100, "expected"), expected)
+    assert_equal(importance.per_example(model, list(model.parameters()), [data], 100, "expected"), expected)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.05])
@@ -82,9 +82,53 @@ def test_per_batch_is_the_mean_of_squares(max_norm):
                 g, clipped = g * max_norm / g.norm(), clipped + 1
             total += g**2 / len(batches)
     assert clipped > 0 or max_norm is None
-    assert_equal(fisher.per_batch(model, list(model.parameters()), batches, max_norm=max_norm), expected)
-    two = fisher.per_batch(model, list(model.parameters()), batches, limit=2)
-    assert_equal(two, fisher.per_batch(model, list(model.parameters()), batches[:2]))
+    assert_equal(importance.per_batch(model, list(model.parameters()), batches, max_norm=max_norm), expected)
+    two = importance.per_batch(model, list(model.parameters()), batches, limit=2)
+    assert_equal(two, importance.per_batch(model, list(model.parameters()), batches[:2]))
+
+
+def mean_gradients(model, batches: list[dict]) -> list[torch.Tensor]:
+    found = [gradients(model, model(**part).loss) for part in batches]
+    return [torch.stack(each).mean(0) for each in zip(*found)]
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama", "t5"])
+def test_accumulated_adds_before_it_takes_the_size(family):
+    model, batches = backbone(family).double(), split(batch(family), 3)
+    parameters = list(model.parameters())
+    expected = [g.abs().float() for g in mean_gradients(model, batches)]
+    assert_equal(importance.accumulated(model, parameters, batches), expected)
+    one = importance.accumulated(model, parameters, batches, limit=1)
+    assert_equal(one, importance.accumulated(model, parameters, batches[:1]))
+    sizes = torch.stack([torch.stack([g.abs().sum() for g in gradients(model, model(**b).loss)]) for b in batches])
+    assert all(bool((e.sum() < s).item()) for e, s in zip(expected, sizes.mean(0)) if s > 1e-6)
+
+
+def test_first_order_is_what_setting_an_entry_back_costs():
+    model, batches = backbone("bert").double(), split(batch("bert"), 4)
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    start = weight.detach().clone()
+    moved = 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        weight.add_(moved)
+    (scores,) = importance.first_order(model, [weight], iter(batches), starts=[start])
+    (with_zeros,) = importance.first_order(model, [weight], batches)
+    g = mean_gradients(model, batches)[[p is weight for p in model.parameters()].index(True)]
+    assert_equal([scores, with_zeros], [(moved * g).float(), (weight * g).detach().float()])
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(float(model(**part).loss) for part in batches) / len(batches)
+
+    before = loss()
+    for group in ([(0, 0)], [(5, 7)], [(3, j) for j in range(64)]):
+        rows, columns = zip(*group)
+        with torch.no_grad():
+            weight[rows, columns] -= moved[rows, columns]
+        change = loss() - before
+        assert change == pytest.approx(-float(scores[rows, columns].double().sum()), rel=0.05, abs=1e-10)
+        with torch.no_grad():
+            weight[rows, columns] += moved[rows, columns]
 
 
 def test_reading_stops_at_the_limit():
@@ -95,9 +139,11 @@ def test_reading_stops_at_the_limit():
             read.append(part)
             yield part
 
-    sums = fisher.per_example(model, list(model.parameters()), stream(), 3)
+    sums = importance.per_example(model, list(model.parameters()), stream(), 3)
     assert len(read) == 2
-    assert_equal(sums, fisher.per_example(model, list(model.parameters()), [{k: v[:3] for k, v in data.items()}], 9))
+    assert_equal(
+        sums, importance.per_example(model, list(model.parameters()), [{k: v[:3] for k, v in data.items()}], 9)
+    )
 
 
 def test_one_gradient_lives_at_a_time_and_nothing_is_left_behind(monkeypatch):
@@ -107,20 +153,20 @@ def test_one_gradient_lives_at_a_time_and_nothing_is_left_behind(monkeypatch):
         parameter.requires_grad_(False)
     model.classifier.weight.requires_grad_(True)
     flags = [p.requires_grad for p in model.parameters()]
-    alive, add = [], fisher.GradientSums._add
+    alive, add = [], importance.GradientSums._add
 
     def watched(self, total, parameter):
         alive.append(sum(p.grad is not None for p in model.parameters()))
         add(self, total, parameter)
 
-    monkeypatch.setattr(fisher.GradientSums, "_add", watched)
-    fisher.per_batch(model, chosen, split(data, 4))
+    monkeypatch.setattr(importance.GradientSums, "_add", watched)
+    importance.per_batch(model, chosen, split(data, 4))
     assert len(alive) == 2 * len(chosen)
     assert max(alive) == 1
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == flags
     with pytest.raises(RuntimeError):
-        fisher.per_batch(model, chosen, [{"input_ids": data["input_ids"], "labels": torch.full((8,), -1.0)}])
+        importance.per_batch(model, chosen, [{"input_ids": data["input_ids"], "labels": torch.full((8,), -1.0)}])
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not any(p._post_accumulate_grad_hooks for p in chosen)
 
@@ -129,13 +175,13 @@ def test_data_that_gives_no_importance_is_refused():
     model, data = backbone("bert"), batch("bert")
     parameters = list(model.parameters())
     with pytest.raises(DataError, match="empty"):
-        fisher.per_example(model, parameters, [], 8)
+        importance.per_example(model, parameters, [], 8)
     with pytest.raises(DataError, match="no labels"):
-        fisher.per_batch(model, parameters, [{k: v for k, v in data.items() if k != "labels"}])
+        importance.per_batch(model, parameters, [{k: v for k, v in data.items() if k != "labels"}])
     lm = backbone("gpt2", "causal_lm")
     with pytest.raises(UnsupportedError, match="expected Fisher"):
-        fisher.per_example(lm, list(lm.parameters()), [batch("gpt2", "causal_lm")], 8, "expected")
+        importance.per_example(lm, list(lm.parameters()), [batch("gpt2", "causal_lm")], 8, "expected")
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
-        fisher.per_batch(model, parameters, [data])
+        importance.per_batch(model, parameters, [data])

@@ -1,13 +1,17 @@
-"""The diagonal of the Fisher information, estimated from gradients, in fixed memory on any backbone.
+"""How much each entry of a network's tensors matters to a task, from gradients on a stream of batches.
 
-Beside the model there is one accumulator a weight and, at any time, the gradient of a single tensor: each is squared,
-added and dropped as soon as the backward pass has formed it.
+Three kinds of score, on any backbone: the diagonal of the Fisher information (:func:`per_example`, :func:`per_batch`),
+the accumulated gradient, which a second-order view of the loss asks for (:func:`accumulated`), and the first-order
+estimate of what setting an entry back would cost (:func:`first_order`).
+
+Memory is fixed, however many batches there are: beside the model and one forward pass, one float32 accumulator an entry
+and, at any time, the gradient of a single tensor, added and dropped as soon as the backward pass has formed it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -22,18 +26,24 @@ from peftlib.errors import DataError, UnsupportedError
 Batch = dict[str, torch.Tensor]
 Kind = Literal["empirical", "expected"]
 
+_FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "square": torch.square,
+    "absolute": torch.abs,
+    "signed": lambda gradient: gradient,
+}
+
 
 class GradientSums:
     """Inside ``with``, each backward pass adds ``weight * f(gradient)`` of the parameters to ``sums``.
 
-    ``f`` is the square, or the absolute value with ``absolute``. ``max_norm`` first scales each tensor's gradient down
-    to that norm. The parameters require gradients inside only, and keep none.
+    ``form`` says what f is: "square", "absolute" or "signed" (the gradient itself). ``max_norm`` first scales each
+    tensor's gradient down to that norm. The parameters require gradients inside only, and keep none.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], absolute: bool = False, max_norm: float | None = None):
+    def __init__(self, parameters: Iterable[nn.Parameter], form: str = "square", max_norm: float | None = None):
         self.parameters = list(parameters)
         self.sums = [torch.zeros(p.shape, device=p.device) for p in self.parameters]
-        self.absolute = absolute
+        self.form = _FORMS[form]
         self.max_norm = max_norm
         self.weight: float | torch.Tensor = 1.0
         self.passes = 0
@@ -63,7 +73,7 @@ class GradientSums:
         gradient, parameter.grad = parameter.grad.float(), None
         if self.max_norm is not None:
             gradient = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-        total.add_(self.weight * (gradient.abs() if self.absolute else gradient.square()))
+        total.add_(self.weight * self.form(gradient))
 
 
 def per_example(
@@ -82,7 +92,7 @@ def per_example(
     Raises DataError for data without rows, without labels or with a gradient that is not finite, UnsupportedError for
     an expectation that cannot be formed.
     """
-    with GradientSums(parameters, absolute) as sums:
+    with GradientSums(parameters, "absolute" if absolute else "square") as sums:
         for row in _shown(_rows(batches, examples), examples, "gradients, row by row"):
             if kind == "empirical":
                 sums.backward(_loss(model, row))
@@ -102,7 +112,44 @@ def per_batch(
 
     ``max_norm`` clips each tensor's gradient to this norm. Returns and raises as :func:`per_example`.
     """
-    with GradientSums(parameters, max_norm=max_norm) as sums:
+    return _means(model, GradientSums(parameters, max_norm=max_norm), batches, limit)
+
+
+def accumulated(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Iterable[Batch], limit: int | None = None
+) -> list[torch.Tensor]:
+    """Absolute values of the mean gradient over the batches (or the first ``limit``), signs summed before.
+
+    With a curvature that is equal everywhere, the entries whose change lowers the loss most are those with the largest
+    squared gradient of the whole loss, and this ranks them alike. Returns and raises as :func:`per_example`.
+    """
+    return [mean.abs_() for mean in _means(model, GradientSums(parameters, "signed"), batches, limit)]
+
+
+def first_order(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    limit: int | None = None,
+    starts: Iterable[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """``(parameter - start) * gradient``, of the mean loss over the batches (or the first ``limit``), entry by entry.
+
+    To first order the loss rises by minus this where one entry is set back to its start, and by minus the sum over a
+    group where all of it is: absolute values, of entries or of such sums, are scores for pruning a change.
+    ``starts`` None: zeros, as for parameters that were added (SNIP's score at their present values). Returns and
+    raises as :func:`per_example`.
+    """
+    parameters = list(parameters)
+    means = _means(model, GradientSums(parameters, "signed"), batches, limit)
+    with torch.no_grad():
+        for mean, parameter, start in zip(means, parameters, starts or [0] * len(parameters), strict=True):
+            mean.mul_(parameter - start)
+    return means
+
+
+def _means(model: nn.Module, sums: GradientSums, batches: Iterable[Batch], limit: int | None) -> list[torch.Tensor]:
+    with sums:
         for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
             sums.backward(_loss(model, batch))
     return [total.div_(sums.passes) for total in _checked(sums)]
