@@ -43,7 +43,8 @@ class LowRank(nn.Module):
     """``forward(x, y) = y + scale * B A dropout(x)``.
 
     Shapes: x (..., in), y (..., out), A (rank, in), B (out, rank). A starts Kaiming-uniform with a = sqrt(5), as the
-    original LoRA code has it, or N(0, std); B starts at zero, so the start is the identity.
+    original LoRA code has it, or N(0, std); B starts at zero, so the start is the identity. With ``train_A=False`` A
+    stays at its start, and the backward pass needs A x, (n, rank), instead of x.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class LowRank(nn.Module):
         dropout: float = 0.0,
         init: Init = "kaiming",
         std: float = 0.02,
+        train_A: bool = True,
     ):
         super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.A = nn.Parameter(torch.empty(rank, in_features), requires_grad=train_A)
         self.B = nn.Parameter(thin(out_features, rank).zero_())
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
