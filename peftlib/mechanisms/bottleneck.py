@@ -28,6 +28,7 @@ class Bottleneck(nn.Module):
         init: "lora": W_down Kaiming-uniform with a = sqrt(5) and W_up zero, so that delta starts at zero; "normal":
             both from a normal distribution with ``std``, cut off at two standard deviations.
         zero_up: start W_up at zero whatever ``init`` says.
+        norm: put a trained layer norm of its own, (d,) and (d,), on z.
 
     Biases start at zero.
     """
@@ -42,8 +43,10 @@ class Bottleneck(nn.Module):
         init: Init = "lora",
         std: float = 1e-2,
         zero_up: bool = False,
+        norm: bool = False,
     ):
         super().__init__()
+        self.norm = nn.LayerNorm(d) if norm else nn.Identity()
         self.down = nn.Linear(d, bottleneck)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -61,7 +64,7 @@ class Bottleneck(nn.Module):
 
     def delta(self, z: torch.Tensor) -> torch.Tensor:
         """What the bottleneck makes of z, both (..., d)."""
-        inner = self.dropout(self.activation(self.down(cast(z, self.down.weight))))
+        inner = self.dropout(self.activation(self.down(self.norm(cast(z, self.down.weight)))))
         return self.scale * self.up(inner)
 
 
@@ -70,6 +73,13 @@ class Sequential(Bottleneck):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.delta(y).to(y.dtype)
+
+
+class Residual(Bottleneck):
+    """On a hidden state: ``forward(h) = h + delta(h)``; for ``host.behind``."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.delta(h).to(h.dtype)
 
 
 class Parallel(Bottleneck):

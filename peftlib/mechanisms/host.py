@@ -43,6 +43,20 @@ def _use_input(child: nn.Module, module: nn.Module, args: tuple, output: torch.T
     return child(kept, output)
 
 
+def _behind(child: nn.Module, module: nn.Module, args: tuple, output):
+    return with_hidden(output, child(hidden(output)))
+
+
+def hidden(output) -> torch.Tensor:
+    """The hidden state in what a layer gives: the output itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output, state: torch.Tensor):
+    """What a layer gives, with another hidden state."""
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
 class Host:
     """A frozen backbone, its anatomy, and the list of changes made to it.
 
@@ -99,6 +113,12 @@ class Host:
         module, part = (where.module, where.part) if isinstance(where, Site) else (where, None)
         self.add(module, _part_name(name, part), child)
         self._hook(module.register_forward_hook(partial(_after, child, part)))
+        return child
+
+    def behind(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
+        """``h <- child(h)`` for the hidden state h that a layer gives, alone or as the first of a tuple."""
+        self.add(layer, name, child)
+        self._hook(layer.register_forward_hook(partial(_behind, child)))
         return child
 
     def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:

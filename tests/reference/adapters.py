@@ -33,3 +33,15 @@ def parallel_adapter(x, y, down, down_bias, up, up_bias, scale=4.0, activation="
         delta = _bottleneck(h, down, down_bias, up, up_bias, activation)
         rows.append([a + scale * b for a, b in zip(out, delta)])
     return torch.tensor(rows)
+
+
+def residual_adapter(rows, gain, shift, down, down_bias, up, up_bias, activation="relu", eps=1e-5):
+    """Lin et al. 2020: h + W_up ReLU(W_down LN(h)), for a layer's output (tokens, d)."""
+    out = []
+    for h in rows.tolist():
+        mean = sum(h) / len(h)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in h) / len(h) + eps)
+        normed = [g * (v - mean) / spread + b for v, g, b in zip(h, gain.tolist(), shift.tolist())]
+        delta = _bottleneck(normed, down, down_bias, up, up_bias, activation)
+        out.append([a + b for a, b in zip(h, delta)])
+    return torch.tensor(out)
