@@ -72,10 +72,97 @@ class LowRank(nn.Module):
         x = cast(self.dropout(x), self.A).flatten(0, -2)
         return update(y, F.linear(x, self.A), self.B, self.scale)
 
+    @property
+    def delta_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.A.dtype, torch.float32)
+
     def delta(self) -> torch.Tensor:
         """The (out, in) update ``scale * B A``, formed in float32 or wider."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return self.scale * (self.B.detach().to(dtype) @ self.A.detach().to(dtype))
+        return self.scale * (self.B.detach().to(self.delta_dtype) @ self.A.detach().to(self.delta_dtype))
+
+
+class Anchored(LowRank):
+    """A :class:`LowRank` that remembers its factors of one moment, for a weight that follows the product's change from
+    then on."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
+        super().__init__(in_features, out_features, rank, scale)
+        self.register_buffer("A_anchor", self.A.detach().clone())
+        self.register_buffer("B_anchor", self.B.detach().clone())
+
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Remember the present factors."""
+        self.A_anchor.copy_(self.A)
+        self.B_anchor.copy_(self.B)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of A and B."""
+        return self.A.detach().clone(), self.B.detach().clone()
+
+    def change(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """``delta()`` now less what it was for these factors, (out, in)."""
+        return self.delta() - self.scale * (B.to(self.delta_dtype) @ A.to(self.delta_dtype))
+
+    def moved(self) -> torch.Tensor:
+        """The change of ``delta()`` since the anchor."""
+        return self.change(self.A_anchor, self.B_anchor)
+
+
+class Nested(LowRank):
+    """``forward(x, y) = y + alpha / b * B[:, :b] (A[:b] x)``: an update that works at every rank b up to its own.
+
+    In training b is what :meth:`draw` says, else what :meth:`choose` says; at first both are the full rank.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__(in_features, out_features, rank, 1.0, dropout)
+        self.alpha = alpha
+        # As tensors, so that a compiled graph serves every rank.
+        for name in ("drawn", "chosen", "learns"):
+            self.register_buffer(name, torch.ones(rank), persistent=False)
+        self._reset()
+
+    def _reset(self) -> None:
+        for name in ("drawn", "chosen"):
+            setattr(self, name, self._gate(len(self.A)))
+        self.learns = torch.ones_like(self.drawn)
+
+    def _gate(self, rank: int) -> torch.Tensor:
+        gate = torch.zeros(len(self.A), dtype=self.A.dtype, device=self.A.device)
+        gate[:rank] = self.alpha / rank
+        return gate
+
+    def draw(self, rank: int, only_last: bool = False) -> None:
+        """Train at this rank; with ``only_last`` its components below the last are used and get no gradient."""
+        self.drawn.copy_(self._gate(rank))
+        self.learns.fill_(1)
+        if only_last:
+            self.learns[: rank - 1] = 0
+
+    def choose(self, rank: int) -> None:
+        """Compute at this rank outside of training, also in :meth:`delta`."""
+        self.chosen.copy_(self._gate(rank))
+
+    def cut(self, rank: int) -> None:
+        """Drop the components above this rank."""
+        columns = thin(len(self.B), rank).to(self.B).copy_(self.B.detach()[:, :rank])
+        self.A = nn.Parameter(self.A.detach()[:rank].clone(), requires_grad=self.A.requires_grad)
+        self.B = nn.Parameter(columns, requires_grad=self.B.requires_grad)
+        self._reset()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        A, B, gate = self.A, self.B, self.chosen
+        if self.training:
+            learns, gate = self.learns.bool(), self.drawn
+            A, B = torch.where(learns[:, None], A, A.detach()), torch.where(learns, B, B.detach())
+        x = cast(self.dropout(x), A).flatten(0, -2)
+        return update(y, F.linear(x, A) * gate, B, self.scale)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) update at the chosen rank, formed in float32 or wider."""
+        A, B, gate = (t.detach().to(self.delta_dtype) for t in (self.A, self.B, self.chosen))
+        return (B * gate) @ A
 
 
 class Triplets(nn.Module):
