@@ -150,6 +150,14 @@ class Anatomy:
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
+    def token_id(self, role: str) -> int | None:
+        """The id of the special token "cls", "sep" or "mask" where the config knows it, as it does for a backbone from
+        ``peftlib.backbones``, which asks the tokenizer; else None."""
+        found = getattr(self.config, f"{role}_token_id", None)
+        if found is None and (other := self.family.special_tokens.get(role)):
+            found = getattr(self.config, f"{other}_token_id", None)
+        return found
+
     @property
     def embeddings(self) -> nn.Module:
         """The input word embedding."""

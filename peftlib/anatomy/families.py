@@ -45,6 +45,11 @@ class Family:
     inner: str = "intermediate_size"
     positions: Literal["absolute", "absolute after padding", "relative"] = "absolute"
     """A table of positions from 0, one whose first positions the padding id takes (RoBERTa), or none that ends."""
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Role of a special token ("cls", "sep") -> the role that the config has for it ("bos", "eos")."""
+
+
+_DELIMITERS = {"cls": "bos", "sep": "eos"}
 
 
 def _bert(name: str, *model_types: str, **options) -> Family:
@@ -138,7 +143,7 @@ def _bart_stack(name: str, cross: bool) -> Stack:
 
 FAMILIES: tuple[Family, ...] = (
     _bert("bert", "bert"),
-    _bert("roberta", "roberta", "xlm-roberta", positions="absolute after padding"),
+    _bert("roberta", "roberta", "xlm-roberta", positions="absolute after padding", special_tokens=_DELIMITERS),
     _bert("electra", "electra"),
     Family(
         "distilbert",
@@ -245,5 +250,6 @@ FAMILIES: tuple[Family, ...] = (
         ("bart",),
         {"encoder": _bart_stack("encoder", cross=False), "decoder": _bart_stack("decoder", cross=True)},
         inner="encoder_ffn_dim",
+        special_tokens=_DELIMITERS,
     ),
 )

@@ -266,16 +266,25 @@ def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
             setattr(config, key, dropout)
 
 
+def _note_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the ids of [CLS], [SEP] and [MASK] into the config: methods that act on them see the model alone."""
+    for name in ("cls_token_id", "sep_token_id", "mask_token_id"):
+        token_id = getattr(tokenizer, name, None)
+        if token_id is not None and getattr(config, name, None) is None:
+            setattr(config, name, token_id)
+
+
 def _load_tiny(place: _Place, head: str, num_labels: int, dtype: torch.dtype, dropout: float | None) -> Backbone:
-    config = tiny.config(place.family)
+    config, tokenizer = tiny.config(place.family), tiny.tokenizer(place.family)
     _label(config, head, num_labels)
     _set_dropout(config, dropout)
+    _note_special_tokens(config, tokenizer)
     model = _head_class(config, head, place.name).from_config(config)
     tiny.fill_body(model)
     body = {id(p) for p in model.base_model.parameters()}
     return Backbone(
         model=model.to(dtype).eval(),
-        tokenizer=tiny.tokenizer(place.family),
+        tokenizer=tokenizer,
         name=place.name,
         family=place.family,
         source="tiny",
@@ -300,6 +309,7 @@ def _load_pretrained(place: _Place, head: str, num_labels: int, dtype: torch.dty
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.at, local_files_only=place.local_only)
         _ensure_padding(config, tokenizer)
+        _note_special_tokens(config, tokenizer)
         model, info = auto.from_pretrained(
             place.at, config=config, dtype=dtype, local_files_only=place.local_only, output_loading_info=True
         )

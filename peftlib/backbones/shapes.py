@@ -17,6 +17,7 @@ def _encoder(d: int, layers: int, heads: int, **more) -> dict:
     }
 
 
+_BERT = {"vocab_size": 30522, "cls_token_id": 101, "sep_token_id": 102, "mask_token_id": 103}
 _ROBERTA = {
     "vocab_size": 50265,
     "max_position_embeddings": 514,
@@ -25,6 +26,7 @@ _ROBERTA = {
     "bos_token_id": 0,
     "pad_token_id": 1,
     "eos_token_id": 2,
+    "mask_token_id": 50264,
 }
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _LLAMA2 = _LLAMA | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -61,14 +63,17 @@ def _t5(d: int, layers: int, heads: int, **more) -> dict:
 
 
 TABLE: dict[str, tuple[str, dict]] = {
-    "bert-base-uncased": ("bert", _encoder(768, 12, 12, vocab_size=30522)),
-    "bert-large-uncased": ("bert", _encoder(1024, 24, 16, vocab_size=30522)),
-    "minilm-l6": ("bert", _encoder(384, 6, 12, vocab_size=30522)),
+    "bert-base-uncased": ("bert", _encoder(768, 12, 12, **_BERT)),
+    "bert-large-uncased": ("bert", _encoder(1024, 24, 16, **_BERT)),
+    "minilm-l6": ("bert", _encoder(384, 6, 12, **_BERT)),
     "roberta-base": ("roberta", _encoder(768, 12, 12, **_ROBERTA)),
     "roberta-large": ("roberta", _encoder(1024, 24, 16, **_ROBERTA)),
-    "xlm-roberta-base": ("xlm-roberta", _encoder(768, 12, 12, **_ROBERTA | {"vocab_size": 250002})),
-    "electra-base": ("electra", _encoder(768, 12, 12, vocab_size=30522, embedding_size=768)),
-    "distilbert-base-uncased": ("distilbert", {"vocab_size": 30522}),
+    "xlm-roberta-base": (
+        "xlm-roberta",
+        _encoder(768, 12, 12, **_ROBERTA | {"vocab_size": 250002, "mask_token_id": 250001}),
+    ),
+    "electra-base": ("electra", _encoder(768, 12, 12, **_BERT, embedding_size=768)),
+    "distilbert-base-uncased": ("distilbert", _BERT),
     "gpt2": ("gpt2", {"vocab_size": 50257}),
     "gpt2-medium": ("gpt2", {"vocab_size": 50257, "n_embd": 1024, "n_layer": 24, "n_head": 16}),
     "opt-125m": (

@@ -483,7 +483,7 @@ FARTHER: dict[str, float] = {"qlora": 0.6}
 """Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
 norm, which a random post-norm encoder amplifies."""
 
-OVERFIT_RATE: dict[str, float] = {"prefix_tuning": 0.003, "head": 0.003, "hadamard_adapter": 0.05}
+OVERFIT_RATE: dict[str, float] = {"prefix_tuning": 0.003, "head": 0.003, "hadamard_adapter": 0.05, "pasta": 0.3}
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
 
