@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ class Bottleneck(nn.Module):
             both from a normal distribution with ``std``, cut off at two standard deviations.
         zero_up: start W_up at zero whatever ``init`` says.
         norm: put a trained layer norm of its own, (d,) and (d,), on z.
+        linear: makes other maps ``linear(in, out)``, with a ``bias``, in the place of both; they bring their own start.
 
     Biases start at zero.
     """
@@ -44,14 +46,18 @@ class Bottleneck(nn.Module):
         std: float = 1e-2,
         zero_up: bool = False,
         norm: bool = False,
+        linear: Callable[[int, int], nn.Module] | None = None,
     ):
         super().__init__()
+        make = linear or nn.Linear
         self.norm = nn.LayerNorm(d) if norm else nn.Identity()
-        self.down = nn.Linear(d, bottleneck)
+        self.down = make(d, bottleneck)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.up = nn.Linear(bottleneck, d)
+        self.up = make(bottleneck, d)
         self.scale = scale
+        if linear is not None:
+            return
         if init == "lora":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         else:
@@ -64,7 +70,7 @@ class Bottleneck(nn.Module):
 
     def delta(self, z: torch.Tensor) -> torch.Tensor:
         """What the bottleneck makes of z, both (..., d)."""
-        inner = self.dropout(self.activation(self.down(self.norm(cast(z, self.down.weight)))))
+        inner = self.dropout(self.activation(self.down(self.norm(cast(z, self.down.bias)))))
         return self.scale * self.up(inner)
 
 

@@ -256,10 +256,14 @@ class Host:
         return [self, *(p for scope in self._scopes for p in scope._parts())]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What must be stored: the children's states and the trained backbone parameters, by name in the model."""
-        tensors = {
-            f"{path}.{key}": value for path, child in self.paths().items() for key, value in child.state_dict().items()
-        }
+        """What must be stored: the children's states and the trained backbone parameters, by name in the model. What
+        several children share is there once."""
+        tensors, seen = {}, set()
+        for path, child in self.paths().items():
+            for key, value in child.state_dict(keep_vars=True).items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    tensors[f"{path}.{key}"] = value
         tensors.update(self.trained())
         return {n: t.detach() for n, t in tensors.items()}
 

@@ -80,11 +80,12 @@ METHODS = (
         symbols=r"$A_i \in \mathbb{R}^{n \times n}$: shared by all adapters; "
         r"$s_i \in \mathbb{R}^{\frac{d}{n} \times r}$, $t_i \in \mathbb{R}^{\frac{b}{n} \times r}$: "
         r"an adapter's own factors; $b$: bottleneck.",
-        sites=("attention.output", "ffn.down"),
-        trains="The shared matrices, and each adapter's factors and biases.",
-        count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3",
+        sites=("attention.output", "ffn.down", "norms"),
+        trains="The shared matrices, each adapter's factors and biases, and the layers' norms.",
+        count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3 "
+        "+ 4 * L * d * train_norms",
         start="near",
-        start_note="The up-projection starts small, not at zero: factors that are all zero do not train.",
+        start_note="The shared matrices start at N(0, 0.0001²), not at zero: factors that are all zero do not train.",
         merge="no",
         merge_note="The adapter between the two projections is nonlinear.",
         original="rabeehk/compacter",

@@ -22,7 +22,7 @@ def logits(model, family):
 @pytest.mark.parametrize(("family", "head"), [("bert", "classification"), ("llama", "causal_lm"), ("t5", "seq2seq")])
 def test_it_computes_what_its_two_parts_compute_together(family, head):
     mam = peftlib.attach(backbone(family, head), "mam_adapter", train_head=False, **SMALL)
-    prefix = peftlib.PrefixTuningConfig(length=6, hidden=9)
+    prefix = peftlib.PrefixTuningConfig(length=6, hidden=9, shift_positions=False)
     adapter = peftlib.ParallelAdapterConfig(bottleneck=5, scale=4.0)
     both = peftlib.attach(backbone(family, head), peftlib.combine(prefix, adapter), train_head=False)
     alone = [peftlib.attach(backbone(family, head), part) for part in (prefix, adapter)]

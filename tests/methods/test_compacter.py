@@ -1,0 +1,96 @@
+"""Compacter: Kronecker sums with shared factors, in the sequential adapter's places."""
+
+import pytest
+import torch
+
+import peftlib
+from peftlib import backbones
+from peftlib.errors import TargetError
+from peftlib.mechanisms.hypercomplex import Hypercomplex, Rules
+from peftlib.methods.base import ConfigError
+from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+from tests.reference import hypercomplex
+from tests.reference.adapters import sequential_adapter
+
+
+@pytest.mark.parametrize(("rank", "formed"), [(1, False), (2, True)])
+def test_the_map_is_that_of_the_formed_kronecker_sum(rank, formed):
+    torch.manual_seed(0)
+    layer = Hypercomplex(Rules(4, std=1.0), 20, 12, rank).double()
+    with torch.no_grad():
+        layer.bias.normal_()
+    expected = hypercomplex.weight(*(t.detach() for t in (layer.rules.A, layer.s, layer.t)))
+    assert layer.formed == formed
+    assert torch.allclose(layer.weight(), expected, atol=1e-12)
+    x = torch.randn(2, 5, 20, dtype=torch.float64)
+    for way in (False, True):
+        layer.formed = way
+        assert torch.allclose(layer(x), x @ expected.T + layer.bias, atol=1e-12)
+
+
+def test_the_product_is_not_formed_at_the_paper_s_size():
+    with torch.device("meta"):
+        rules = Rules(4, 1e-4)
+        assert not any(Hypercomplex(rules, *sizes, 1).formed for sizes in ((768, 24), (24, 768)))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("plus_plus", [False, True])
+def test_stands_where_the_sequential_adapter_does(family, plus_plus):
+    adapted = peftlib.attach(backbone(family), "compacter", bottleneck=8, plus_plus=plus_plus, activation="gelu")
+    perturb(adapted)
+    sites = [
+        layer.sites[name]
+        for layer in adapted.host.anatomy.layers
+        for name in ("attention.output", "ffn.down")
+        if name == "ffn.down" or not plus_plus
+    ]
+    assert len(adapted.host.paths()) == len(sites)
+    spy = Spy(*(site.module for site in sites))
+    with torch.no_grad():
+        adapted.model(**inputs(family, 2))
+    for site in sites:
+        a = site.module.compacter
+        x, y = spy[site.module]
+        own = linear(site, x).reshape(-1, y.shape[-1])
+        parts = [t.detach() for t in (a.down.weight(), a.down.bias, a.up.weight(), a.up.bias)]
+        expected = sequential_adapter(own, *parts, activation="gelu")
+        torch.testing.assert_close(y.reshape(expected.shape), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_every_layer_shares_the_matrices_and_the_file_holds_them_once(family, tmp_path):
+    adapted = peftlib.attach(backbone(family), "compacter", bottleneck=8)
+    children = list(adapted.host.paths().values())
+    assert len({id(w.rules.A) for child in children for w in (child.down, child.up)}) == 1
+    assert sum(name.endswith("rules.A") for name in adapted.state()) == 1
+    count = adapted.count()
+    assert count.stored == count.trained
+
+
+@pytest.mark.parametrize("options", [{}, {"plus_plus": True}, {"rank": 4, "divisions": 8}, {"train_norms": False}])
+def test_count_on_roberta_base(options):
+    adapted = peftlib.attach(backbones.shapes("roberta-base"), "compacter", **options)
+    c, places = adapted.config, 1 if options.get("plus_plus") else 2
+    adapters = 12 * places * (2 * (768 + 24) * c.rank + 24 + 768) + c.divisions**3
+    assert adapted.count().method == adapters + (12 * 4 * 768 if c.train_norms else 0)
+
+
+def test_a_trained_one_trains_on_after_loading(tmp_path):
+    adapted = peftlib.attach(backbone("bert"), "compacter", bottleneck=8)
+    perturb(adapted)
+    loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "a"))
+    rules = {id(w.rules.A) for child in loaded.host.paths().values() for w in (child.down, child.up)}
+    assert len(rules) == 1
+    assert torch.equal(loaded.model(**inputs("bert")).logits, adapted.model(**inputs("bert")).logits)
+
+
+def test_sizes_that_do_not_divide_are_named():
+    with pytest.raises(TargetError, match="divisions=5 does not divide 32"):
+        peftlib.attach(backbone("bert"), "compacter", divisions=5)
+    with pytest.raises(TargetError, match="divisions=4 does not divide 6"):
+        peftlib.attach(backbone("bert"), "compacter", bottleneck=6)
+    with pytest.raises(ConfigError, match="rank=0"):
+        peftlib.config("compacter", rank=0)
+    with pytest.raises(ConfigError, match="std=0"):
+        peftlib.config("compacter", std=0.0)
