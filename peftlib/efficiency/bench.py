@@ -95,7 +95,7 @@ def row(
     with adapted.lifecycle(turns + 1) as life:
         life.step_start()
         kept = {who: _kept(m, batch) for who, m in models.items()}
-        seconds = _take_turns({who: lambda m=m: _step(m, batch) for who, m in models.items()}, turns, device)
+        seconds = take_turns({who: lambda m=m: _step(m, batch) for who, m in models.items()}, turns, device)
     steps = {
         who: Step(
             statistics.median(taken),
@@ -189,7 +189,7 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     model(**batch).loss.backward()
 
 
-def _take_turns(steps: dict[str, Callable[[], None]], turns: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(steps: dict[str, Callable[[], None]], turns: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step in each turn. On a CPU these are the process's CPU seconds divided by the threads, which
     other processes on the machine do not lengthen."""
     seconds: dict[str, list[float]] = {who: [] for who in steps}

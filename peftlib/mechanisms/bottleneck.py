@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from peftlib.anatomy import Layer
 from peftlib.errors import UnknownNameError
+from peftlib.mechanisms.host import Host, hidden, with_hidden
 from peftlib.mechanisms.precision import cast
 
 Init = Literal["lora", "normal"]
@@ -34,6 +36,8 @@ class Bottleneck(nn.Module):
 
     Biases start at zero.
     """
+
+    active = True
 
     def __init__(
         self,
@@ -93,3 +97,30 @@ class Parallel(Bottleneck):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.delta(x).to(y.dtype)
+
+
+def behind_ffn(host: Host, layer: Layer, name: str, child: nn.Module) -> nn.Module:
+    """Make ``child`` the one adapter of a layer, at the place of Pfeiffer et al. 2021. It reads what the feed-forward
+    block would give without it and adds to the residual sum: ``z <- z + child.delta(norm(z))``, and
+    ``h <- h + child.delta(h)`` behind a layer whose norms stand before its blocks. While ``child.active`` is False,
+    nothing of it is computed."""
+    host.add(layer.module, name, child)
+    if layer.pre_norm:
+        host.hook(layer.module, _behind_layer, child)
+    else:
+        host.hook(layer.norms["ffn"], _before_norm, child, before=True)
+    return child
+
+
+def _before_norm(child: nn.Module, norm: nn.Module, args: tuple, kwargs: dict):
+    if not child.active:
+        return None
+    z = args[0]
+    return (z + child.delta(norm.forward(z)).to(z.dtype), *args[1:]), kwargs
+
+
+def _behind_layer(child: nn.Module, layer: nn.Module, args: tuple, kwargs: dict, output):
+    if not child.active:
+        return None
+    h = hidden(output)
+    return with_hidden(output, h + child.delta(h).to(h.dtype))

@@ -72,6 +72,8 @@ class Masked(nn.Module):
 class MaskedBottleneck(Masked):
     """``delta(z)`` of a shared bottleneck with masked W_down and W_up; its biases are shared as they are."""
 
+    active = True
+
     def __init__(self, prototype: Bottleneck, share: float):
         super().__init__(prototype, share, down=prototype.down.weight.shape, up=prototype.up.weight.shape)
 

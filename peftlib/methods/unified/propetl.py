@@ -38,7 +38,7 @@ from torch import nn
 from peftlib.anatomy import Layer
 from peftlib.errors import LoadError, UnknownNameError
 from peftlib.mechanisms import attention
-from peftlib.mechanisms.bottleneck import Bottleneck, check_activation
+from peftlib.mechanisms.bottleneck import Bottleneck, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
 from peftlib.mechanisms.masking import MaskedBottleneck, MaskedLowRank, MaskedTable, Table, TopMask
@@ -105,11 +105,7 @@ class ProPETL(Method):
     def _adapters(self, host: Host) -> None:
         for layer in host.anatomy.layers:
             prototype = self._prototype(layer.stack, make=lambda: self._bottleneck(host.anatomy.d))
-            child = host.add(layer.module, "propetl", MaskedBottleneck(prototype, self.config.share))
-            if layer.pre_norm:
-                host.hook(layer.module, _behind_layer, child)
-            else:
-                host.hook(layer.norms["ffn"], _before_norm, child, before=True)
+            behind_ffn(host, layer, "propetl", MaskedBottleneck(prototype, self.config.share))
 
     def _bottleneck(self, d: int) -> Bottleneck:
         c = self.config
@@ -196,16 +192,3 @@ def _attentions(layers: list[Layer], head_dim: int) -> Iterator[tuple[str, nn.Mo
         yield layer.stack, layer.attention, layer.sites["attention.key"].out_features // head_dim
         if layer.cross_attention is not None:
             yield "cross", layer.cross_attention, layer.sites["cross_attention.key"].out_features // head_dim
-
-
-def _before_norm(child: MaskedBottleneck, norm: nn.Module, args: tuple, kwargs: dict):
-    """z <- z + delta(norm(z)) for the residual sum z that the norm behind the block gets."""
-    z = args[0]
-    return (z + child.delta(norm.forward(z)).to(z.dtype), *args[1:]), kwargs
-
-
-def _behind_layer(child: MaskedBottleneck, layer: nn.Module, args: tuple, kwargs: dict, output):
-    """h <- h + delta(h) for the residual sum h that a layer gives."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    hidden = hidden + child.delta(hidden).to(hidden.dtype)
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

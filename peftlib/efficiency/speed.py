@@ -1,0 +1,108 @@
+"""What a choice within a method does to speed: FLOPs by torch's counter, and time, variant beside variant.
+
+>>> variants = {f"k = {k}": peftlib.config("adapter_drop", dropped=k, bottleneck=48) for k in range(7)}
+>>> print(speed.table(speed.compare(variants)))
+
+As in :mod:`peftlib.efficiency.bench` the variants take turns, and ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftlib import backbones
+from peftlib.adapted import attach
+from peftlib.efficiency.bench import take_turns
+from peftlib.methods.base import MethodConfig
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One variant: ``flops`` of a pass, median ``seconds``, median ``ratio`` to the first variant of the same turn."""
+
+    name: str
+    flops: int
+    seconds: float
+    ratio: float
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of the matrix products in ``run()``."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def compare(
+    variants: Mapping[str, MethodConfig],
+    *,
+    train: bool = False,
+    backbone: str = "minilm-l6",
+    batch_size: int = 8,
+    length: int = 128,
+    turns: int = 7,
+    device: str | torch.device | None = None,
+) -> list[Speed]:
+    """Measure a forward pass without gradients, or with ``train`` a step's forward and backward pass.
+
+    Args:
+        variants: a config for each label.
+        backbone: a name of :func:`peftlib.backbones.load`, given a two-class head and no dropout.
+        batch_size, length: rows and tokens of the batch, without padding.
+        turns: how many passes each variant takes, after one that is not counted.
+        device: default: CUDA where there is one, else the CPU, with torch's number of threads.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    generator = torch.Generator().manual_seed(0)
+    runs: dict[str, Callable[[], object]] = {}
+    with ExitStack() as stack:
+        for name, config in variants.items():
+            model = backbones.load(backbone, dropout=0.0).model.to(device)
+            if not runs:
+                ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
+                labels = torch.randint(0, 2, (batch_size,), generator=generator)
+                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+                batch = {k: v.to(device) for k, v in batch.items()}
+            adapted = attach(model, config)
+            adapted.calibrate([batch])
+            model.train(train)
+            if train:
+                stack.enter_context(adapted.lifecycle(turns + 2)).step_start()
+            runs[name] = partial(_pass, model, batch, train)
+        flops = {name: count_flops(run) for name, run in runs.items()}
+        seconds = take_turns(runs, turns, device)
+    first = seconds[next(iter(runs))]
+    return [
+        Speed(name, flops[name], statistics.median(taken), statistics.median(a / b for a, b in zip(taken, first)))
+        for name, taken in seconds.items()
+    ]
+
+
+def table(rows: Iterable[Speed]) -> Table:
+    """The variants as a table for a terminal (``rich``)."""
+    rows = list(rows)
+    shown = Table(title=f"Variants beside {rows[0].name}")
+    shown.add_column("variant", no_wrap=True)
+    for heading in ("GFLOPs", "x", "ms", "x"):
+        shown.add_column(heading, justify="right")
+    for r in rows:
+        share = r.flops / rows[0].flops
+        shown.add_row(r.name, f"{r.flops / 1e9:.2f}", f"{share:.2f}", f"{1e3 * r.seconds:.1f}", f"{r.ratio:.2f}")
+    return shown
+
+
+def _pass(model: nn.Module, batch: dict[str, torch.Tensor], train: bool) -> None:
+    if train:
+        model(**batch).loss.backward()
+        return
+    with torch.no_grad():
+        model(**batch)
