@@ -72,6 +72,7 @@ class Host:
         self.can_restore = True
         self.children: list[tuple[nn.Module, str, nn.Module]] = []
         self.unfrozen: list[nn.Parameter] = []
+        self.written: list[Site] = []
         self.root = self
         self._anatomy = anatomy.of(model)
         self._scopes: list[Host] = []
@@ -84,7 +85,7 @@ class Host:
     def scope(self) -> Host:
         """A host for one part of a combination: it knows its own changes, and the whole undoes them."""
         part = copy.copy(self)
-        part.children, part.unfrozen, part._scopes = [], [], []
+        part.children, part.unfrozen, part.written, part._scopes = [], [], [], []
         self._scopes.append(part)
         return part
 
@@ -171,13 +172,27 @@ class Host:
             self.unfrozen.append(parameter)
             self.restore_on_undo(parameter)
 
-    def restore_on_undo(self, parameter: nn.Parameter) -> None:
-        """Promise that :meth:`remove` puts this parameter's present values back."""
+    def write(self, site: Site) -> torch.Tensor | None:
+        """Declare that the method writes into a site's frozen weight, without a gradient. Gives the weight (out, in) as
+        it is now, on the CPU; None where no copy is kept."""
+        weight = site.module._parameters.get("weight")
+        if weight is None or weight.requires_grad:
+            raise StateError(f"the weight of {site} is computed or trained by another method; detach() that one first")
+        self.written.append(site)
+        kept = [undo.args[1] for undo in self._undo if _puts_back(undo, weight)]
+        original = kept[0] if kept else self.restore_on_undo(weight)
+        if original is None:
+            return None
+        return (original.T if site.transposed else original)[site.rows]
+
+    def restore_on_undo(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Promise that :meth:`remove` puts this parameter's present values back; gives the copy of them."""
         if not self.keep_original or parameter.is_meta:
             self.root.can_restore = self.root.can_restore and self.keep_original
-            return
+            return None
         original = parameter.detach().cpu().clone()
         self._undo.append(partial(_copy, parameter, original))
+        return original
 
     def replace(self, path: str, module: nn.Module) -> nn.Module:
         """Put ``module`` in the place of the one at ``path``; sites are looked up anew.
@@ -246,11 +261,17 @@ class Host:
     def owned(self) -> dict[str, torch.Tensor]:
         """Name in the model -> boolean mask, for frozen parameters into which a method writes: the entries that it
         owns. All other entries of every frozen parameter stay bit-identical."""
-        return {
+        masks = {
             f"{path.rpartition('.')[0]}.original": child.owned
             for path, child in self.paths().items()
             if hasattr(child, "owned")
         }
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        for site in (site for part in self._parts() for site in part.written):
+            weight = site.module.weight
+            mask = masks.setdefault(names[id(weight)], torch.zeros_like(weight, dtype=torch.bool))
+            (mask.T if site.transposed else mask)[site.rows] = True
+        return masks
 
     def _parts(self) -> list[Host]:
         return [self, *(p for scope in self._scopes for p in scope._parts())]
@@ -296,6 +317,7 @@ class Host:
         for part in self._parts():
             part.children.clear()
             part.unfrozen.clear()
+            part.written.clear()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, False))
             parameter.grad = None
@@ -339,6 +361,10 @@ def _bake(parameter: nn.Parameter, child: nn.Module) -> None:
 def _copy(parameter: nn.Parameter, original: torch.Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(original)
+
+
+def _puts_back(undo: Callable, parameter: nn.Parameter) -> bool:
+    return isinstance(undo, partial) and undo.func is _copy and undo.args[0] is parameter
 
 
 def _restore(function: Callable[[], None]) -> None:

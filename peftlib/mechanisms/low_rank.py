@@ -186,18 +186,25 @@ class Triplets(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = cast(self.dropout(x), self.Q).flatten(0, -2)
-        return update(y, F.linear(x, self.Q) * self.singular, self.P, self.scale)
+        return update(y, F.linear(x, self.Q) * self.weights(), self.P, self.scale)
+
+    def weights(self) -> torch.Tensor:
+        """The (rank,) weights of the triplets."""
+        return self.singular
 
     def delta(self) -> torch.Tensor:
         """The (out, in) update ``scale * P diag(singular) Q``, formed in float32 or wider."""
         dtype = torch.promote_types(self.P.dtype, torch.float32)
-        P, singular, Q = (t.detach().to(dtype) for t in (self.P, self.singular, self.Q))
-        return self.scale * (P * singular) @ Q
+        P, weights, Q = (t.detach().to(dtype) for t in (self.P, self.weights(), self.Q))
+        return self.scale * (P * weights) @ Q
 
     def orthogonality(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Frobenius norms of ``P^T P - I`` and ``Q Q^T - I``: 0 where the singular vectors are orthonormal."""
-        one = torch.eye(len(self.singular), dtype=self.P.dtype, device=self.P.device)
+        one = self._identity()
         return torch.linalg.norm(self.P.T @ self.P - one), torch.linalg.norm(self.Q @ self.Q.T - one)
+
+    def _identity(self) -> torch.Tensor:
+        return torch.eye(len(self.singular), dtype=self.P.dtype, device=self.P.device)
 
     def only_kept(self) -> dict[str, torch.Tensor]:
         """``P``, ``singular`` and ``Q`` without the triplets that do not count."""
@@ -223,6 +230,89 @@ class Triplets(nn.Module):
             Q.new_zeros(len(kept), Q.shape[-1]).index_copy(0, places, Q),
             kept,
         )
+
+
+class _Weigh(torch.autograd.Function):
+    """The update as it is; its gradient G gives the meter the gradient mean |update * G|."""
+
+    @staticmethod
+    def forward(delta: torch.Tensor, meter: torch.Tensor) -> torch.Tensor:
+        return delta.view_as(delta)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        delta, meter = inputs
+        ctx.save_for_backward(delta)
+        ctx.dtype = meter.dtype
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (delta,) = ctx.saved_tensors
+        return gradient, (delta.to(ctx.dtype) * gradient.to(ctx.dtype)).abs().mean()
+
+
+class Growing(Triplets):
+    """:class:`Triplets` of which some are in use and the others wait, so that the rank can grow while an optimizer that
+    was built at the start goes on: ``forward(x, y) = y + alpha / r * P diag(singular) Q x`` with r active triplets.
+
+    ``kept`` (capacity,) marks those in use; of these ``reserve`` marks the ones that are trained in advance, with a
+    fixed tiny singular value. A triplet that waits is zero, takes part in nothing and has no gradient. While
+    ``weighed`` is set a training forward forms the update, as large as the weight, and backward leaves
+    mean |update * its gradient| in ``meter.grad``.
+    """
+
+    RESERVED = 1e-5
+
+    def __init__(self, in_features: int, out_features: int, capacity: int, alpha: float, std: float = 0.02):
+        super().__init__(in_features, out_features, capacity, 1.0)
+        self.alpha, self.std, self.weighed = alpha, std, True
+        self.register_buffer("reserve", torch.zeros(capacity, dtype=torch.bool))
+        self.register_buffer("meter", torch.zeros(()).requires_grad_(), persistent=False)
+        self.kept.fill_(False)
+        with torch.no_grad():
+            self.P.zero_()
+            self.Q.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.meter = self.meter.detach().requires_grad_()  # a leaf again after a change of dtype or device
+        return self
+
+    @property
+    def active(self) -> torch.Tensor:
+        return self.kept & ~self.reserve
+
+    def weights(self) -> torch.Tensor:
+        trained = torch.where(self.reserve, self.singular.detach(), self.singular)
+        return trained * self.kept * (self.alpha / self.active.sum())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.weighed):
+            return super().forward(x, y)
+        delta = _Weigh.apply((self.P * self.weights()) @ self.Q, self.meter)
+        return y + F.linear(cast(x, self.Q), delta).to(y.dtype)
+
+    def _identity(self) -> torch.Tensor:
+        return torch.diag(self.kept.to(self.P.dtype))
+
+    @torch.no_grad()
+    def start(self, places: torch.Tensor, reserve: bool) -> None:
+        """Take waiting triplets into use: P and Q from N(0, std), drawn on the CPU, and singular values 0 or, in
+        reserve, 1e-5."""
+        for tensor in (self.P.T, self.Q):
+            drawn = self.std * torch.randn(len(places), tensor.shape[1], device="cpu")
+            tensor[places] = drawn.to(tensor)
+        self.singular[places] = self.RESERVED if reserve else 0.0
+        self.kept[places] = True
+        self.reserve[places] = reserve
+
+    @torch.no_grad()
+    def drop(self, places: torch.Tensor) -> None:
+        """Put triplets out of use."""
+        for tensor in (self.P.T, self.Q, self.singular):
+            tensor[places] = 0
+        self.kept[places] = False
+        self.reserve[places] = False
 
 
 def add_to_weight(site: Site, delta: torch.Tensor) -> None:

@@ -113,11 +113,12 @@ METHODS = (
         arxiv="2212.10650",
         summary="A Kronecker product of two small matrices takes the place of LoRA's low-rank product.",
         equation=r"y = W x + s\, (A \otimes B)\, x",
-        symbols=r"$A \in \mathbb{R}^{a_1 \times a_2}$, $B \in \mathbb{R}^{b_1 \times b_2}$ with $a_1 b_1 = o$, "
-        r"$a_2 b_2 = i$: trained factors, applied without forming the product; $s$: scale.",
+        symbols=r"$A \in \mathbb{R}^{k \times k}$, $B \in \mathbb{R}^{\frac{o}{k} \times \frac{i}{k}}$: trained "
+        r"factors, applied without forming the product; $s$: scale.",
         sites=("attention.query", "attention.value"),
-        trains="The two factors of every targeted matrix.",
-        count="2 * L * (factor * factor + (d // factor) * (d // factor))",
+        trains="The two factors of every targeted matrix, or of every feed-forward block in the forms beside it.",
+        count="L * (2 if form == 'krona' else 1) * (factor * factor + (d // factor) * (d // factor)) "
+        "+ L * (form == 'krona_b_res')",
         start="identity",
         start_note="B starts at zero.",
         merge="exact",
