@@ -1,0 +1,117 @@
+r"""Delta-LoRA: LoRA whose frozen weight follows the change of the low-rank product from step to step.
+
+.. math:: y = W_t x + \frac{\alpha}{r} B_t A_t x, \qquad
+    W_{t+1} = W_t + \lambda \frac{\alpha}{r} \bigl(B_{t+1} A_{t+1} - B_t A_t\bigr) \text{ for } t \ge K
+
+Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. W has no gradient and no
+optimizer state; what Adam and weight decay make of the factors is in their change, so W gets it too. There is no
+dropout: the gradient of the product then is the gradient of W. Merge: exact, W as it has become plus the product.
+Trained: r (in + out) a matrix.
+
+The steps of W add up to :math:`\lambda \frac{\alpha}{r} (B_T A_T - B_K A_K)`, so a file holds the factors now and those
+at step K, never W. At the end of training W is set to its original plus this sum, rounded once, which takes away the
+rounding of single steps and makes loading exact. It needs the original, so ``attach(..., keep_original=False)`` leaves
+W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in float32. A
+further training goes on following from its first step.
+
+Source: Zi et al. 2023, arXiv:2309.02411, which has no public code: lambda 0.5 for RoBERTa on GLUE with K the steps of
+the learning rate's warm-up, 2 and 500 for GPT-2, 0.5 and 1000 for BART; queries and values, r = 8. Here K is a share of
+the steps, by default :func:`peftlib.fit`'s warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import Anchored, add_to_weight, check_rank
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least
+
+
+@dataclass(frozen=True)
+class DeltaLoRAConfig(MethodConfig):
+    """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets`` (site patterns), ``follow`` lambda,
+    ``warmup``, the share of the steps before the weights follow."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
+    follow: float = 0.5
+    warmup: float = 0.06
+
+    def __post_init__(self):
+        at_least("rank", self.rank, 1)
+        at_least("follow", self.follow, 0)
+        at_least("warmup", self.warmup, 0)
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup={self.warmup!r} leaves no steps in which the weights follow; it must be below 1")
+
+
+class DeltaLoRA(Method):
+    Config = DeltaLoRAConfig
+    learning_rate = 1e-3
+
+    def attach(self, host: Host) -> None:
+        c = self.config
+        self.updates: dict = {}
+        self.originals: dict = {}
+        self.before: dict = {}
+        self.following = False
+        for site in host.anatomy.sites(c.targets):
+            check_rank(c.rank, site)
+            update = Anchored(site.in_features, site.out_features, c.rank, c.alpha / c.rank)
+            self.updates[site] = host.after(site, "lora", update)
+            self.originals[site] = host.write(site)
+
+    def on_gradients(self, progress: Progress) -> None:
+        if not self.following and progress.step >= round(self.config.warmup * progress.total):
+            self.following = True
+            for update in self.updates.values():
+                update.anchor()
+        if self.following:
+            self.before = {site: update.factors() for site, update in self.updates.items()}
+
+    def on_step_end(self, progress: Progress) -> None:
+        for site, factors in self.before.items():
+            add_to_weight(site, self.config.follow * self.updates[site].change(*factors))
+        self.before = {}
+
+    def on_train_end(self) -> None:
+        if self.following:
+            self._follow({site: original for site, original in self.originals.items() if original is not None})
+
+    @torch.no_grad()
+    def _follow(self, originals: dict) -> None:
+        """Set the weights to their originals plus what they have followed, rounded once."""
+        for site, original in originals.items():
+            followed = self.config.follow * self.updates[site].moved()
+            site.weight.copy_(original.to(followed) + followed)
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {"following": torch.tensor(self.following)}
+
+    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+        self.following = bool(memory["following"])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = self.host.state()
+        return state if self.following else {n: t for n, t in state.items() if n not in self._anchors()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        anchors, present = self._anchors(), self.host.state()
+        following = not anchors.isdisjoint(state)
+        self.host.load_state(state if following else state | {n: present[n] for n in anchors})
+        base = {site: site.weight if original is None else original for site, original in self.originals.items()}
+        self.following = following
+        if following:
+            self._follow(base)
+
+    def _anchors(self) -> set[str]:
+        paths = (path for path, child in self.host.paths().items() if isinstance(child, Anchored))
+        return {f"{path}.{name}" for path in paths for name in ("A_anchor", "B_anchor")}
+
+    def merge(self) -> None:
+        for site, update in self.updates.items():
+            add_to_weight(site, update.delta())
