@@ -18,6 +18,7 @@ from torch import nn
 from peftlib.anatomy import Anatomy
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import with_state
 from peftlib.mechanisms.positions import by_name, check_length, names, past_length
 
 Position = Literal["front", "after_first"]
@@ -131,11 +132,7 @@ def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
     if past_length(by_name(seam.names, args, kwargs)) > hidden.shape[1]:
         # A later step of generation: the prompt came with an earlier one.
         return None
-    kept = torch.cat([hidden[:, : seam.at], hidden[:, seam.at + seam.length :]], dim=1)
-    if isinstance(output, tuple):
-        return (kept, *output[1:])
-    output.last_hidden_state = kept
-    return output
+    return with_state(output, torch.cat([hidden[:, : seam.at], hidden[:, seam.at + seam.length :]], dim=1))
 
 
 def _extend_cross_mask(length: int, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import StateError, TargetError, UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.precision import cast
 
 # Slim layers
@@ -207,8 +208,7 @@ def _detach(ladder: Ladder, module: nn.Module, args: tuple, kwargs: dict):
 
 def _record(ladder: Ladder, index: int, module: nn.Module, args: tuple, kwargs: dict, output):
     if not ladder.bypassed:
-        hidden = output[0] if isinstance(output, tuple) else output
-        ladder.calls[index] = Call(args, kwargs, hidden.detach())
+        ladder.calls[index] = Call(args, kwargs, state_of(output).detach())
 
 
 def _replace(ladder: Ladder, module: nn.Module, args: tuple, kwargs: dict, output):
@@ -216,18 +216,13 @@ def _replace(ladder: Ladder, module: nn.Module, args: tuple, kwargs: dict, outpu
     additional columns, so that whatever repeats or reorders it on the way to the decoder does it to both."""
     if ladder.bypassed:
         return None
-    before = output if isinstance(output, torch.Tensor) else output[0]
+    before = state_of(output)
     state = ladder()
     if ladder.up is None:
         state = torch.cat([before.detach(), state.to(before.dtype)], dim=-1)
     else:
         state = ladder.up(state).to(before.dtype)
-    if isinstance(output, torch.Tensor):
-        return state
-    if isinstance(output, tuple):
-        return (state, *output[1:])
-    output.last_hidden_state = state
-    return output
+    return with_state(output, state)
 
 
 def _split(ladder: Ladder, d: int, module: nn.Module, args: tuple, kwargs: dict):

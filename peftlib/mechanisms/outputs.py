@@ -1,0 +1,22 @@
+"""What a stack of layers returns: a tensor, a tuple or one of transformers' outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def state_of(output: Any) -> torch.Tensor:
+    """The hidden states (B, n, d) of a layer's or a stack's output."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def with_state(output: Any, state: torch.Tensor) -> Any:
+    """The output with ``state`` in the place of its hidden states."""
+    if isinstance(output, torch.Tensor):
+        return state
+    if isinstance(output, tuple):
+        return (state, *output[1:])
+    output.last_hidden_state = state
+    return output
