@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from peftlib import backbones, tasks
 from peftlib.adapted import Adapted, Count, attach, load
+from peftlib.bank import Bank
 from peftlib.errors import PeftlibError
 from peftlib.methods import config, find
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, SavedAdapter
 from peftlib.methods.combination import combine
+from peftlib.saved import read
 from peftlib.taxonomy import Entry, methods
 from peftlib.taxonomy import entry as card
 from peftlib.training import FitResult, fit
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapted",
+    "Bank",
     "ConfigError",
     "Count",
     "Entry",
@@ -30,6 +33,7 @@ __all__ = [
     "MethodConfig",
     "PeftlibError",
     "Progress",
+    "SavedAdapter",
     "attach",
     "backbones",
     "card",
@@ -39,6 +43,7 @@ __all__ = [
     "fit",
     "load",
     "methods",
+    "read",
     "tasks",
 ]
 

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
 import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlib import anatomy
+from peftlib import saved
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.host import Host
-from peftlib.methods import config as method_config
 from peftlib.methods import resolve
-from peftlib.methods.base import Method, MethodConfig
+from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.training.lifecycle import Lifecycle, add_penalty, require_lifecycle
-
-FORMAT = 1
-WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -153,6 +142,16 @@ class Adapted:
             groups.setdefault((head, rate), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": weight_decay} for (_, rate), params in groups.items()]
 
+    @contextmanager
+    def task(self, index: int):
+        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``."""
+        self._check_attached()
+        before, self.host.tasks.default = self.host.tasks.default, index
+        try:
+            yield self
+        finally:
+            self.host.tasks.default = before
+
     def callback(self):
         """A ``transformers.TrainerCallback`` that runs the method's moments inside ``transformers.Trainer``."""
         self._check_attached()
@@ -169,35 +168,24 @@ class Adapted:
         state.update({n: p.detach() for n, p in self._head.items()})
         return state
 
+    def snapshot(self) -> SavedAdapter:
+        """What :meth:`save` writes, as copies in memory."""
+        return SavedAdapter(
+            name=self.name,
+            config=self.config,
+            state={n: t.cpu().contiguous().clone() for n, t in self.state().items()},
+            head=tuple(sorted(self._head)),
+            backbone=self._identity,
+            sources=self.method.sources,
+        )
+
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``adapter.safetensors`` and ``config.json``: what was trained, the task head included, nothing else.
 
         The folder is written whole or not at all; an existing adapter there is replaced.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise StateError(f"{folder} is a file; give a folder to save the adapter in")
-        if folder.is_dir() and any(p.name not in (WEIGHTS, CONFIG) for p in folder.iterdir()):
-            raise StateError(f"{folder} holds other files than an adapter; give a new folder")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.state().items()}
-            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
-            document = {
-                "format": FORMAT,
-                "method": self.name,
-                "config": self.config.as_dict(),
-                "backbone": self._identity,
-                "head": sorted(self._head),
-            }
-            document["sha256"] = _sha256(scratch / WEIGHTS, document)
-            (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-            os.chmod(scratch, 0o755)
-            _swap(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return folder
+        self._check_attached()
+        return saved.write(self.snapshot(), folder)
 
     def _load_state(self, state: dict[str, torch.Tensor]) -> None:
         state = dict(state)
@@ -257,6 +245,7 @@ def attach(
     model: nn.Module,
     method: str | MethodConfig,
     *,
+    sources: Sequence[str | os.PathLike | SavedAdapter] = (),
     train_head: bool = True,
     keep_original: bool = True,
     seed: int = 0,
@@ -267,6 +256,8 @@ def attach(
     Args:
         model: a model of a family in :func:`peftlib.anatomy.families`.
         method: a name of :func:`peftlib.methods` with its ``options``, or a config object.
+        sources: for methods that build on other adapters of the same backbone: the folders that they were saved in,
+            or what :func:`peftlib.read` and :meth:`Adapted.snapshot` give.
         train_head: train the new task head too (classification, token and span heads; language-model heads are
             pretrained and stay frozen).
         keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
@@ -274,13 +265,31 @@ def attach(
 
     Raises:
         UnknownNameError: the method or an option does not exist.
+        ConfigError: an option cannot have its value; sources are missing, or of a method that cannot be one.
         TargetError: a target matches nothing, or a size does not fit.
         UnsupportedError: the family cannot host the method.
+        LoadError: a source was made for another backbone, or is damaged.
         StateError: something is attached already.
     """
     chosen = resolve(method, **options)
     _check_free(model)
-    identity = _identity(model)
+    given = tuple(s if isinstance(s, SavedAdapter) else saved.read(s) for s in sources)
+    here = saved.identity(model)
+    for source in given:
+        saved.check_backbone(source, here)
+    return _attach(model, chosen, given, here, train_head, keep_original, seed)
+
+
+def _attach(
+    model: nn.Module,
+    chosen: Method,
+    sources: tuple[SavedAdapter, ...],
+    here: dict,
+    train_head: bool,
+    keep_original: bool,
+    seed: int = 0,
+) -> Adapted:
+    chosen.take_sources(sources)
     host = Host(model, keep_original=keep_original)
     head = dict(host.anatomy.head) if train_head else {}
     devices = [host.device] if host.device.type == "cuda" else []
@@ -288,13 +297,14 @@ def attach(
         with torch.random.fork_rng(devices), torch.device(host.device):
             torch.manual_seed(seed)
             chosen.host = host
+            host.take_task_ids()
             chosen.attach(host)
             host.train(head.values())
         host.name_once()
     except BaseException:
         host.remove()
         raise
-    adapted = Adapted(model, chosen, host, head, identity)
+    adapted = Adapted(model, chosen, host, head, here)
     if chosen.moments() or chosen.calibrates:
         host.hook(model, partial(require_lifecycle, adapted), before=True)
     if "penalty" in chosen.moments():
@@ -303,40 +313,28 @@ def attach(
     return adapted
 
 
-def load(model: nn.Module, folder: str | os.PathLike, **options) -> Adapted:
+def load(model: nn.Module, adapter: str | os.PathLike | SavedAdapter, *, keep_original: bool = True) -> Adapted:
     """Attach a saved adapter to the backbone it was made for.
 
     Args:
         model: the backbone, of the same family and shapes as when it was saved.
-        folder: what :meth:`Adapted.save` wrote.
-        options: ``keep_original`` as in :func:`attach`.
+        adapter: the folder that :meth:`Adapted.save` wrote, or what :func:`peftlib.read` and
+            :meth:`Adapted.snapshot` give.
+        keep_original: as in :func:`attach`.
 
     Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
     changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
     shapes give a warning.
     """
     _check_free(model)
-    folder = Path(folder)
-    document = _read_config(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise LoadError(f"{folder} has no {WEIGHTS}; is it a folder that save() wrote?")
-    if _sha256(weights, {k: v for k, v in document.items() if k != "sha256"}) != document["sha256"]:
-        raise LoadError(
-            f"{folder} was changed after saving, or {WEIGHTS} is truncated: its SHA-256 is not the recorded one"
-        )
-    _compare(document["backbone"], _identity(model), folder)
+    given = adapter if isinstance(adapter, SavedAdapter) else saved.read(adapter)
+    here = saved.identity(model)
+    saved.check_backbone(given, here)
+    # What the sources gave is in the adapter's own tensors; how they were built is all that is needed of them.
+    sources = tuple(replace(source, state=None) for source in given.sources)
+    adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original)
     try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise LoadError(f"{weights} is not a readable safetensors file: {error}") from error
-    try:
-        config = method_config(document["method"], **document["config"])
-    except (TypeError, ValueError) as error:
-        raise LoadError(f"{folder / CONFIG} does not describe a method of this peftlib: {error}") from error
-    adapted = attach(model, config, train_head=bool(document["head"]), **options)
-    try:
-        adapted._load_state(state)
+        adapted._load_state(given.state)
     except BaseException:
         adapted._leave(bake=False)
         raise
@@ -349,83 +347,3 @@ def _check_free(model: nn.Module) -> None:
             f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
             "or attach both at once with peftlib.combine(...)"
         )
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{folder} has no {CONFIG}; is it a folder that save() wrote?") from None
-    except ValueError as error:
-        raise LoadError(f"{path} is not valid JSON: {error}") from error
-    required = {"format", "method", "config", "backbone", "head", "sha256"}
-    if not isinstance(document, dict) or required - document.keys():
-        raise LoadError(f"{path} is not an adapter's config; it must have the keys {', '.join(sorted(required))}")
-    if document["format"] != FORMAT:
-        raise LoadError(f"{path} has format {document['format']!r}; this peftlib reads format {FORMAT}")
-    return document
-
-
-def _identity(model: nn.Module) -> dict:
-    """What tells one backbone from another: class, shapes, and a hash of one weight."""
-    parts = anatomy.of(model)
-    shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
-    weight = parts.sites()[0].module.weight
-    return {
-        "model_type": model.config.model_type,
-        "class": type(model).__name__,
-        "name": getattr(model.config, "_name_or_path", ""),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-        "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
-    }
-
-
-def _bytes(weight: torch.Tensor) -> bytes:
-    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _compare(saved: dict, here: dict, folder: Path) -> None:
-    if saved.get("model_type") != here["model_type"] or saved.get("shapes") != here["shapes"]:
-        raise LoadError(
-            f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
-            f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
-            f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
-        )
-    if saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
-        warnings.warn(
-            f"{folder} was trained on {saved.get('name') or 'a backbone'} with other weights than this model has; "
-            "results will differ from those it was saved with",
-            stacklevel=3,
-        )
-
-
-def _sha256(weights: Path, document: dict) -> str:
-    """Of the weights' file and of everything else that the config says."""
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(document, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _swap(scratch: Path, folder: Path) -> None:
-    """Put ``scratch`` in the place of ``folder`` in one step; what was there is then in ``scratch``.
-
-    Where the system has no exchange of two folders there are two steps, and a kill between them leaves the old adapter
-    beside the folder, under a name that starts with a dot.
-    """
-    if not folder.exists():
-        os.rename(scratch, folder)
-    elif not _exchange(scratch, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.rename(folder, old / folder.name)
-        os.rename(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders atomically (Linux); False where that cannot be done."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0

@@ -57,6 +57,24 @@ def with_hidden(output, state: torch.Tensor):
     return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
+class Tasks:
+    """Which task each row of the batch in the model belongs to. Children of multi-task methods ask it."""
+
+    def __init__(self):
+        self.given: torch.Tensor | None = None
+        self.default = 0
+
+    def ids(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Task numbers (rows,): the batch's ``task_ids``, else the default for every row.
+
+        A part of the model that works on a multiple of the batch's rows (beams, repeated rows) gets them repeated.
+        """
+        if self.given is None:
+            return torch.full((rows,), self.default, device=device)
+        given = self.given.to(device)
+        return given if len(given) == rows else given.repeat_interleave(rows // len(given))
+
+
 class Host:
     """A frozen backbone, its anatomy, and the list of changes made to it.
 
@@ -74,6 +92,7 @@ class Host:
         self.unfrozen: list[nn.Parameter] = []
         self.written: list[Site] = []
         self.root = self
+        self.tasks = Tasks()
         self._anatomy = anatomy.of(model)
         self._scopes: list[Host] = []
         self._undo: list[Callable[[], None]] = []
@@ -236,6 +255,10 @@ class Host:
         if again:
             self._hook(self.model.register_state_dict_post_hook(partial(_without, again)))
 
+    def take_task_ids(self) -> None:
+        """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
+        self.hook(self.model, partial(_take_task_ids, self.tasks), before=True)
+
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
 
@@ -321,6 +344,11 @@ class Host:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, False))
             parameter.grad = None
+
+
+def _take_task_ids(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict):
+    tasks.given = kwargs.pop("task_ids", None)
+    return args, kwargs
 
 
 def _part_name(name: str, part: tuple[int, int] | None) -> str:

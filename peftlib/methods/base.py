@@ -45,6 +45,23 @@ class ConfigError(PeftlibError, ValueError):
     """A value that a method's config cannot have."""
 
 
+@dataclass(frozen=True, eq=False)
+class SavedAdapter:
+    """An adapter outside of a model: what a saved folder holds, in memory.
+
+    ``state`` (by name in the model, task head included) is None for the source of an adapter that was itself loaded:
+    its file holds what it took from its sources, so only their configs are needed. ``backbone`` is the identity of the
+    model it was made for, ``sources`` are the adapters it was built on.
+    """
+
+    name: str
+    config: MethodConfig
+    state: dict[str, torch.Tensor] | None = None
+    head: tuple[str, ...] = ()
+    backbone: dict[str, Any] | None = None
+    sources: tuple[SavedAdapter, ...] = ()
+
+
 class Method:
     """One attached method. Subclasses override :meth:`attach` and, at most, some of the moments.
 
@@ -55,6 +72,10 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     calibrates: ClassVar[bool] = False
     """Whether training needs :meth:`calibrate` first."""
+    source_methods: ClassVar[tuple[str, ...]] = ()
+    """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
+    fewest_sources: ClassVar[int] = 2
+    """How many sources it needs at least, where it takes any."""
     exceptions: ClassVar[dict[str, str]] = {}
     """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
     The suite sees to it that a check named here really fails."""
@@ -62,6 +83,7 @@ class Method:
     def __init__(self, config: MethodConfig):
         self.config = config
         self.host: Host | None = None
+        self.sources: tuple[SavedAdapter, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,6 +92,25 @@ class Method:
     @property
     def entry(self) -> taxonomy.Entry:
         return taxonomy.entry(self.name)
+
+    def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
+        """Keep the adapters that this method builds on. Raises ConfigError for too few, or of a wrong method."""
+        if not self.source_methods:
+            if sources:
+                raise ConfigError(f"{self.name} takes no sources, and {len(sources)} were given; leave them out")
+        elif len(sources) < self.fewest_sources:
+            raise ConfigError(
+                f"{self.name} builds on at least {self.fewest_sources} saved adapters of "
+                f"{' or '.join(self.source_methods)}, and {len(sources)} were given: "
+                f'attach(model, "{self.name}", sources=[folder, ...])'
+            )
+        for source in sources:
+            if source.config.method not in self.source_methods:
+                raise ConfigError(
+                    f"source {source.name!r} is an adapter of {source.config.method}; {self.name} builds on "
+                    f"{' or '.join(self.source_methods)}"
+                )
+        self.sources = tuple(sources)
 
     # Moments
 

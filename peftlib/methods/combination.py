@@ -10,7 +10,7 @@ import torch
 
 from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import MOMENTS, ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.base import MOMENTS, ConfigError, Method, MethodConfig, Progress, SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Combination(Method):
             for part in self.part_configs()
         ]
         self.calibrates = any(part.calibrates for part in self.parts)
+        self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
+
+    def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
+        """Each part that builds on sources gets those of its kinds."""
+        super().take_sources(sources)
+        for part in self.parts:
+            part.take_sources(tuple(s for s in sources if s.config.method in part.source_methods))
 
     def attach(self, host: Host) -> None:
         # Those that choose among frozen parameters come last: they leave alone what another part trains.

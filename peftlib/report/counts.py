@@ -11,6 +11,8 @@ from typing import Any
 from peftlib import backbones, taxonomy
 from peftlib.adapted import attach
 from peftlib.errors import StateError, UnsupportedError
+from peftlib.methods import config, find
+from peftlib.methods.base import SavedAdapter
 
 BACKBONES = {
     "roberta-base": ("RoBERTa-base, 2 classes", "classification"),
@@ -20,7 +22,7 @@ BACKBONES = {
 """Name in ``peftlib.backbones`` -> title, head."""
 
 CACHE = "_build/counts.json"
-_CODE = ("adapted.py", "anatomy", "backbones", "mechanisms", "methods", "taxonomy", "training")
+_CODE = ("adapted.py", "anatomy", "backbones", "mechanisms", "methods", "saved.py", "taxonomy", "training")
 """What a count can depend on, below the package."""
 
 
@@ -57,7 +59,7 @@ def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[st
         # A method that changed the backbone's own parameters leaves a model that is of no more use.
         model = model or backbones.shapes(backbone, head=head)
         try:
-            adapted = attach(model, name, keep_original=False, **options)
+            adapted = attach(model, name, keep_original=False, sources=_sources(name), **options)
         except UnsupportedError as error:
             found[name] = {"unsupported": str(error)}
             continue
@@ -68,6 +70,13 @@ def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[st
         except StateError:
             model = None
     return found
+
+
+def _sources(method: str) -> list[SavedAdapter]:
+    """Stand-ins for the adapters that a method builds on: what they are, without tensors."""
+    cls = find(method)
+    kinds = cls.source_methods[:1] * cls.fewest_sources
+    return [SavedAdapter(f"source {i + 1}", config(kind)) for i, kind in enumerate(kinds)]
 
 
 def _fingerprint() -> str:

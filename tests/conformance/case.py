@@ -31,6 +31,9 @@ SETTINGS: dict[str, dict] = {
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
 }
 
+# Options of the sources of methods that build on other adapters.
+SOURCES: dict[str, dict] = {}
+
 
 def lm_head(family: str) -> str:
     """The language-model head of a family."""
@@ -111,9 +114,14 @@ class Case:
     def logits(self, model: nn.Module) -> torch.Tensor:
         return logits(model, **self.inputs())
 
+    def start(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
+        """The method on a fresh backbone, with sources where it builds on some."""
+        model = self.backbone() if model is None else model
+        return peftlib.attach(model, self.config, sources=sources(self.method, self.family, self.head), **options)
+
     def attach(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
-        """The method on a fresh backbone, calibrated where it must be."""
-        adapted = peftlib.attach(self.backbone() if model is None else model, self.config, **options)
+        """As :meth:`start`, calibrated where it must be."""
+        adapted = self.start(model, **options)
         adapted.calibrate([self.batch()])
         return adapted
 
@@ -155,11 +163,24 @@ def train(
     return losses
 
 
+@functools.cache
+def sources(method: str, family: str, head: str) -> tuple[peftlib.SavedAdapter, ...]:
+    """Adapters that differ, for a method that builds on some; none for the others."""
+    cls = peftlib.find(method)
+    made = []
+    for seed in range(cls.fewest_sources if cls.source_methods else 0):
+        config = peftlib.config(cls.source_methods[0], **SOURCES.get(method, {}))
+        adapted = peftlib.attach(backbone(family, head), config, seed=seed)
+        train(adapted, batch(family, head), steps=1 + seed)
+        made.append(adapted.snapshot())
+    return tuple(made)
+
+
 def supported_family(method: str) -> str:
     """The first family that hosts the method, for checks that run on one family only."""
     for family in FAMILIES:
         try:
-            peftlib.attach(backbone(family), Case(method, family).config)
+            Case(method, family).start()
         except peftlib.errors.UnsupportedError:
             continue
         return family

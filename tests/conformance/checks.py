@@ -93,6 +93,7 @@ def count(case: Case, tmp: Path) -> None:
         "total": size.total - size.head,
         "head": size.head,
         "pooler": int(getattr(parts.base, "pooler", None) is not None),
+        "sources": adapted.method.sources,
     }
     card = peftlib.card(case.method)
     assert size.method == card.trained(**values, **dataclasses.asdict(case.config)), card.count
@@ -176,7 +177,7 @@ def overfits(case: Case, tmp: Path) -> None:
 
 @check("Training without the lifecycle is an error where the method acts during training")
 def lifecycle(case: Case, tmp: Path) -> None:
-    adapted = peftlib.attach(case.backbone(), case.config)
+    adapted = case.start()
     acts = bool(adapted.method.moments() or adapted.method.calibrates)
     adapted.model.train()
     if acts:

@@ -17,30 +17,26 @@ def titles() -> dict[str, str]:
     return {check.name: check.title for check in CHECKS.values()}
 
 
-def document(cells: list[tuple[str, str, str, str]]) -> dict:
-    """The JSON document of these (method, check, family, outcome), in the order of the taxonomy and the table."""
+def cell(document: dict, method: str, check: str, family: str) -> str | None:
+    """What a document says of one cell; None where it knows nothing of it."""
+    return document["methods"].get(method, {}).get(check, {}).get(family)
+
+
+def updated(document: dict, cells: list[tuple[str, str, str, str]]) -> dict:
+    """The document with these (method, check, family, outcome), in the order of the taxonomy and the table; methods
+    and checks that are no more are left out."""
     found = {(m, c, f): outcome for m, c, f, outcome in cells}
-    return {
-        "checks": titles(),
-        "methods": {
-            method: {
-                check: {f: found[method, check, f] for f in FAMILIES if (method, check, f) in found} for check in CHECKS
+    rows = {}
+    for method in peftlib.methods():
+        rows[method] = {
+            check: {
+                f: outcome
+                for f in FAMILIES
+                if (outcome := found.get((method, check, f)) or cell(document, method, check, f)) is not None
             }
-            for method in peftlib.methods()
-        },
-    }
-
-
-def complete(cells: list[tuple[str, str, str, str]]) -> bool:
-    """Whether every cell was run."""
-    seen = {(m, c, f) for m, c, f, _ in cells}
-    return all(
-        all((method, name, f) in seen for f in check.families)
-        if check.families
-        else any((method, name, f) in seen for f in FAMILIES)
-        for method in peftlib.methods()
-        for name, check in CHECKS.items()
-    )
+            for check in CHECKS
+        }
+    return {"checks": titles(), "methods": {m: checks for m, checks in rows.items() if any(checks.values())}}
 
 
 def write(document: dict, path: Path) -> None:

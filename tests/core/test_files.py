@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftlib
-from peftlib import adapted as module
+from peftlib import saved as module
 from peftlib.errors import LoadError, StateError
 from tests.conformance.case import Case, backbone, inputs, logits, train
 
@@ -121,7 +121,10 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(tmp_path):
                     for value in values:
                         value.add_(1.0)
                     adapted.save(folder)
-        time.sleep(0.005 + 0.0037 * round_)
+        first = (folder / module.WEIGHTS).stat().st_ino
+        while (folder / module.WEIGHTS).stat().st_ino == first:
+            time.sleep(0.001)
+        time.sleep(0.0037 * round_)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert sorted(p.name for p in folder.iterdir()) == ["adapter.safetensors", "config.json"]

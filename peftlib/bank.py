@@ -1,0 +1,89 @@
+"""Several saved adapters on one backbone: switched without loading the backbone again, or mixed in one batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from peftlib import saved
+from peftlib.adapted import Adapted, load
+from peftlib.errors import DataError, UnknownNameError
+from peftlib.methods.base import ConfigError, SavedAdapter
+
+
+class Bank:
+    """Adapters by name, one of them attached at a time; they may be of different methods.
+
+    >>> bank = peftlib.Bank(model, {"sst2": "adapters/sst2", "rte": "adapters/rte"})
+    >>> adapted = bank.use("sst2")
+    >>> bank(task_ids=("rte", "sst2", "rte"), **batch).logits
+
+    Adapters are read once and then kept on the CPU. One that was trained on while it was in use keeps what it learned.
+
+    Args:
+        model: the backbone, with nothing attached to it.
+        adapters: name -> a folder that :meth:`Adapted.save` wrote, or a :class:`SavedAdapter`.
+
+    Raises ConfigError for an empty mapping, LoadError for an adapter that is damaged or of another backbone.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Mapping[str, str | os.PathLike | SavedAdapter]):
+        if not adapters:
+            raise ConfigError("a bank needs at least one adapter: Bank(model, {name: folder})")
+        self.model = model
+        self.adapters = {n: a if isinstance(a, SavedAdapter) else saved.read(a) for n, a in adapters.items()}
+        here = saved.identity(model)
+        for adapter in self.adapters.values():
+            saved.check_backbone(adapter, here)
+        self.adapted: Adapted | None = None
+        self.name: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order of their ``task_ids``."""
+        return tuple(self.adapters)
+
+    def use(self, name: str) -> Adapted:
+        """Attach this adapter in the place of the one in use. Raises UnknownNameError for a name that is not here."""
+        if name not in self.adapters:
+            raise UnknownNameError("adapter of the bank", name, self.adapters)
+        if name != self.name:
+            self.put_away()
+            self.adapted, self.name = load(self.model, self.adapters[name]), name
+        return self.adapted
+
+    def put_away(self) -> nn.Module:
+        """Take the adapter in use from the model, which then is the plain backbone; what it learned is kept."""
+        if self.adapted is not None:
+            self.adapters[self.name] = self.adapted.snapshot()
+            self.adapted.detach()
+            self.adapted = self.name = None
+        return self.model
+
+    @torch.no_grad()
+    def __call__(self, *, task_ids: torch.Tensor | Sequence[int | str], **inputs: torch.Tensor) -> ModelOutput:
+        """One forward a task: each row through the adapter that its entry of ``task_ids`` names or numbers.
+
+        Returns ``logits`` in the order of the rows. For inference: no gradient is kept. Raises DataError for as many
+        task ids as there are not rows, or for adapters whose logits do not fit together.
+        """
+        ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
+        names = [self.names[i] if isinstance(i, int) and 0 <= i < len(self.names) else i for i in ids]
+        rows = len(next(iter(inputs.values())))
+        if len(names) != rows:
+            raise DataError(f"{len(names)} task ids were given for {rows} rows")
+        self.model.eval()
+        answers: list[torch.Tensor | None] = [None] * rows
+        for name in dict.fromkeys(names):
+            self.use(name)
+            mine = [i for i, n in enumerate(names) if n == name]
+            logits = self.model(**{k: v[mine] for k, v in inputs.items()}).logits
+            for row, answer in zip(mine, logits):
+                answers[row] = answer
+        if len({answer.shape for answer in answers}) > 1:
+            raise DataError("these adapters answer with logits of different shapes; use(name) them one by one")
+        return ModelOutput(logits=torch.stack(answers))

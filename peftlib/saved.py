@@ -1,0 +1,180 @@
+"""Saved adapters: files that are written whole or not at all, read strictly, and never unpickled.
+
+A folder holds ``adapter.safetensors`` and ``config.json``; a signature ties the two together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftlib import anatomy
+from peftlib.errors import LoadError, StateError
+from peftlib.methods import config as method_config
+from peftlib.methods.base import SavedAdapter
+
+FORMAT = 1
+WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
+
+
+def write(saved: SavedAdapter, folder: str | os.PathLike) -> Path:
+    """Write a folder whole or not at all; an adapter that is there is replaced.
+
+    Raises StateError for a place that holds something else.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise StateError(f"{folder} is a file; give a folder to save the adapter in")
+    if folder.is_dir() and any(p.name not in (WEIGHTS, CONFIG) for p in folder.iterdir()):
+        raise StateError(f"{folder} holds other files than an adapter; give a new folder")
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(saved.state, scratch / WEIGHTS, metadata={"format": "pt"})
+        document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
+        if saved.sources:
+            document["sources"] = [{"name": source.name, **_described(source)} for source in saved.sources]
+        document["sha256"] = _sha256(scratch / WEIGHTS, document)
+        (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        os.chmod(scratch, 0o755)
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def read(folder: str | os.PathLike) -> SavedAdapter:
+    """What :meth:`Adapted.save` wrote, into memory. Its name is the folder's.
+
+    Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
+    changed after saving, or of no method of this peftlib.
+    """
+    folder = Path(folder)
+    document = _read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise LoadError(f"{folder} has no {WEIGHTS}; is it a folder that save() wrote?")
+    if _sha256(weights, {k: v for k, v in document.items() if k != "sha256"}) != document["sha256"]:
+        raise LoadError(
+            f"{folder} was changed after saving, or {WEIGHTS} is truncated: its SHA-256 is not the recorded one"
+        )
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise LoadError(f"{weights} is not a readable safetensors file: {error}") from error
+    try:
+        sources = tuple(
+            SavedAdapter(name=s["name"], config=method_config(s["method"], **s["config"]))
+            for s in document.get("sources", ())
+        )
+        config = method_config(document["method"], **document["config"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise LoadError(f"{folder / CONFIG} does not describe a method of this peftlib: {error}") from error
+    return SavedAdapter(
+        name=folder.name,
+        config=config,
+        state=state,
+        head=tuple(document["head"]),
+        backbone=document["backbone"],
+        sources=sources,
+    )
+
+
+def identity(model: nn.Module) -> dict:
+    """What tells one backbone from another: class, shapes, and a hash of one weight."""
+    parts = anatomy.of(model)
+    shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
+    weight = parts.sites()[0].module.weight
+    return {
+        "model_type": model.config.model_type,
+        "class": type(model).__name__,
+        "name": getattr(model.config, "_name_or_path", ""),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
+    }
+
+
+def check_backbone(adapter: SavedAdapter, here: dict) -> None:
+    """Raise LoadError when an adapter was made for a backbone of another family or other shapes than that of the
+    identity ``here``; warn when the weights differ. An adapter without a record of its backbone passes."""
+    if adapter.backbone is None:
+        return
+    saved, folder = adapter.backbone, adapter.name
+    if saved.get("model_type") != here["model_type"] or saved.get("shapes") != here["shapes"]:
+        raise LoadError(
+            f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
+            f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
+            f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
+        )
+    if saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
+        warnings.warn(
+            f"{folder} was trained on {saved.get('name') or 'a backbone'} with other weights than this model has; "
+            "results will differ from those it was saved with",
+            stacklevel=4,
+        )
+
+
+def _described(saved: SavedAdapter) -> dict:
+    return {"method": saved.config.method, "config": saved.config.as_dict()}
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise LoadError(f"{folder} has no {CONFIG}; is it a folder that save() wrote?") from None
+    except ValueError as error:
+        raise LoadError(f"{path} is not valid JSON: {error}") from error
+    required = {"format", "method", "config", "backbone", "head", "sha256"}
+    if not isinstance(document, dict) or required - document.keys():
+        raise LoadError(f"{path} is not an adapter's config; it must have the keys {', '.join(sorted(required))}")
+    if document["format"] != FORMAT:
+        raise LoadError(f"{path} has format {document['format']!r}; this peftlib reads format {FORMAT}")
+    return document
+
+
+def _bytes(weight: torch.Tensor) -> bytes:
+    return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _sha256(weights: Path, document: dict) -> str:
+    """Of the weights' file and of everything else that the config says."""
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(document, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put ``scratch`` in the place of ``folder`` in one step; what was there is then in ``scratch``.
+
+    Where the system has no exchange of two folders there are two steps, and a kill between them leaves the old adapter
+    beside the folder, under a name that starts with a dot.
+    """
+    if not folder.exists():
+        os.rename(scratch, folder)
+    elif not _exchange(scratch, folder):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        os.rename(folder, old / folder.name)
+        os.rename(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders atomically (Linux); False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
