@@ -376,5 +376,6 @@ def test_available_method_is_found_and_named_after_its_file(entry):
 
 
 @every([e for e in SURVEY if e.available])
-def test_the_method_s_file_names_its_paper(entry):
-    assert f"arXiv:{entry.arxiv}" in importlib.import_module(entry.module).__doc__
+def test_the_method_s_file_names_its_paper(entry, references):
+    name = f"arXiv:{entry.arxiv}" if entry.arxiv else references.entries[entry.cite].fields["doi"]
+    assert name in importlib.import_module(entry.module).__doc__
