@@ -93,7 +93,7 @@ class Host:
         self.written: list[Site] = []
         self.root = self
         self.tasks = Tasks()
-        self._anatomy = anatomy.of(model)
+        self._anatomy: Anatomy | None = anatomy.of(model)
         self._scopes: list[Host] = []
         self._undo: list[Callable[[], None]] = []
         self._baked: list[Callable[[], None]] = []
@@ -110,6 +110,8 @@ class Host:
 
     @property
     def anatomy(self) -> Anatomy:
+        if self.root._anatomy is None:
+            self.root._anatomy = anatomy.of(self.model)
         return self.root._anatomy
 
     @property
@@ -232,7 +234,7 @@ class Host:
             self._undo.append(partial(_put, owner, name, old))
         else:
             self.root.can_restore = False
-        self.root._anatomy = anatomy.of(self.model)
+        self.root._anatomy = None  # looked up when it is next asked for
         return module
 
     def on_remove(self, function: Callable[[], None], restores: bool = False) -> None:

@@ -1,21 +1,28 @@
-"""Frozen weights in 4 bits: NormalFloat codes, quantized scales, and a linear map that computes from them.
+"""Frozen weights in 4 or 2 bits: NormalFloat codes with scales, or integers with scales and offsets, and a linear map
+that computes from them.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantization); Dettmers et al. 2022, arXiv:2110.02861
-(the 8-bit dynamic data type of the scales). The layout in memory is that of bitsandbytes, whose kernel dequantizes on
-CUDA where it is installed; everything here also runs without it, on any device.
+(the 8-bit dynamic data type of the scales); Xu et al. 2023, arXiv:2309.14717 (groups of inputs). The layout of 4-bit
+NormalFloat in memory is that of bitsandbytes, whose kernel dequantizes on CUDA where it is installed; everything here
+also runs without it, on any device.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftlib.anatomy import Site
 from peftlib.errors import UnsupportedError
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import add_to_weight
 
 BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share a scale, and scales that share a scale of their own."""
@@ -28,7 +35,13 @@ NF4 = (
 )
 """The sixteen levels of 4-bit NormalFloat: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero."""
 
+NF2 = (-1.0, 0.0, 0.33791524171829224, 1.0)
+"""The four levels of 2-bit NormalFloat, by the same rule."""
 
+NORMAL_FLOAT = {4: NF4, 2: NF2}
+
+
+@functools.cache
 def dynamic_levels() -> list[float]:
     """The 256 levels of the signed 8-bit dynamic type: seven decades, each with twice the levels of the one below."""
     found = [0.0, 1.0]
@@ -59,29 +72,32 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.
     return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]
 
 
-class NF4Weight(nn.Module):
-    """An (out, in) weight as NF4 codes, two a byte, with doubly quantized scales: about 4.127 bits an entry.
+class NormalFloatWeight(nn.Module):
+    """An (out, in) weight as NormalFloat codes with a scale for every block of 64: about 4.127 bits an entry with four
+    bits and ``double`` quantization, which keeps the scales in 8 bits too; 4.5 without.
 
-    Buffers: ``codes`` (ceil(n / 2),) uint8, the first entry in the high half; ``scale_codes`` (ceil(n / 64),) uint8;
-    ``scales``: a scale for every 256 scales, and last the mean that was subtracted from them. ``like`` is empty and has
-    the dtype that the weight would have. ``scales`` and the two tables of levels are float32, kept as integers so that
-    ``model.to(dtype)`` leaves them alone.
+    Buffers: ``codes`` (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scale_codes`` (ceil(n / 64),)
+    uint8, empty without ``double``; ``scales``: the blocks', or with ``double`` a scale for every 256 scales, and last
+    the mean that was subtracted from them. ``like`` is empty and has the dtype that the weight would have. ``scales``
+    and the two tables of levels are float32, kept as integers so that ``model.to(dtype)`` leaves them alone.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, bits: int = 4, double: bool = True):
         super().__init__()
-        self.shape = weight.shape
-        device = weight.device
-        self.register_buffer("pairs", _pairs(device), persistent=False)
-        dynamic = torch.tensor(dynamic_levels(), device=device)
-        self.register_buffer("dynamic", dynamic.view(torch.int32), persistent=False)
-        codes, scales = quantize(weight.detach(), torch.tensor(NF4, device=device), BLOCK)
-        mean = scales.mean()
-        scale_codes, outer = quantize(scales - mean, dynamic, SCALE_BLOCK)
-        codes = F.pad(codes, (0, len(codes) % 2), value=NF4.index(0.0))
-        self.register_buffer("codes", (codes[::2] << 4) | codes[1::2])
+        self.shape, self.bits, self.double = weight.shape, bits, double
+        levels = torch.tensor(NORMAL_FLOAT[bits], device=weight.device)
+        self.register_buffer("table", _table(levels), persistent=False)
+        codes, scales = quantize(weight.detach(), levels, BLOCK)
+        self.register_buffer("codes", pack(codes, bits, fill=NORMAL_FLOAT[bits].index(0.0)))
+        scale_codes = codes.new_empty(0)
+        if double:
+            dynamic = torch.tensor(dynamic_levels(), device=weight.device)
+            self.register_buffer("dynamic", dynamic.view(torch.int32), persistent=False)
+            mean = scales.mean()
+            scale_codes, outer = quantize(scales - mean, dynamic, SCALE_BLOCK)
+            scales = torch.cat([outer, mean[None]])
         self.register_buffer("scale_codes", scale_codes)
-        self.register_buffer("scales", torch.cat([outer, mean[None]]).view(torch.int32))
+        self.register_buffer("scales", scales.view(torch.int32))
         self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
 
     @property
@@ -92,21 +108,87 @@ class NF4Weight(nn.Module):
     def block_scales(self) -> torch.Tensor:
         """The scales of the weight's blocks, (ceil(n / 64),) float32."""
         scales = self.scales.view(torch.float32)
+        if not self.double:
+            return scales
         units = self.dynamic.index_select(0, self.scale_codes.int()).view(torch.float32)
         return dequantize(units, scales[:-1], SCALE_BLOCK) + scales[-1]
 
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
         """The (out, in) weight, computed in float32 and rounded once to ``dtype``."""
-        if self.codes.is_cuda and FAST and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        fast = self.bits == 4 and FAST and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if self.codes.is_cuda and fast:
             return _kernel(self.codes, self.block_scales(), self.shape, dtype)
-        values = self.pairs.index_select(0, self.codes.int()).view(torch.float32)[: math.prod(self.shape)]
+        values = unpack(self.codes, self.table)[: math.prod(self.shape)]
         return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)
 
 
-def _pairs(device: torch.device) -> torch.Tensor:
-    """Byte -> the two levels that it stands for, (256,): two float32 in the bytes of one int64."""
-    levels = torch.tensor(NF4, device=device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64)[:, 0]
+class GroupWeight(nn.Module):
+    """An (out, in) weight as integers with a scale and an offset for every group of inputs of every output:
+    ``W = scale * code + offset``, codes 0 to 2^bits - 1. ``-offset / scale`` is the zero point, a float.
+
+    A group's largest and smallest entry are met exactly; in between it rounds to the nearest code. Buffers: ``codes``
+    (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` and ``offsets`` (out, in / group) float32,
+    kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` as in :class:`NormalFloatWeight`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int = 4, group: int = 32):
+        super().__init__()
+        rows, columns = self.shape = weight.shape
+        self.bits, self.group = bits, group
+        grouped = weight.detach().float().reshape(rows, columns // group, group)
+        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
+        scales = (high - low) / (2**bits - 1)
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        codes = ((grouped - low[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)
+        levels = torch.arange(2**bits, dtype=torch.float32, device=weight.device)
+        self.register_buffer("table", _table(levels), persistent=False)
+        self.register_buffer("codes", pack(codes.to(torch.uint8).flatten(), bits))
+        self.register_buffer("scales", scales.view(torch.int32))
+        self.register_buffer("offsets", low.contiguous().view(torch.int32))
+        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes; the table of levels is not counted."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.offsets))
+
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        """The (out, in) weight, computed in float32 or wider and rounded once to ``dtype``."""
+        wide = torch.promote_types(dtype, torch.float32)
+        values = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)
+        values = values.view(*self.scales.shape, self.group)
+        scales, offsets = (t.view(torch.float32).to(wide)[..., None] for t in (self.scales, self.offsets))
+        return torch.addcmul(offsets, values, scales).view(self.shape).to(dtype)
+
+    @torch.no_grad()
+    def shift(self, rows: slice, by: torch.Tensor) -> None:
+        """Add ``by`` (len(rows), in / group) to all entries of the groups: codes and scales stay as they are."""
+        offsets = self.offsets.view(torch.float32)
+        offsets[rows] = (offsets[rows].to(by.dtype) + by).float()
+
+
+def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
+    """Codes (n,) uint8 below 2^bits, several a byte, the first in the high bits; ``fill`` completes the last byte."""
+    each = 8 // bits
+    codes = F.pad(codes, (0, -len(codes) % each), value=fill).view(-1, each)
+    packed = codes[:, 0]
+    for i in range(1, each):
+        packed = (packed << bits) | codes[:, i]
+    return packed
+
+
+def unpack(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The levels, float32, of packed codes, by the table of :func:`_table`."""
+    return table.index_select(0, packed.int()).view(torch.float32).flatten()
+
+
+def _table(levels: torch.Tensor) -> torch.Tensor:
+    """Byte -> the levels that it stands for: two float32 in the bytes of one int64, (256,), or four in two, (256, 2).
+    That way they are looked up together, and ``model.to(dtype)`` leaves them alone."""
+    bits = (len(levels) - 1).bit_length()
+    bytes_ = torch.arange(256, device=levels.device)
+    parts = [levels[(bytes_ >> shift) & (len(levels) - 1)] for shift in range(8 - bits, -1, -bits)]
+    return torch.stack(parts, dim=1).view(torch.int64).squeeze(1)
 
 
 FAST = importlib.util.find_spec("bitsandbytes") is not None
@@ -140,9 +222,15 @@ class QuantizedLinear(nn.Module):
     Args:
         module: the map whose weight is quantized; its bias parameter moves over as it is.
         compute: the dtype of the product; None: bfloat16 on CUDA, elsewhere that of the input. Autocast overrides it.
+        quantize: what keeps the (out, in) weight.
     """
 
-    def __init__(self, module: nn.Module, compute: torch.dtype | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        compute: torch.dtype | None = None,
+        quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
+    ):
         super().__init__()
         if not isinstance(module, nn.Linear | Conv1D):
             raise UnsupportedError(
@@ -153,7 +241,7 @@ class QuantizedLinear(nn.Module):
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         self.out_features, self.in_features = weight.shape
         self.compute = compute
-        self.quantized = NF4Weight(weight)
+        self.quantized = quantize(weight)
         self.register_parameter("bias", module.bias)
 
     @property
@@ -187,3 +275,34 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The names of the dtypes that a quantized map may compute in."""
+
+
+def quantize_sites(
+    host: Host,
+    patterns: Sequence[str] | str,
+    quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
+    compute: str | None = None,
+) -> dict[str, QuantizedLinear]:
+    """Path -> quantized map, put in the place of every map that one of the site patterns names."""
+    modules = {}
+    for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns)):
+        module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(compute), quantize)
+        modules[path] = host.replace(path, module)
+    return modules
+
+
+def merge_updates(host: Host, quantized: dict[str, QuantizedLinear], updates: dict[Site, nn.Module]) -> None:
+    """Put plain maps in the place of the quantized ones, and add each update's ``delta()`` to its site's weight."""
+    for path, module in quantized.items():
+        weight = module.dense()
+        for site, update in updates.items():
+            if site.module is module:
+                weight[site.rows] += update.delta()
+        host.replace(path, module.plain(weight))
+    for site, update in updates.items():
+        if site.path not in quantized:
+            add_to_weight(site, update.delta())

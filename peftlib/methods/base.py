@@ -191,6 +191,13 @@ def between(name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{name}={value!r} is out of range; it must be above {low} and at most {high}")
 
 
+def one_of(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``known``."""
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+
+
 def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name}={value!r} is not a number")

@@ -8,6 +8,7 @@ from peftlib.report.figures import (
     sites_diagram,
     taxonomy_tree,
 )
+from peftlib.report.learned import quantization_error_figure, quantization_errors
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
 
@@ -18,6 +19,8 @@ __all__ = [
     "learning_rate_search",
     "loss_curves",
     "quality_against_parameters",
+    "quantization_error_figure",
+    "quantization_errors",
     "sites_diagram",
     "source",
     "table",

@@ -20,7 +20,9 @@ LABELS = (0, 1, 1, 0, 1, 0, 0, 1)
 
 # Settings where a method's defaults are made for larger backbones or longer training, and do not fit these.
 SETTINGS: dict[str, dict] = {
+    "qa_lora": {"rank": 8, "group": 8},  # groups of 32 inputs leave a tiny model one or two
     "qlora": {"rank": 8},  # rank 64 is wider than a tiny model
+    "loftq": {"rank": 8, "alpha": 8.0, "iterations": 1},  # the same; and every check attaches several times
     "mam_adapter": {"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
     "prompt_tuning": {"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
     "fish_mask": {"density": 0.1},  # 0.5 % of a tiny model is less than its head

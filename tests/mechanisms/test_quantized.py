@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import quantized
-from peftlib.mechanisms.quantized import NF4, NF4Weight, QuantizedLinear, dynamic_levels
+from peftlib.mechanisms.quantized import NF4, NormalFloatWeight, QuantizedLinear, dynamic_levels
 from tests.reference.quantized import dequantized, normal_float_levels
 
 SHAPES = [(256, 320), (1000, 1024), (257, 321), (3, 5), (1, 64)]
@@ -37,7 +37,9 @@ def test_levels_of_the_scales_are_those_of_bitsandbytes():
 def test_dequantized_weight_is_the_papers(shape):
     weight = _weight(shape)
     expected = dequantized(weight.flatten().tolist(), list(NF4), dynamic_levels())
-    torch.testing.assert_close(NF4Weight(weight)(torch.float32).flatten(), torch.tensor(expected), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        NormalFloatWeight(weight)(torch.float32).flatten(), torch.tensor(expected), atol=1e-7, rtol=1e-5
+    )
 
 
 # The same as bitsandbytes
@@ -50,7 +52,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes_bit_for_bit(shape, dtype):
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     codes, scales = quantized.quantize(weight, torch.tensor(NF4), 64)
     assert torch.equal(scales, state.absmax)
-    assert torch.equal(NF4Weight(weight).codes, packed.flatten())
+    assert torch.equal(NormalFloatWeight(weight).codes, packed.flatten())
     high = packed.flatten() >> 4
     assert torch.equal(codes[::2], high)
 
@@ -62,7 +64,7 @@ def test_double_quantization_is_that_of_bitsandbytes(shape, dtype):
     thousand that lie near the middle between two; there ours is the nearer one."""
     weight = _weight(shape, dtype)
     _, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    mine = NF4Weight(weight)
+    mine = NormalFloatWeight(weight)
     scales = mine.scales.view(torch.float32)
     assert torch.equal(scales[-1], state.offset)
     assert torch.equal(scales[:-1], state.state2.absmax)
@@ -82,14 +84,14 @@ def test_dequantization_is_that_of_bitsandbytes_bit_for_bit(shape, dtype):
     """From the same codes, single and doubly quantized."""
     weight = _weight(shape, dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    mine = NF4Weight(weight)
+    mine = NormalFloatWeight(weight)
     mine.scale_codes.copy_(state.absmax)
     assert torch.equal(mine(dtype), bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_fast_kernel_gives_the_same_bits(shape):
-    mine = NF4Weight(_weight(shape))
+    mine = NormalFloatWeight(_weight(shape))
     for dtype in DTYPES:
         assert torch.equal(quantized._kernel(mine.codes, mine.block_scales(), mine.shape, dtype), mine(dtype))
 
@@ -98,10 +100,10 @@ def test_the_fast_kernel_gives_the_same_bits(shape):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives():
     weight = _weight((1000, 1024))
-    mine = NF4Weight(weight)
+    mine = NormalFloatWeight(weight)
     expected = mine(torch.float32)
     torch.testing.assert_close(mine.cuda()(torch.float32).cpu(), expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(NF4Weight(weight.cuda())(torch.float32).cpu(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(NormalFloatWeight(weight.cuda())(torch.float32).cpu(), expected, atol=1e-6, rtol=1e-6)
 
 
 # Memory and state
@@ -109,20 +111,20 @@ def test_cuda_gives_what_the_cpu_gives():
 
 def test_memory_is_4_127_bits_an_entry():
     weight = torch.empty(1024, 1024).normal_(std=0.02)
-    mine = NF4Weight(weight)
+    mine = NormalFloatWeight(weight)
     assert mine.nbytes * 8 / weight.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert sum(t.numel() * t.element_size() for t in mine.state_dict().values()) == mine.nbytes
 
 
 def test_a_change_of_dtype_leaves_the_levels_alone():
-    mine = NF4Weight(_weight((40, 64)))
+    mine = NormalFloatWeight(_weight((40, 64)))
     before = mine(torch.float32)
     assert torch.equal(mine.to(torch.bfloat16).to(torch.float64)(torch.float32), before)
     assert mine.like.dtype == torch.float64
 
 
 def test_a_weight_of_zeros_stays_zero():
-    assert not NF4Weight(torch.zeros(8, 64))(torch.float32).any()
+    assert not NormalFloatWeight(torch.zeros(8, 64))(torch.float32).any()
 
 
 # The linear map

@@ -20,14 +20,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
-from peftlib.mechanisms.quantized import QuantizedLinear
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from peftlib.mechanisms.low_rank import LowRank, check_rank
+from peftlib.mechanisms.quantized import DTYPES, merge_updates, quantize_sites
+from peftlib.methods.base import Method, MethodConfig, at_least, one_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,7 @@ class QLoRAConfig(MethodConfig):
 
     def __post_init__(self):
         at_least("rank", self.rank, 1)
-        if self.compute is not None and self.compute not in DTYPES:
-            raise ConfigError(
-                f"compute={self.compute!r} is not a dtype to compute in; choose {', '.join(DTYPES)} or None"
-            )
+        one_of("compute", self.compute, (None, *DTYPES))
 
 
 class QLoRA(Method):
@@ -57,24 +50,13 @@ class QLoRA(Method):
 
     def attach(self, host: Host) -> None:
         c = self.config
-        self.quantized: dict[str, QuantizedLinear] = {}
         self.updates: dict = {}
         for site in host.anatomy.sites(c.targets):
             check_rank(c.rank, site)
-        for path in dict.fromkeys(site.path for site in host.anatomy.sites(c.quantize)):
-            module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(c.compute))
-            self.quantized[path] = host.replace(path, module)
+        self.quantized = quantize_sites(host, c.quantize, compute=c.compute)
         for site in host.anatomy.sites(c.targets):
             update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
             self.updates[site] = host.after(site, "lora", update)
 
     def merge(self) -> None:
-        for path, module in self.quantized.items():
-            weight = module.dense()
-            for site, update in self.updates.items():
-                if site.module is module:
-                    weight[site.rows] += update.delta()
-            self.host.replace(path, module.plain(weight))
-        for site, update in self.updates.items():
-            if site.path not in self.quantized:
-                add_to_weight(site, update.delta())
+        merge_updates(self.host, self.quantized, self.updates)
