@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,9 +110,12 @@ class Adapted:
         device = self.host.device
         mode = self.model.training
         self.model.eval()
+        # A calibration may train, and is then a lifecycle of its own.
+        self.lifecycle_active = Lifecycle(self, 0)
         try:
-            self.method.calibrate({k: v.to(device) for k, v in batch.items()} for batch in batches)
+            self.method.calibrate(_OnDevice(batches, device))
         finally:
+            self.lifecycle_active = None
             self.model.train(mode)
         self.calibrated = True
 
@@ -239,6 +242,19 @@ class Adapted:
     def _check_attached(self) -> None:
         if self.host is None:
             raise StateError(f"{self.name} is no longer attached (it was merged or detached); attach it again")
+
+
+class _OnDevice:
+    """Batches on a device, as often and as many as ``batches`` gives them."""
+
+    def __init__(self, batches: Iterable[dict[str, torch.Tensor]], device: torch.device):
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return ({k: v.to(self.device) for k, v in batch.items()} for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def attach(

@@ -95,7 +95,7 @@ def per_example(
     with GradientSums(parameters, "absolute" if absolute else "square") as sums:
         for row in _shown(_rows(batches, examples), examples, "gradients, row by row"):
             if kind == "empirical":
-                sums.backward(_loss(model, row))
+                sums.backward(loss(model, row))
             else:
                 _expected(model, row, sums)
     return _checked(sums)
@@ -151,7 +151,7 @@ def first_order(
 def _means(model: nn.Module, sums: GradientSums, batches: Iterable[Batch], limit: int | None) -> list[torch.Tensor]:
     with sums:
         for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
-            sums.backward(_loss(model, batch))
+            sums.backward(loss(model, batch))
     return [total.div_(sums.passes) for total in _checked(sums)]
 
 
@@ -161,11 +161,12 @@ def _rows(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
     return islice(rows, limit)
 
 
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    loss = model(**batch).loss
-    if loss is None:
+def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's loss on a batch; DataError where it gives none."""
+    value = model(**batch).loss
+    if value is None:
         raise DataError("importance is the gradient of a loss, and the batches have no labels")
-    return loss
+    return value
 
 
 def _expected(model: nn.Module, row: Batch, sums: GradientSums) -> None:

@@ -62,6 +62,25 @@ class SparseValues(nn.Module):
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         return _Splice.apply(self.values, tensor, self.indices)
 
+    @torch.no_grad()
+    def add(self, tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Add the differences that other values (k',) make at flat indices (k',) of the same tensor: ``indices`` grow
+        to the union and ``values`` are a new parameter. Where only one has an entry, its value stays bit for bit."""
+        device, flat = self.indices.device, tensor.detach().view(-1)
+        together = torch.cat([self.indices.long(), indices.to(device).long()])
+        union, place = together.unique(return_inverse=True)
+        mine, theirs = place[: len(self.indices)], place[len(self.indices) :]
+        original = flat[union].clone()
+        original[mine] = self.original.to(original.dtype)
+        total = original.double()
+        total[mine] = self.values.double()
+        alone = torch.ones_like(union, dtype=torch.bool)
+        alone[mine] = False
+        values = values.to(device).double()
+        total[theirs] = torch.where(alone[theirs], values, total[theirs] + (values - original[theirs].double()))
+        self.indices, self.original = union.to(self.indices.dtype), original
+        self.values = nn.Parameter(total.to(self.values.dtype))
+
     @property
     def owned(self) -> torch.Tensor:
         """Boolean, of the tensor's shape: the entries of the frozen tensor that this child writes."""
@@ -98,6 +117,8 @@ def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
     ``scores`` are contiguous, non-negative and float32. Exact, and without one long copy of them: the bits of such
     floats sort as integers, so the k-th largest is found by counting their upper, then their lower halves.
     """
+    if not k:
+        return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
     codes = [s.view(torch.int32).flatten() for s in scores]
     upper = sum(torch.bincount(c >> 16, minlength=1 << 15) for c in codes)
     high, above = _bucket(upper, k)
@@ -110,6 +131,17 @@ def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
         ties -= len(equal)
         chosen.append(torch.cat([(code > threshold).nonzero().flatten(), equal]).sort().values)
     return chosen
+
+
+def shares(sizes: Sequence[int], k: int) -> list[int]:
+    """``k`` divided among tensors of these sizes in proportion, in whole numbers that add up to k: each gets the floor
+    of its share, and those with the largest remainders one more, the first ones where remainders are equal."""
+    total = sum(sizes)
+    counts = [size * k // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * k % total))
+    for i in order[: k - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def _bucket(histogram: torch.Tensor, k: int) -> tuple[int, int]:
@@ -152,19 +184,30 @@ def load_state(
     state = dict(state)
     host.load_state({name: state.pop(name) for name in host.state() if name in state})
     children = {}
+    for name, (indices, values) in read(parameters, state).items():
+        child = train_entries(host, parameters[name], indices.to(parameters[name].device))
+        with torch.no_grad():
+            child.values.copy_(values)
+        children[name] = child
+    return children
+
+
+def read(
+    parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The indices and values that :func:`state` stored, by the parameters' names. Raises LoadError as
+    :func:`load_state`."""
+    state, found = dict(state), {}
     for name, parameter in parameters.items():
         values, indices = state.pop(f"{name}.values", None), _indices(name, parameter, state)
         if values is None and indices is None:
             continue
         if values is None or indices is None or values.shape != indices.shape:
             raise LoadError(f"the stored entries of {name} are incomplete: it needs as many values as indices")
-        child = train_entries(host, parameter, indices.to(parameter.device))
-        with torch.no_grad():
-            child.values.copy_(values)
-        children[name] = child
+        found[name] = indices, values
     if state:
         raise LoadError(f"the file holds {sorted(state)[:3]}, entries of tensors that the method does not choose from")
-    return children
+    return found
 
 
 def _indices(name: str, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict] = {
     "mam_adapter": {"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
     "prompt_tuning": {"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
     "fish_mask": {"density": 0.1},  # 0.5 % of a tiny model is less than its head
+    "child_tuning_f": {"density": 0.7},  # of a head's two biases one must pass once in three steps
     "hadamard_adapter": {"head_stage": 0.0},  # half of three steps is too little to move the rest
     "pasta": {"dropout": 0.0},  # some checks compare two runs of the same steps
     "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model

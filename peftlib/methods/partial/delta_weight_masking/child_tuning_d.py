@@ -23,11 +23,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from peftlib.errors import TargetError
-from peftlib.mechanisms import importance, sparse
+from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.base import MethodConfig, at_least, between
+from peftlib.methods.entries import ChosenEntries
 
 
 @dataclass(frozen=True)
@@ -48,35 +49,24 @@ class ChildTuningDConfig(MethodConfig):
             between("clip", self.clip, 0, float("inf"))
 
 
-class ChildTuningD(Method):
+class ChildTuningD(ChosenEntries):
     Config = ChildTuningDConfig
     learning_rate = 1e-4
-    calibrates = True
 
     def attach(self, host: Host) -> None:
-        inside = {id(p) for layer in host.anatomy.layers for p in layer.module.parameters()}
-        frozen = {n: p for n, p in host.model.named_parameters() if not p.requires_grad}
-        self.candidates = {n: p for n, p in frozen.items() if id(p) in inside}
-        self.children: dict[str, sparse.SparseValues] = {}
-        entries = sum(p.numel() for p in self.candidates.values())
-        self.k = int(self.config.density * entries)
-        if self.k < 1:
-            raise TargetError(f"density={self.config.density} of the layers' {entries:,} entries is less than one")
+        super().attach(host)
         if self.config.train_rest:
-            head = host.anatomy.head
-            host.train(p for n, p in frozen.items() if id(p) not in inside and n not in head)
+            head, inside = host.anatomy.head, {id(p) for p in self.candidates.values()}
+            host.train(
+                p
+                for n, p in host.model.named_parameters()
+                if not p.requires_grad and id(p) not in inside and n not in head
+            )
 
-    def pending(self) -> tuple[int, int, int]:
-        return sparse.pending(self.k, sum(p.numel() for p in self.candidates.values()))
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        inside = {id(p) for layer in host.anatomy.layers for p in layer.module.parameters()}
+        return {n: p for n, p in host.model.named_parameters() if id(p) in inside and not p.requires_grad}
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        scores = importance.per_batch(
-            self.host.model, self.candidates.values(), batches, self.config.batches, self.config.clip
-        )
-        self.children = sparse.train_top_entries(self.host, self.candidates, scores, self.k)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return sparse.state(self.host, self.children)
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.children = sparse.load_state(self.host, self.candidates, state)
+        c = self.config
+        self.choose(importance.per_batch(self.host.model, self.candidates.values(), batches, c.batches, c.clip))

@@ -22,11 +22,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from peftlib.errors import TargetError
-from peftlib.mechanisms import importance, sparse
+from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between
+from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
+from peftlib.methods.entries import ChosenEntries
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,23 @@ class FishMaskConfig(MethodConfig):
             raise ConfigError(f"fisher={self.fisher!r} is not known; choose 'empirical' or 'expected'")
 
 
-class FishMask(Method):
+class FishMask(ChosenEntries):
     Config = FishMaskConfig
     learning_rate = 1e-3
-    calibrates = True
 
     def attach(self, host: Host) -> None:
+        self.total = sum(p.numel() for p in host.model.parameters())
+        self.candidates = self.choices(host)
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
         head = host.anatomy.head
-        frozen = {n: p for n, p in host.model.named_parameters() if not p.requires_grad}
-        self.total = sum(p.numel() for p in frozen.values())
-        self.candidates = {n: p for n, p in frozen.items() if n not in head}
-        self.children: dict[str, sparse.SparseValues] = {}
+        return {n: p for n, p in host.model.named_parameters() if not p.requires_grad and n not in head}
 
     @property
     def k(self) -> int:
-        """How many entries are chosen."""
-        head = sum(p.numel() for p in self.host.anatomy.head.values() if p.requires_grad)
+        head = sum(p.numel() for p in self.trained_head().values())
         charge = head if self.config.charge_head else 0
-        budget, most = int(self.config.density * self.total), self.total - head
+        budget, most = int(self.config.density * self.total), self.entries
         if not 1 <= budget - charge <= most:
             raise TargetError(
                 f"density={self.config.density} of {self.total:,} parameters is {budget:,}, of which the task head "
@@ -74,18 +75,7 @@ class FishMask(Method):
             )
         return budget - charge
 
-    def pending(self) -> tuple[int, int, int]:
-        return sparse.pending(self.k, sum(p.numel() for p in self.candidates.values()))
-
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        c, k = self.config, self.k
-        scores = importance.per_example(
-            self.host.model, self.candidates.values(), batches, c.samples, c.fisher, absolute=c.absolute
-        )
-        self.children = sparse.train_top_entries(self.host, self.candidates, scores, k)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return sparse.state(self.host, self.children)
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.children = sparse.load_state(self.host, self.candidates, state)
+        c = self.config
+        model, candidates = self.host.model, self.candidates.values()
+        self.choose(importance.per_example(model, candidates, batches, c.samples, c.fisher, absolute=c.absolute))

@@ -1,0 +1,101 @@
+"""A training inside a calibration: the first phase of methods that learn densely before they choose what to train.
+
+It has its own optimizer, which is gone when it ends, and leaves the global random state, the parameters' flags and the
+model's mode as they were.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from peftlib.errors import DataError
+from peftlib.mechanisms import importance
+from peftlib.mechanisms.importance import Batch
+
+
+def train(
+    model: nn.Module,
+    groups: Iterable[dict],
+    batches: Iterable[Batch],
+    *,
+    epochs: float,
+    steps: int | None = None,
+    warmup: float = 0.06,
+    max_norm: float = 1.0,
+    seed: int = 0,
+    what: str = "first phase",
+    loss: Callable[[nn.Module, Batch], torch.Tensor] = importance.loss,
+    after_step: Callable[[], None] = lambda: None,
+) -> int:
+    """AdamW on the groups' parameters, without weight decay; each group's gradient is cut to ``max_norm``.
+
+    Args:
+        groups: optimizer groups, ``{"params": [...], "lr": rate}``.
+        batches: with a length (a DataLoader): read anew each epoch; without: kept in memory.
+        epochs: passes over the batches; ``steps`` overrides them.
+        warmup: share of the steps in which the rates rise linearly from 0; they fall linearly to 0 afterwards.
+        seed: of dropout and whatever else is drawn meanwhile.
+        loss: the loss of a batch, by default the model's own.
+        after_step: called after each step.
+
+    Returns the number of steps. Raises DataError for batches without rows or labels, or a loss that is not finite.
+    """
+    batches = batches if sized(batches) else list(batches)
+    if not len(batches):
+        raise DataError("there is nothing to train the first phase on: the calibration batches are empty")
+    total = steps if steps is not None else max(1, round(epochs * len(batches)))
+    rising = max(1, round(warmup * total))
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
+    flags = [p.requires_grad for p in parameters]
+    mode, device = model.training, parameters[0].device
+    model.train()
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
+        )
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for _, batch in zip(_shown(range(total), total, what), _forever(batches)):
+                value = loss(model, batch)
+                value.backward(inputs=parameters)
+                for group in groups:
+                    nn.utils.clip_grad_norm_(group["params"], max_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                after_step()
+        if not bool(value.isfinite()):
+            raise DataError("the loss of the first phase is not finite; look at the labels, the precision and the rate")
+    finally:
+        for parameter, flag in zip(parameters, flags):
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.train(mode)
+    return total
+
+
+def sized(batches: Iterable[Batch]) -> bool:
+    """Whether the batches have a length, and can thus be read more than once."""
+    try:
+        len(batches)
+    except TypeError:
+        return False
+    return True
+
+
+def _forever(batches: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def _shown(steps: range, total: int, what: str) -> Iterable[int]:
+    return track(steps, what, total=total, transient=True, disable=not sys.stdout.isatty())

@@ -1,0 +1,92 @@
+"""What the methods share that choose entries of frozen tensors from data, and then train those alone.
+
+Such a method has one life: :meth:`Method.calibrate` looks at the training data, in a pass over gradients or in a whole
+first training, and decides which entries train. Only then do the trained parameters exist, k values, so an optimizer
+that is built afterwards has states for k values, counts and files are those of k values, and a resumed training finds
+the same parameters as the one that it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from peftlib.errors import TargetError
+from peftlib.mechanisms import sparse
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import Method, MethodConfig
+
+
+class ChosenEntries(Method):
+    """A method that trains k entries of the tensors in ``candidates``.
+
+    Subclasses say which these are (:meth:`choices`), how many entries are chosen (``k``, known before the data) and,
+    in ``calibrate``, which: they end it with :meth:`choose`.
+    """
+
+    calibrates = True
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        self.candidates: dict[str, nn.Parameter] = {}
+        self.children: dict[str, sparse.SparseValues] = {}
+
+    def attach(self, host: Host) -> None:
+        self.candidates = self.choices(host)
+        self.seed = int(torch.randint(2**31, (), device="cpu"))
+        if not 1 <= self.k <= self.entries:
+            raise TargetError(
+                f"density={self.config.density} of {self.entries:,} entries is {self.k:,}; it must be a number from 1 "
+                f"to {self.entries:,}"
+            )
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        """The tensors among whose entries is chosen: by default all of the backbone below its head."""
+        base = {id(p) for p in host.anatomy.base.parameters()}
+        return {n: p for n, p in host.model.named_parameters() if id(p) in base and not p.requires_grad}
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are to choose from."""
+        return sum(p.numel() for p in self.candidates.values())
+
+    @property
+    def k(self) -> int:
+        """How many entries are chosen."""
+        return int(self.config.density * self.entries)
+
+    def trained_head(self) -> dict[str, nn.Parameter]:
+        """The task head's parameters, where it trains."""
+        return {n: p for n, p in self.host.anatomy.head.items() if p.requires_grad}
+
+    def pending(self) -> tuple[int, int, int]:
+        return sparse.pending(self.k, self.entries)
+
+    def choose(self, scores: Sequence[torch.Tensor]) -> None:
+        """Train the k entries with the largest scores (float32, not negative, one tensor a candidate)."""
+        self.children = sparse.train_top_entries(self.host, self.candidates, scores, self.k)
+
+    def train(self, indices: Iterable[torch.Tensor]) -> None:
+        """Train the entries at these flat indices, one ascending tensor a candidate."""
+        chosen = zip(self.candidates.items(), indices, strict=True)
+        self.children = {n: sparse.train_entries(self.host, p, i) for (n, p), i in chosen if len(i)}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return sparse.state(self.host, self.children)
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.children = sparse.load_state(self.host, self.candidates, state)
+
+    def add(self, state: dict[str, torch.Tensor]) -> None:
+        """Add another sparse vector, as :meth:`state` gives it without a head, to this one: at every entry the two
+        differences to the backbone's weights are summed.
+
+        Entries that only one of them has keep its value bit for bit; the rest are rounded once. Raises LoadError where
+        it does not fit the backbone, and nothing is changed then.
+        """
+        for name, (indices, values) in sparse.read(self.candidates, state).items():
+            if name not in self.children:
+                self.children[name] = sparse.train_entries(self.host, self.candidates[name], indices[:0])
+            self.children[name].add(self.candidates[name], indices, values)
