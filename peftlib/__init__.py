@@ -19,6 +19,7 @@ from peftlib.saved import read
 from peftlib.taxonomy import Entry, methods
 from peftlib.taxonomy import entry as card
 from peftlib.training import FitResult, fit
+from peftlib.vectors import add_vector
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "PeftlibError",
     "Progress",
     "SavedAdapter",
+    "add_vector",
     "attach",
     "backbones",
     "card",
