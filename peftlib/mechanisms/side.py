@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import StateError, TargetError, UnsupportedError
+from peftlib.mechanisms.cache import grow
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.precision import cast
@@ -148,25 +147,9 @@ class Ladder(nn.Module):
         if values.get("position_embeddings") is not None:
             own["position_embeddings"] = self.rotary(state, values["position_ids"])
         if values.get("past_key_values") is not None:
-            _grow(values["past_key_values"], self._cached_layers)
+            grow(values["past_key_values"], self._cached_layers)
         values |= {name: value for name, value in own.items() if name in values}
         return [values[n] for n in self._names[: len(call.args)]], {n: values[n] for n in call.kwargs}
-
-
-def _grow(cache: Any, layers: int) -> None:
-    """Make room for the side layers' keys and values behind the backbone's, so that whatever reorders, crops or repeats
-    a cache while generating does it to both."""
-    both = isinstance(cache, EncoderDecoderCache)
-    for part in (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,):
-        if not isinstance(part, DynamicCache):
-            raise UnsupportedError(
-                f"a side network keeps its keys and values in a DynamicCache, and this one is a {type(part).__name__}; "
-                'generate with cache_implementation="dynamic" or use_cache=False'
-            )
-        while len(part.layers) < layers:
-            like = part.layers[0] if part.layers else None
-            sliding = isinstance(like, DynamicSlidingWindowLayer)
-            part.layers.append(DynamicSlidingWindowLayer(like.sliding_window) if sliding else DynamicLayer())
 
 
 # The seams
