@@ -180,13 +180,15 @@ METHODS = (
         arxiv="2308.12043",
         summary="Every matrix starts at rank one, and ranks grow where the importance is highest until the budget is "
         "spent; the next component is trained in advance.",
-        equation=r"y = W x + \sum_{j=1}^{r_k + 1} \lambda_{k,j}\, b_{k,j}\, a_{k,j}^{\top}\, x,\qquad "
+        equation=r"y = W x + \frac{\alpha}{r_k} \sum_{j=1}^{r_k + 1} \lambda_{k,j}\, b_{k,j} a_{k,j}^{\top} x,\qquad "
         r"S_k = \operatorname{mean} \Bigl|\Delta W_k \odot \frac{\partial \mathcal{L}}{\partial \Delta W_k}\Bigr|",
         symbols=r"$a_{k,j} \in \mathbb{R}^{i}$, $b_{k,j} \in \mathbb{R}^{o}$, $\lambda_{k,j}$: component $j$ of matrix "
         r"$k$; $r_k$: its current rank; component $r_k + 1$ is the reserve, with a tiny fixed $\lambda$.",
         sites=_LINEARS,
-        trains="One component and one reserve a matrix at first; at the end the budget's components.",
-        count="L * (4 * (2 * 2 * d + 1) + 2 * (2 * (d + f) + 1))",
+        trains="One component and the reserve of every matrix at first; at the end the budget's components. Counted is "
+        "the room for as many as the rounds can bring one matrix.",
+        count="min(d, 1 + grow * max(1, ceil(6 * L * (target_rank - 1) / (min(top, 6 * L) * grow)))) "
+        "* L * (8 * d + 2 * (d + f) + 6)",
         start="near",
         start_note="The reserve components act with a weight of 1e-5.",
         merge="exact",
@@ -194,8 +196,7 @@ METHODS = (
         life=(
             "penalty: orthogonality of the components",
             "on_gradients: importance of every matrix, smoothed",
-            "on_step_end: give rank to the most important matrices, up to the budget",
-            "on_train_end: drop the unused reserves",
+            "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
         ),
         original="FeiyuZhang98/IncreLoRA",
     ),

@@ -1,0 +1,216 @@
+r"""IncreLoRA: every matrix starts at rank one, and ranks grow where the update matters most, until a budget is spent.
+
+.. math:: y = W x + \frac{\alpha}{r_k} \sum_j \lambda_{k,j} b_{k,j} a_{k,j}^\top x, \qquad
+    S_k = \operatorname{mean} \Bigl|\Delta W_k \odot \frac{\partial \mathcal L}{\partial \Delta W_k}\Bigr|
+
+Shapes: W (out, in), a (in,), b (out,), lambda a number; r_k active components in matrix k. a and b start N(0, 0.02) and
+lambda at zero. Beside them ``grow`` components a matrix are trained in advance with lambda fixed at 1e-5 (the start is
+that near to the identity). The importance of a matrix is S_k, smoothed by ``beta1``, times its smoothed deviation
+(``beta2``). In each round the ``top`` most important matrices turn their reserve into active components and get a new
+one; what begins to train then has a warm-up of its own. The last round takes no more than is left, so the ranks add up
+to n ``target_rank`` exactly, and unused reserves are dropped. The loss also has :math:`\gamma` times the mean distance
+of B^T B and A A^T from the identity. Merge: exact, as LoRA's.
+
+An optimizer is built before training, so each matrix has room for as many components as the rounds can bring it; the
+count says how much is allocated. Only components in use have gradients, and only active ones are stored at the end.
+
+Source: Zhang et al. 2023, arXiv:2308.12043, and its code. Where we differ from the code: S_k is the paper's mean, not
+the sum over the root of the size; the distance is taken over all components of a matrix as the paper writes it, where
+the code takes each component alone (its norm); ties and the last round cannot miss the budget; Adam counts steps a
+matrix, not a component, which the warm-up covers. As there, the scale falls with 1 / r_k when a rank grows. The code's
+``grow`` is 1, 2, 3, 4 for ``target_rank`` 2, 4, 6, 8 and its alpha 32. The schedule is in shares of the steps; the
+code's examples start after 1 to 3 % and end after 20 to 65 %. The growth forms every update and its gradient at full
+size while it lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
+
+
+@dataclass(frozen=True)
+class IncreLoRAConfig(MethodConfig):
+    """``target_rank``, the mean rank at the end; ``alpha`` (at rank r the scale is alpha / r); ``targets`` (site
+    patterns); ``top`` matrices that grow in a round and by how much, ``grow``; ``initial_warmup`` before the first
+    round and ``growth_end`` by which the budget is spent (shares of the steps); ``part_warmup`` of what begins later
+    (share); ``beta1`` and ``beta2`` of the smoothing; ``orthogonality`` gamma."""
+
+    target_rank: int = 2
+    alpha: float = 32.0
+    targets: tuple[str, ...] | str = "all-linear"
+    top: int = 12
+    grow: int = 1
+    initial_warmup: float = 0.03
+    growth_end: float = 0.5
+    part_warmup: float = 0.03
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self):
+        for name in ("target_rank", "top", "grow"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("initial_warmup", "part_warmup", "orthogonality"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("growth_end", "beta1", "beta2"):
+            between(name, getattr(self, name), 0, 1)
+        if self.initial_warmup > self.growth_end:
+            raise ConfigError(
+                f"initial_warmup={self.initial_warmup} is above growth_end={self.growth_end}: no steps to grow in"
+            )
+
+    def rounds(self, matrices: int) -> int:
+        """How many rounds spend the budget of so many matrices."""
+        return math.ceil(matrices * (self.target_rank - 1) / (min(self.top, matrices) * self.grow))
+
+    def budget(self, step: int, total: int, matrices: int) -> int:
+        """How many components may be active after ``step`` of ``total`` steps."""
+        first, last = round(self.initial_warmup * total), round(self.growth_end * total)
+        done = 1.0 if step >= last else max(0, step - first) / max(1, last - first)
+        ready = int(done * self.rounds(matrices) + 1e-9) * min(self.top, matrices) * self.grow
+        return min(matrices * self.target_rank, matrices + ready)
+
+
+class IncreLoRA(Method):
+    Config = IncreLoRAConfig
+    learning_rate = 1e-3
+
+    def attach(self, host: Host) -> None:
+        c = self.config
+        sites = host.anatomy.sites(c.targets)
+        self.updates: dict = {}
+        self.trace: list[tuple[int, dict[str, int]]] = []
+        for site in sites:
+            check_rank(c.target_rank, site)
+            most = min(site.in_features, site.out_features)
+            capacity = min(1 + c.grow * max(1, c.rounds(len(sites))), most)
+            update = Growing(site.in_features, site.out_features, capacity, c.alpha)
+            update.start(torch.tensor([0]), reserve=False)
+            if c.target_rank > 1:
+                update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
+            update.weighed = c.target_rank > 1
+            self.updates[site] = host.after(site, "increlora", update)
+        self._restart()
+
+    def ranks(self) -> dict[str, int]:
+        """Site -> how many of its components are active."""
+        return {str(site): int(update.active.sum()) for site, update in self.updates.items()}
+
+    def penalty(self) -> torch.Tensor:
+        norms = [norm for update in self.updates.values() for norm in update.orthogonality()]
+        return self.config.orthogonality * torch.stack(norms).mean()
+
+    def _restart(self) -> None:
+        shape = len(self.updates)
+        self.sensitivity, self.uncertainty = torch.zeros(shape), torch.zeros(shape)
+        # The step from which a component's vectors and its singular value train; what was there at the start is warm.
+        self.born = {u: torch.full((2, len(u.singular)), -math.inf) for u in self.updates.values()}
+        self.before: dict = {}
+        self.trace = [(0, self.ranks())]
+
+    @torch.no_grad()
+    def on_gradients(self, progress: Progress) -> None:
+        if progress.step == 0:
+            self._restart()
+        updates = list(self.updates.values())
+        if updates[0].weighed:
+            scores = torch.stack([u.meter.new_zeros(()) if u.meter.grad is None else u.meter.grad for u in updates])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(scores)
+            for update in updates:
+                update.meter.grad = None
+            scores = scores.float().cpu()
+            self.sensitivity.lerp_(scores, 1 - self.config.beta1)
+            self.uncertainty.lerp_((scores - self.sensitivity).abs(), 1 - self.config.beta2)
+        for update in updates:
+            vectors, values = self._warmth(update, progress)
+            if bool((vectors < 1).any() | (values < 1).any()):
+                pairs = ((update.P, vectors), (update.Q, vectors[:, None]), (update.singular, values))
+                self.before[update] = [(p, p.detach().clone(), warmth.to(p)) for p, warmth in pairs]
+
+    def _warmth(self, update: Growing, progress: Progress) -> torch.Tensor:
+        """(2, capacity) factors of the learning rate, for vectors and singular values."""
+        steps = max(1, round(self.config.part_warmup * progress.total))
+        return ((progress.step - self.born[update] + 1) / steps).clamp(max=1)
+
+    @torch.no_grad()
+    def on_step_end(self, progress: Progress) -> None:
+        for tensors in self.before.values():
+            for parameter, before, warmth in tensors:
+                parameter.copy_(torch.where(warmth < 1, before + warmth * (parameter - before), parameter))
+        self.before = {}
+        if not next(iter(self.updates.values())).weighed:
+            return
+        step = progress.step + 1
+        budget = self.config.budget(step, progress.total, len(self.updates))
+        spent = start = sum(self.ranks().values())
+        while spent < budget:
+            spent += self._round(budget - spent, step)
+        if spent > start:
+            self.trace.append((step, self.ranks()))
+        if spent == self.config.target_rank * len(self.updates):
+            for update in self.updates.values():
+                update.drop(update.reserve.nonzero().flatten())
+                update.weighed = False
+
+    def _round(self, left: int, step: int) -> int:
+        """Activate the reserves of the most important matrices that have room, at most ``left``; gives how many."""
+        updates, given, grown = list(self.updates.values()), 0, 0
+        for index in (self.sensitivity * self.uncertainty).argsort(descending=True, stable=True).tolist():
+            update = updates[index]
+            ready = update.reserve.nonzero().flatten()[: min(self.config.grow, left - given)]
+            if len(ready):
+                update.reserve[ready] = False
+                self.born[update][1, ready.cpu()] = step
+                waiting = (~update.kept).nonzero().flatten()[: len(ready)]
+                update.start(waiting, reserve=True)
+                self.born[update][0, waiting.cpu()] = step
+                given, grown = given + len(ready), grown + 1
+            if given == left or grown == self.config.top:
+                break
+        return given
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        born = {f"{path}.born": self.born[update] for path, update in self._paths().items()}
+        return born | {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+
+    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+        self.sensitivity, self.uncertainty = memory["sensitivity"].clone(), memory["uncertainty"].clone()
+        for path, update in self._paths().items():
+            self.born[update] = memory[f"{path}.born"].clone()
+        self._weigh()
+
+    def _weigh(self) -> None:
+        growing = any(bool(update.reserve.any()) for update in self.updates.values())
+        for update in self.updates.values():
+            update.weighed = growing
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = self.host.state()
+        for path, update in self._paths().items():
+            state.update({f"{path}.{name}": tensor.detach() for name, tensor in update.only_kept().items()})
+        return state
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        state = dict(state)
+        for path, update in self._paths().items():
+            names = [f"{path}.{name}" for name in ("P", "singular", "Q", "kept")]
+            if all(name in state for name in names):
+                state.update(zip(names, update.spread(*(state[name] for name in names))))
+        self.host.load_state(state)
+        self._weigh()
+
+    def _paths(self) -> dict[str, Growing]:
+        return {path: child for path, child in self.host.paths().items() if isinstance(child, Growing)}
+
+    def merge(self) -> None:
+        for site, update in self.updates.items():
+            add_to_weight(site, update.delta())
