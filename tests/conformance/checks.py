@@ -480,7 +480,7 @@ def _train_with_trainer(adapted: peftlib.Adapted, case: Case, folder: Path, chec
 NEAR = 0.25
 """A start that is near the backbone's moves the logits by less than this share of their norm."""
 
-FARTHER: dict[str, float] = {"qlora": 0.6}
+FARTHER: dict[str, float] = {"qlora": 0.6, "qa_lora": 0.6}
 """Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
 norm, which a random post-norm encoder amplifies."""
 

@@ -1,0 +1,187 @@
+"""QA-LoRA: group-wise integers, the pooled update, and the merge into the offsets."""
+
+import copy
+
+import pytest
+import safetensors
+import torch
+
+import peftlib
+from peftlib import backbones
+from peftlib.errors import PeftlibError
+from peftlib.mechanisms.quantized import GroupWeight, QuantizedLinear
+from tests.conformance.case import batch, train
+from tests.methods.helpers import Spy, backbone, inputs, perturb
+from tests.reference.quantized import group_quantized, qa_lora
+
+FAMILIES = ["bert", "t5", "llama", "gpt2"]
+OPTIONS = {"rank": 4, "group": 8}
+
+
+def _weight(rows=6, columns=24):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.05
+
+
+# The weight
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("shape", [(6, 24), (3, 8), (1, 24)], ids=str)
+def test_dequantized_weight_is_the_papers(bits, shape):
+    weight = _weight(*shape)
+    expected = torch.tensor(group_quantized(weight.tolist(), bits, group=8))
+    torch.testing.assert_close(GroupWeight(weight, bits, group=8)(torch.float32), expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_no_entry_is_farther_than_half_a_step_and_the_ends_are_met(bits):
+    weight = _weight(16, 64)
+    mine = GroupWeight(weight, bits, group=16)
+    groups, found = (t.view(16, 4, 16) for t in (weight, mine(torch.float32)))
+    step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    assert ((groups - found).abs() <= step[..., None] / 2 + 1e-7).all()
+    torch.testing.assert_close(found.amax(-1), groups.amax(-1))
+    torch.testing.assert_close(found.amin(-1), groups.amin(-1))
+
+
+def test_a_group_of_equal_entries_is_kept_exactly():
+    weight = torch.full((2, 16), 0.3)
+    assert torch.equal(GroupWeight(weight, group=8)(torch.float32), weight)
+    assert not GroupWeight(torch.zeros(2, 16), group=8)(torch.float32).any()
+
+
+def test_memory_is_6_bits_an_entry_and_dtypes_leave_it_alone():
+    mine = GroupWeight(_weight(64, 128))
+    assert mine.nbytes * 8 / (64 * 128) == 4 + 2 * 32 / 32
+    assert sum(t.numel() * t.element_size() for t in mine.state_dict().values()) == mine.nbytes
+    before = mine(torch.float32)
+    assert torch.equal(mine.to(torch.bfloat16).to(torch.float64)(torch.float32), before)
+
+
+# The method
+
+
+@torch.no_grad()
+def test_equation_on_one_site():
+    model = backbone("bert")
+    adapted = peftlib.attach(model, "qa_lora", alpha=6.0, **OPTIONS)
+    perturb(adapted)
+    site = adapted.host.anatomy.layers[1].sites["ffn.up"]
+    spy = Spy(site.module)
+    model(**inputs("bert"))
+    x, y = spy[site.module]
+    update = site.module.lora
+    expected = qa_lora(x[1, :4], site.module.weight, site.bias, update.A, update.B, alpha=6.0, rank=4, group=8)
+    torch.testing.assert_close(y[1, :4], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_starts_as_the_quantized_backbone(family):
+    plain = backbone(family)
+    adapted = peftlib.attach(backbone(family), "qa_lora", **OPTIONS)
+    for path, module in adapted.method.quantized.items():
+        weight = plain.get_submodule(path).weight
+        weight.copy_(module.weight.T if type(plain.get_submodule(path)).__name__ == "Conv1D" else module.weight)
+    data = inputs(family)
+    torch.testing.assert_close(adapted.model(**data).logits, plain(**data).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merged_into_the_offsets_codes_and_scales_stay(family):
+    """The low-bit maps that a merge can leave compute what LoRA and they computed together."""
+    model = backbone(family)
+    adapted = peftlib.attach(model, "qa_lora", keep_quantized=True, **OPTIONS)
+    perturb(adapted)
+    before = model(**inputs(family)).logits
+    held = {path: copy.deepcopy(module.quantized) for path, module in adapted.method.quantized.items()}
+    assert adapted.merge() is model
+    after = model(**inputs(family)).logits
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-5
+    assert not torch.allclose(after, backbone(family)(**inputs(family)).logits, atol=1e-2)
+    left = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert left.keys() == held.keys()
+    for path, module in left.items():
+        assert not any("lora" in name for name, _ in module.named_modules())
+        assert torch.equal(module.quantized.codes, held[path].codes)
+        assert torch.equal(module.quantized.scales, held[path].scales)
+        assert not torch.equal(module.quantized.offsets, held[path].offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_the_plain_merge_is_the_low_bit_one(dtype):
+    plain, low = (
+        peftlib.attach(backbone("gpt2").to(dtype), "qa_lora", keep_quantized=keep, **OPTIONS) for keep in (False, True)
+    )
+    for adapted in (plain, low):
+        perturb(adapted)
+        adapted.merge()
+    for layer, other in zip(plain.model.transformer.h, low.model.transformer.h):
+        assert type(layer.attn.c_attn).__name__ == "Conv1D"
+        assert layer.attn.c_attn.weight.dtype == dtype
+        torch.testing.assert_close(layer.attn.c_attn.weight.T, other.attn.c_attn.weight, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merging_quantized_again_would_give_the_same_codes():
+    """What the paper is about: the merged weight lies on a 4-bit grid, which LoRA's product would leave."""
+    adapted = peftlib.attach(backbone("bert"), "qa_lora", **OPTIONS)
+    perturb(adapted)
+    path, module = next(iter(adapted.method.quantized.items()))
+    codes = module.quantized.codes.clone()
+    merged = adapted.merge().get_submodule(path).weight
+    again = GroupWeight(merged, group=8)
+    assert torch.equal(again.codes, codes)
+    torch.testing.assert_close(again(torch.float32), merged, atol=1e-6, rtol=1e-5)
+
+
+def test_files_hold_the_factors_alone_and_the_backbone_is_quantized_again(tmp_path):
+    adapted = peftlib.attach(backbone("llama"), "qa_lora", **OPTIONS)
+    train(adapted, batch("llama"), steps=3)
+    before = adapted.model(**inputs("llama")).logits
+    folder = adapted.save(tmp_path / "adapter")
+    with safetensors.safe_open(folder / "adapter.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert all(n.endswith((".lora.A", ".lora.B")) for n in names - set(adapted.head_names))
+    loaded = peftlib.load(backbone("llama"), folder)
+    assert torch.equal(loaded.model(**inputs("llama")).logits, before)
+
+
+def test_detach_gives_the_original_modules_back():
+    model = backbone("gpt2")
+    modules = dict(model.named_modules())
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    adapted = peftlib.attach(model, "qa_lora", **OPTIONS)
+    train(adapted, batch("gpt2"), steps=2)
+    adapted.detach()
+    assert all(m is modules[n] for n, m in model.named_modules())
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def test_counts():
+    """4096 inputs are 128 groups, 11008 are 344: 64 (4 (128 + 4096) + 2 (128 + 11008) + 344 + 4096) a layer."""
+    adapted = peftlib.attach(backbones.shapes("llama-7b", head="causal_lm"), "qa_lora")
+    assert adapted.count().trained == 32 * 64 * (4 * (128 + 4096) + 2 * (128 + 11008) + (344 + 4096))
+
+
+def test_a_fused_projection_can_be_adapted_in_part():
+    model = backbone("gpt2")
+    adapted = peftlib.attach(model, "qa_lora", targets=("attention.value",), keep_quantized=True, **OPTIONS)
+    perturb(adapted)
+    module = model.transformer.h[0].attn.c_attn
+    before = module.weight
+    with torch.no_grad():
+        expected = model(**inputs("gpt2")).logits
+        torch.testing.assert_close(adapted.merge()(**inputs("gpt2")).logits, expected, atol=1e-5, rtol=1e-5)
+    changed = (module.weight != before).any(dim=1)
+    assert changed.tolist() == [False] * 64 + [True] * 32
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"group": 12}, {"group": 0}, {"bits": 3}, {"compute": "int8"}], ids=str
+)
+def test_bad_values(options):
+    with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
+        peftlib.attach(backbone("bert"), "qa_lora", **(OPTIONS | options))
