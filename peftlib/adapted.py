@@ -147,13 +147,18 @@ class Adapted:
 
     @contextmanager
     def task(self, index: int):
-        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``."""
+        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``.
+
+        Raises DataError for a task that the method does not know.
+        """
         self._check_attached()
-        before, self.host.tasks.default = self.host.tasks.default, index
+        tasks = self.host.tasks
+        tasks.check(index)
+        before, tasks.default = tasks.default, index
         try:
             yield self
         finally:
-            self.host.tasks.default = before
+            tasks.default = before
 
     def callback(self):
         """A ``transformers.TrainerCallback`` that runs the method's moments inside ``transformers.Trainer``."""

@@ -51,6 +51,7 @@ SETTINGS = {
     "sources": ("a", "b", "c"),
     "experts": 4,
     "task_dim": 64,
+    "shared_gate": True,
     "divisions": 4,
     "plus_plus": False,
     "layers": (1,) * 12,

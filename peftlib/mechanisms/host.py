@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from peftlib import anatomy
 from peftlib.anatomy import Anatomy, Site
-from peftlib.errors import LoadError, StateError
+from peftlib.errors import DataError, LoadError, StateError
 
 
 def _after(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
@@ -62,17 +62,36 @@ class Tasks:
 
     def __init__(self):
         self.given: torch.Tensor | None = None
+        self.running = False
         self.default = 0
+        self.count: int | None = None
+        """How many tasks the method knows; None where it knows none, or one for all."""
 
     def ids(self, rows: int, device: torch.device) -> torch.Tensor:
         """Task numbers (rows,): the batch's ``task_ids``, else the default for every row.
 
         A part of the model that works on a multiple of the batch's rows (beams, repeated rows) gets them repeated.
+        The batch's count during the model's forward and where checkpointing repeats a part of it; an encoder that
+        ``generate()`` runs on its own belongs to the default task.
         """
-        if self.given is None:
+        if self.given is None or not (self.running or torch.is_grad_enabled()):
             return torch.full((rows,), self.default, device=device)
         given = self.given.to(device)
+        if rows % len(given):
+            raise DataError(f"the batch has {len(given)} task_ids, which do not fit {rows} rows")
         return given if len(given) == rows else given.repeat_interleave(rows // len(given))
+
+    def check(self, ids: torch.Tensor | int) -> None:
+        """Raise DataError for a task that the method does not know."""
+        if self.count is None:
+            return
+        ids = torch.as_tensor(ids)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.count:
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"task {wrong} is not one of this adapter's tasks, 0 to {self.count - 1}; attach it with tasks=..."
+            )
 
 
 class Host:
@@ -260,6 +279,7 @@ class Host:
     def take_task_ids(self) -> None:
         """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
         self.hook(self.model, partial(_take_task_ids, self.tasks), before=True)
+        self.hook(self.model, partial(_leave_model, self.tasks))
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
@@ -349,8 +369,14 @@ class Host:
 
 
 def _take_task_ids(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict):
-    tasks.given = kwargs.pop("task_ids", None)
+    tasks.given, tasks.running = kwargs.pop("task_ids", None), True
+    if tasks.given is not None and not torch.compiler.is_compiling():
+        tasks.check(tasks.given)
     return args, kwargs
+
+
+def _leave_model(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    tasks.running = False
 
 
 def _part_name(name: str, part: tuple[int, int] | None) -> str:

@@ -411,11 +411,12 @@ METHODS = (
         r"experts; $e_t$: embedding of task $t$; $W_g$: the gate, one for the whole model.",
         sites=_LINEARS,
         trains="Experts, task embeddings and gate.",
-        count="L * rank * (8 * d + 2 * (d + f)) + tasks * task_dim + task_dim * experts",
+        count="L * rank * (8 * d + 2 * (d + f)) + (1 if shared_gate else 6 * L) * task_dim * (tasks + experts)",
         start="identity",
         start_note="Every B starts at zero.",
         merge="exact",
         merge_note="For one task the weighted experts are one product, which is added to the weight.",
+        life=("every forward: weigh the experts by the tasks of the batch's rows (task_ids)",),
         original="liuqidong07/MOELoRA-peft",
     ),
     Entry(

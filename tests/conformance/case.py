@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict] = {
     "child_tuning_f": {"density": 0.7},  # of a head's two biases one must pass once in three steps
     "hadamard_adapter": {"head_stage": 0.0},  # half of three steps is too little to move the rest
     "pasta": {"dropout": 0.0},  # some checks compare two runs of the same steps
+    "moelora": {"dropout": 0.0},  # some checks compare two runs of the same steps
     "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model
     "ladder_side_tuning": {"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps

@@ -114,6 +114,22 @@ def test_children_see_the_tasks_of_the_rows(watched):
     assert child.seen == [[0] * 8, ids.tolist(), [3] * 8, [0] * 8]
 
 
+def test_an_encoder_that_generate_runs_alone_is_of_the_default_task():
+    adapted = peftlib.attach(backbone("t5", "seq2seq"), "lora")
+    child = Watch(adapted.host.tasks)
+    adapted.host.after(adapted.host.anatomy.sites("attention.query")[0], "watch", child)
+    adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    adapted.model.train()
+    adapted.model(**batch("t5", "seq2seq"), task_ids=ids).loss.backward()
+    assert child.seen == [ids.tolist()] * 2, "checkpointing repeats the layer with the batch's tasks"
+    child.seen.clear()
+    text = {k: v for k, v in batch("t5", "seq2seq").items() if k != "labels"}
+    with adapted.task(3):
+        adapted.model.eval().generate(**text, max_new_tokens=2)
+    assert child.seen == [[3] * 8]
+
+
 def test_a_copy_has_tasks_of_its_own(watched):
     adapted, child = watched
     other = copy.deepcopy(adapted.model)
@@ -121,6 +137,18 @@ def test_a_copy_has_tasks_of_its_own(watched):
     logits(adapted.model, **inputs("bert"))
     twin = next(m for m in other.modules() if isinstance(m, Watch))
     assert twin.seen == [list(range(8))] and child.seen == [[0] * 8]
+
+
+def test_tasks_that_cannot_be_are_named(watched):
+    adapted, _ = watched
+    with pytest.raises(DataError, match="the batch has 3 task_ids, which do not fit 8 rows"):
+        logits(adapted.model, **inputs("bert"), task_ids=torch.arange(3))
+    adapted.host.tasks.count = 2
+    with pytest.raises(DataError, match="task 2 is not one of this adapter's tasks, 0 to 1"):
+        logits(adapted.model, **inputs("bert"), task_ids=torch.arange(8) % 3)
+    with pytest.raises(DataError, match="task -1 is not one"), adapted.task(-1):
+        pass
+    logits(adapted.model, **inputs("bert"), task_ids=torch.arange(8) % 2)
 
 
 def test_fit_trains_on_a_mixture_and_reports_each_member(watched):

@@ -1,5 +1,7 @@
 """Low-rank updates as their papers write them, one entry at a time, in Python's doubles."""
 
+import math
+
 import torch
 
 
@@ -73,3 +75,18 @@ def product(b, a, scale):
     """Hu et al. 2022: the update (alpha / r) B A as a matrix of doubles."""
     columns = a.T.tolist()
     return torch.tensor([[scale * _dot(row, column) for column in columns] for row in b.tolist()], dtype=torch.float64)
+
+
+def moelora(x, experts, embedding, gate, alpha):
+    """Liu et al. 2023: (alpha / r) sum_i w_i B_i A_i x for each row of x (tokens, in); w is the softmax of what the
+    gate makes of the task's embedding, ``experts`` are pairs (A_i, B_i) and r is the sum of their ranks."""
+    scores = [math.exp(s) for s in _times(gate, embedding.tolist())]
+    rank = sum(len(a) for a, _ in experts)
+    rows = []
+    for token in x.tolist():
+        total = [0.0] * len(experts[0][1])
+        for score, (a, b) in zip(scores, experts):
+            part = _times(b, _times(a, token))
+            total = [t + alpha / rank * score / sum(scores) * p for t, p in zip(total, part)]
+        rows.append(total)
+    return torch.tensor(rows)

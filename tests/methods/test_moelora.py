@@ -1,0 +1,129 @@
+"""MOELoRA: experts weighted by the task of each row, in mixed batches; one update per task, which merges."""
+
+import pytest
+import torch
+
+import peftlib
+from peftlib import backbones
+from peftlib.errors import DataError, MergeError
+from tests.conformance.case import LABELS, batch, logits, train
+from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+from tests.reference import low_rank
+
+OPTIONS = {"tasks": 3, "rank": 4, "experts": 2, "task_dim": 6, "dropout": 0.0}
+
+
+def attached(family="bert", head="classification", **options):
+    adapted = peftlib.attach(backbone(family, head), "moelora", **OPTIONS | options)
+    perturb(adapted)
+    return adapted
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt"])
+def test_each_row_gets_its_task_s_mixture_of_experts(family):
+    adapted = attached(family, targets=("attention.query", "ffn.up"))
+    sites = list(adapted.method.updates)
+    spy = Spy(*(site.module for site in sites))
+    tasks = [2, 0, 2]
+    data = inputs(family)
+    logits(adapted.model, **data, task_ids=torch.tensor(tasks))
+    for site, update in adapted.method.updates.items():
+        gate = update.gate
+        experts = list(zip(update.A.chunk(2), update.B.chunk(2, dim=1)))
+        x, y = (t.unflatten(0, (3, -1)) if t.dim() == 2 else t for t in spy[site.module])
+        for row, task in enumerate(tasks):
+            expected = low_rank.moelora(x[row], experts, gate.embedding[task], gate.linear.weight, alpha=32.0)
+            got = y[row][..., site.rows] - linear(site, x[row])
+            torch.testing.assert_close(got, expected.to(got.dtype), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("shared_gate", [True, False])
+def test_a_mixed_batch_is_each_task_alone(family, shared_gate):
+    adapted = attached(family, shared_gate=shared_gate)
+    tasks = [1, 2, 1]
+    data = inputs(family)
+    mixed = logits(adapted.model, **data, task_ids=torch.tensor(tasks))
+    answers = []
+    for task in range(3):
+        with adapted.task(task):
+            answers.append(logits(adapted.model, **data))
+    assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+    torch.testing.assert_close(mixed, torch.stack([answers[t][row] for row, t in enumerate(tasks)]))
+    assert torch.equal(logits(adapted.model, **data), answers[0])
+
+
+def test_opposite_tasks_are_told_apart_by_the_gate():
+    """Two tasks with the same texts and opposite labels, which nothing but the gate can tell apart."""
+    adapted = peftlib.attach(backbone("bert"), "moelora", **OPTIONS | {"tasks": 2, "shared_gate": True})
+    data = {k: torch.cat([v, v]) for k, v in batch("bert").items()}
+    data["labels"][len(LABELS) :] = 1 - data["labels"][len(LABELS) :]
+    data["task_ids"] = torch.tensor([0, 1]).repeat_interleave(len(LABELS))
+    for _ in range(8):
+        train(adapted, data, steps=25, rate=0.02)
+        given = {k: v for k, v in data.items() if k != "labels"}
+        if torch.equal(logits(adapted.model, **given).argmax(-1), data["labels"]):
+            break
+    else:
+        raise AssertionError("200 steps did not tell the tasks apart")
+    ((_, weights),) = adapted.method.weights().items()
+    assert weights.shape == (2, 2)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    assert (weights[0] - weights[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("shared_gate", [True, False])
+def test_one_task_is_cut_out_saved_and_merged(shared_gate, tmp_path):
+    adapted = attached(shared_gate=shared_gate)
+    data = inputs("bert")
+    with adapted.task(1):
+        expected = logits(adapted.model, **data)
+    folder = adapted.save(tmp_path / "all")
+    with pytest.raises(MergeError, match=r"each of its 3 tasks.*adapted\.method\.keep\(task\)"):
+        adapted.merge()
+
+    adapted.method.keep(1)
+    assert torch.equal(logits(adapted.model, **data), expected)
+    assert torch.equal(logits(adapted.model, **data, task_ids=torch.tensor([1, 0, 2])), expected)
+    alone = adapted.save(tmp_path / "one")
+    merged = adapted.merge()
+    torch.testing.assert_close(logits(merged, **data), expected, atol=1e-5, rtol=1e-5)
+
+    one = peftlib.load(backbone("bert"), alone)
+    assert one.method.tasks == 1
+    assert torch.equal(logits(one.model, **data), expected)
+    every = peftlib.load(backbone("bert"), folder)
+    with every.task(1):
+        assert torch.equal(logits(every.model, **data), expected)
+
+
+def test_counts_on_roberta_base():
+    model = backbones.shapes("roberta-base")
+    for shared, gates in ((True, 1), (False, 72)):
+        adapted = peftlib.attach(model, "moelora", tasks=8, shared_gate=shared)
+        experts = 12 * 16 * (4 * 2 * 768 + 2 * (768 + 3072))
+        assert adapted.count().method == experts + gates * (8 * 64 + 64 * 8)
+        assert len(adapted.method.gates) == gates
+        adapted.detach()
+
+
+def test_a_text_is_generated_for_a_task():
+    adapted = attached("llama", "causal_lm")
+    data = {k: v[:1] for k, v in inputs("llama", 1).items()}
+    texts = []
+    for task in range(3):
+        with adapted.task(task):
+            texts.append(adapted.model.generate(**data, max_new_tokens=8, do_sample=False).tolist())
+    assert texts[0] != texts[1] or texts[1] != texts[2]
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(peftlib.ConfigError, match=r"rank=6 is not a multiple of experts=4"):
+        peftlib.config("moelora", rank=6, experts=4)
+    with pytest.raises(peftlib.ConfigError, match="tasks=0"):
+        peftlib.config("moelora", tasks=0)
+    adapted = attached()
+    with pytest.raises(DataError, match="task 3 is not one of this adapter's tasks, 0 to 2"):
+        logits(adapted.model, **inputs("bert"), task_ids=torch.tensor([0, 3, 1]))
+    with pytest.raises(peftlib.ConfigError, match="task 3 is not here; choose one from 0 to 2"):
+        adapted.method.keep(3)
