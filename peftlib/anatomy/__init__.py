@@ -108,6 +108,8 @@ class Anatomy:
     family: Family
     layers: list[Layer] = field(default_factory=list)
     """Encoder layers first, then decoder layers."""
+    whole: bool = True
+    """Whether these are all layers of the model."""
 
     @property
     def base(self) -> nn.Module:
@@ -255,6 +257,12 @@ class Anatomy:
     def norms(self, kinds: Iterable[str] = ("attention", "cross_attention", "ffn")) -> list[nn.Module]:
         """The layers' norms of these kinds, in forward order."""
         return [layer.norms[kind] for layer in self.layers for kind in kinds if kind in layer.norms]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters below the task head by name in the model; of a view of some layers, theirs."""
+        roots = [self.base] if self.whole else [layer.module for layer in self.layers]
+        inside = {id(p) for root in roots for p in root.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) in inside}
 
     def path(self, module: nn.Module) -> str:
         """The module's name in the model."""

@@ -6,7 +6,7 @@ module to change the inputs and then calls transformers' own sdpa function. With
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,7 +25,7 @@ NAME = "peftlib"
 class Inputs:
     """What an attention function gets: query (B, H, q, p), key and value (B, H_kv, k, p), mask (B or 1, 1 or H, q, k)
     boolean (True attends) or additive, or None, position_bias (1 or B, H, q, k) or None; ``causal`` tells whether a
-    mask of None means a causal one."""
+    mask of None means a causal one. ``finish`` is what is done to the output (B, q, H, p), if anything."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -33,6 +33,7 @@ class Inputs:
     mask: torch.Tensor | None
     position_bias: torch.Tensor | None
     causal: bool
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def prepend(self, key: torch.Tensor, value: torch.Tensor) -> Inputs:
         """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees."""
@@ -63,9 +64,12 @@ def attention(module, query, key, value, attention_mask, *, is_causal=None, posi
         inputs = getattr(module, name)(inputs)
     if inputs.position_bias is not None:
         kwargs["position_bias"] = inputs.position_bias
-    return sdpa_attention_forward(
+    if inputs.query.shape[-1] != query.shape[-1] and kwargs.get("scaling") is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5
+    output, weights = sdpa_attention_forward(
         module, inputs.query, inputs.key, inputs.value, inputs.mask, is_causal=is_causal, **kwargs
     )
+    return output if inputs.finish is None else inputs.finish(output), weights
 
 
 AttentionInterface.register(NAME, attention)

@@ -105,22 +105,27 @@ def behind_ffn(host: Host, layer: Layer, name: str, child: nn.Module) -> nn.Modu
     ``h <- h + child.delta(h)`` behind a layer whose norms stand before its blocks. While ``child.active`` is False,
     nothing of it is computed."""
     host.add(layer.module, name, child)
+    gate = host.gate(layer, layer.module, name)
     if layer.pre_norm:
-        host.hook(layer.module, _behind_layer, child)
+        host.hook(layer.module, _behind_layer, child, gate)
     else:
-        host.hook(layer.norms["ffn"], _before_norm, child, before=True)
+        host.hook(layer.norms["ffn"], _before_norm, child, gate, before=True)
     return child
 
 
-def _before_norm(child: nn.Module, norm: nn.Module, args: tuple, kwargs: dict):
+def _added(child: nn.Module, gate: nn.Module | None, x: torch.Tensor, sum_: torch.Tensor) -> torch.Tensor:
+    delta = child.delta(x)
+    return sum_ + (delta if gate is None else gate(x) * delta).to(sum_.dtype)
+
+
+def _before_norm(child: nn.Module, gate: nn.Module | None, norm: nn.Module, args: tuple, kwargs: dict):
     if not child.active:
         return None
-    z = args[0]
-    return (z + child.delta(norm.forward(z)).to(z.dtype), *args[1:]), kwargs
+    return (_added(child, gate, norm.forward(args[0]), args[0]), *args[1:]), kwargs
 
 
-def _behind_layer(child: nn.Module, layer: nn.Module, args: tuple, kwargs: dict, output):
+def _behind_layer(child: nn.Module, gate: nn.Module | None, layer: nn.Module, args: tuple, kwargs: dict, output):
     if not child.active:
         return None
     h = hidden(output)
-    return with_hidden(output, h + child.delta(h).to(h.dtype))
+    return with_hidden(output, _added(child, gate, h, h))

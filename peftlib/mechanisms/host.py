@@ -9,6 +9,7 @@ follow from what was declared and work for every method.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -17,16 +18,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from peftlib import anatomy
-from peftlib.anatomy import Anatomy, Site
+from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import DataError, LoadError, StateError
 
 
-def _after(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+def _after(change: Callable, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
     if part is None:
-        return child(args[0], output)
+        return change(args[0], output)
     index, of = part
     pieces = list(output.chunk(of, dim=-1))
-    pieces[index] = child(args[0], pieces[index])
+    pieces[index] = change(args[0], pieces[index])
     return torch.cat(pieces, dim=-1)
 
 
@@ -38,9 +39,13 @@ def _keep_input(child: nn.Module, module: nn.Module, args: tuple):
     child.kept_input = args[0]
 
 
-def _use_input(child: nn.Module, module: nn.Module, args: tuple, output: torch.Tensor):
+def _use_input(child: nn.Module, change: Callable, module: nn.Module, args: tuple, output: torch.Tensor):
     kept, child.kept_input = child.kept_input, None
-    return child(kept, output)
+    return change(kept, output)
+
+
+def _through(child: nn.Module, gate: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y + (gate(x) * (child(x, y) - y)).to(y.dtype)
 
 
 def _behind(child: nn.Module, module: nn.Module, args: tuple, output):
@@ -114,16 +119,29 @@ class Host:
         self.tasks = Tasks()
         self._anatomy: Anatomy | None = anatomy.of(model)
         self._scopes: list[Host] = []
+        self._layers: tuple[int, ...] | None = None
+        self._gate: Callable | None = None
         self._undo: list[Callable[[], None]] = []
         self._baked: list[Callable[[], None]] = []
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
-    def scope(self) -> Host:
-        """A host for one part of a combination: it knows its own changes, and the whole undoes them."""
+    def scope(self, layers: Iterable[int] | None = None, gate: Callable | None = None) -> Host:
+        """A host for one part of a combination: it knows its own changes, and the whole undoes them.
+
+        Args:
+            layers: positions in ``anatomy.layers``; the part's anatomy has no others.
+            gate: ``gate(where, module, name) -> g`` is called for each child ``name`` of ``module`` that computes
+                y' from the input x of ``where`` (a site or a layer) and the output y; what it gives scales the child's
+                change: y + g(x) (y' - y).
+        """
         part = copy.copy(self)
         part.children, part.unfrozen, part.written, part._scopes = [], [], [], []
+        if layers is not None:
+            part._layers = tuple(layers)
+        if gate is not None:
+            part._gate = gate
         self._scopes.append(part)
         return part
 
@@ -131,7 +149,10 @@ class Host:
     def anatomy(self) -> Anatomy:
         if self.root._anatomy is None:
             self.root._anatomy = anatomy.of(self.model)
-        return self.root._anatomy
+        whole = self.root._anatomy
+        if self._layers is None:
+            return whole
+        return dataclasses.replace(whole, layers=[whole.layers[i] for i in self._layers], whole=False)
 
     @property
     def device(self) -> torch.device:
@@ -152,8 +173,9 @@ class Host:
     def after(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``y <- child(x, y)`` for the input x and output y of a site or module."""
         module, part = (where.module, where.part) if isinstance(where, Site) else (where, None)
-        self.add(module, _part_name(name, part), child)
-        self._hook(module.register_forward_hook(partial(_after, child, part)))
+        name = _part_name(name, part)
+        self.add(module, name, child)
+        self._hook(module.register_forward_hook(partial(_after, self._change(where, module, name, child), part)))
         return child
 
     def behind(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -171,12 +193,21 @@ class Host:
 
     def across(self, first: Site | nn.Module, last: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``y <- child(x, y)`` for the input x of ``first`` and the output y of ``last``, where the child lives."""
-        first, last = (w.module if isinstance(w, Site) else w for w in (first, last))
+        start, last = (w.module if isinstance(w, Site) else w for w in (first, last))
         self.add(last, name, child)
         child.kept_input = None
-        self._hook(first.register_forward_pre_hook(partial(_keep_input, child)))
-        self._hook(last.register_forward_hook(partial(_use_input, child)))
+        self._hook(start.register_forward_pre_hook(partial(_keep_input, child)))
+        change = self._change(first, last, name, child)
+        self._hook(last.register_forward_hook(partial(_use_input, child, change)))
         return child
+
+    def gate(self, where: Site | Layer | nn.Module, module: nn.Module, name: str) -> nn.Module | None:
+        """What scales the change of a child ``name`` of ``module``, in a scope that gates; see :meth:`scope`."""
+        return None if self._gate is None else self._gate(where, module, name)
+
+    def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str, child: nn.Module) -> Callable:
+        gate = self.gate(where, module, name)
+        return child if gate is None else partial(_through, child, gate)
 
     def hook(self, module: nn.Module, function: Callable, *args, before: bool = False) -> None:
         """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""

@@ -25,6 +25,13 @@ class CombinationConfig(MethodConfig):
         object.__setattr__(self, "parts", tuple(plain))
 
 
+def make_parts(configs: Iterable[dict]) -> list[Method]:
+    """Unattached methods, one for each ``{"method": name, **options}``."""
+    # Imported late: the registry itself knows the class below.
+    registry = importlib.import_module("peftlib.methods")
+    return [registry.resolve(c["method"], **{k: v for k, v in c.items() if k != "method"}) for c in configs]
+
+
 class Combination(Method):
     """Attaches its parts in order, those that calibrate last. Counts add up; the moments run part by part; it merges if
     every part does."""
@@ -37,12 +44,7 @@ class Combination(Method):
 
     def __init__(self, config: MethodConfig):
         super().__init__(config)
-        # Imported late: the registry itself knows this class.
-        registry = importlib.import_module("peftlib.methods")
-        self.parts: list[Method] = [
-            registry.resolve(part["method"], **{k: v for k, v in part.items() if k != "method"})
-            for part in self.part_configs()
-        ]
+        self.parts = make_parts(self.part_configs())
         self.calibrates = any(part.calibrates for part in self.parts)
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
 
@@ -55,7 +57,7 @@ class Combination(Method):
     def attach(self, host: Host) -> None:
         # Those that choose among frozen parameters come last: they leave alone what another part trains.
         for part in sorted(self.parts, key=lambda part: part.calibrates):
-            part.host = host.scope()
+            part.host = self.scope(host, part)
             try:
                 part.attach(part.host)
             except StateError as error:
@@ -63,6 +65,10 @@ class Combination(Method):
                 raise UnsupportedError(
                     f"{names} cannot be combined: {part.name} wants a place that is taken ({error})"
                 ) from error
+
+    def scope(self, host: Host, part: Method) -> Host:
+        """Where a part attaches. Hybrids that restrict or gate a part override this."""
+        return host.scope()
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         batches = list(batches)

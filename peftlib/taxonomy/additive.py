@@ -52,7 +52,8 @@ METHODS = (
         symbols=_BOTTLENECK + r"$\sigma$: nonlinearity.",
         sites=("attention.output", "ffn.down", "norms"),
         trains="Two bottlenecks a layer and, as in the paper, the layers' norms.",
-        count="L * 2 * (2 * d * bottleneck + bottleneck + d) + (4 * L * d if train_norms else 0)",
+        count="L * (2 if variant == 'houlsby' else 1) * "
+        "(2 * d * bottleneck + bottleneck + d + (2 * d if train_norms else 0))",
         start="near",
         start_note="Both projections start from a normal distribution with standard deviation 0.01.",
         merge="no",

@@ -104,9 +104,11 @@ METHODS = (
         r"$\Delta_m$: what the module adds at its own place.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
         trains="The three modules and their gates in every layer.",
-        count="L * (2 * 2 * d * rank + 2 * length * d + 2 * d * bottleneck + bottleneck + d + 4 * (d + 1))",
+        count="L * (len(targets) * 2 * d * rank + 2 * d * bottleneck + bottleneck + d + (len(targets) + 2) * (d + 1)) "
+        "+ (length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) if reparametrize else 2 * L * length * d)",
         start="changed",
-        start_note="Adapter and LoRA start at zero, but the gated prefix draws attention from the first step on.",
+        start_note="LoRA starts at zero and the adapter near it, but the gated prefix draws attention from the first "
+        "step on.",
         merge="no",
         merge_note="The gates depend on the input.",
         original="morningmoni/UniPELT",
@@ -184,8 +186,12 @@ METHODS = (
         r"$B$: biases.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down", "biases"),
         trains="In every layer the modules of its group.",
-        count="sum(groups[:3]) * (2 * d * bottleneck + bottleneck + d) + (groups[0] + groups[3]) * 2 * 2 * d * rank "
-        "+ sum(groups[1:]) * 2 * length * d + (groups[2] + groups[3]) * (7 * d + f)",
+        count="(lambda share, a, p, b, r: sum((round(sum(groups[:i + 1]) * L / sum(groups)) "
+        "- round(sum(groups[:i]) * L / sum(groups))) * n for i, n in enumerate("
+        "(a(share / 2) + r(share / 2), a(share / 2) + p(share / 2), "
+        "a((share - b) / 2) + p((share - b) / 2) + b, p((share - b) / 2) + b + r((share - b) / 2)))))("
+        "budget * total / L, lambda s: (2 * d + 1) * int((s - d) / (2 * d + 1)) + d, "
+        "lambda s: 2 * d * int(s / (2 * d)), 7 * d + f, lambda s: 4 * d * int(s / (4 * d)))",
         start="changed",
         start_note="The prefixes draw attention from the first step on.",
         merge="no",

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from peftlib.errors import UnknownNameError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_FUNCTIONS = {"ceil": math.ceil, "int": int, "len": len, "max": max, "min": min, "round": round, "sum": sum}
+_FUNCTIONS = {
+    "ceil": math.ceil,
+    "enumerate": enumerate,
+    "int": int,
+    "len": len,
+    "max": max,
+    "min": min,
+    "round": round,
+    "sum": sum,
+}
 
 
 @dataclass(frozen=True)

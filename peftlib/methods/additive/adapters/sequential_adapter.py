@@ -12,24 +12,30 @@ Source: Houlsby et al. 2019, arXiv:1902.00751; GELU and r = 64 are their reposit
 instead of the paper's 0.01^2 and trains the embeddings' norm as well; here that one stays frozen. Their adapter stands
 behind the block's dropout, ours before it, which is the same outside training. Encoder-decoder models get the two
 adapters in every layer of both stacks and none behind cross-attention (option), as in follow-up work on T5 (Karimi
-Mahabadi et al. 2021, arXiv:2106.04489). ``adapters`` 1.3 with the same weights (BERT, two layers, float32) gives logits
+Mahabadi et al. 2021, arXiv:2106.04489). ``variant="pfeiffer"`` has one adapter a layer: it adds to the residual sum
+behind the feed-forward block what it makes of the layer's output without it (Pfeiffer et al. 2021, arXiv:2005.00247).
+``adapters`` 1.3 with the same weights (BERT, two layers, float32) gives logits
 that differ by at most 8.9e-8.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from peftlib.mechanisms.bottleneck import Sequential, check_activation
+from peftlib.errors import UnknownNameError
+from peftlib.mechanisms.bottleneck import Sequential, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, at_least
+
+VARIANTS = ("houlsby", "pfeiffer")
 
 
 @dataclass(frozen=True)
 class SequentialAdapterConfig(MethodConfig):
     """``bottleneck`` r, ``activation`` (a name of transformers), ``init_std``, ``zero_up`` to start at the identity,
     ``train_norms`` of the blocks with an adapter, ``cross_attention`` for adapters there too, ``dropout`` on the inner
-    activation."""
+    activation; ``variant``: "houlsby" or "pfeiffer"."""
 
     bottleneck: int = 64
     activation: str = "gelu"
@@ -38,10 +44,13 @@ class SequentialAdapterConfig(MethodConfig):
     train_norms: bool = True
     cross_attention: bool = False
     dropout: float = 0.0
+    variant: Literal["houlsby", "pfeiffer"] = "houlsby"
 
     def __post_init__(self):
         at_least("bottleneck", self.bottleneck, 1)
         check_activation(self.activation)
+        if self.variant not in VARIANTS:
+            raise UnknownNameError("variant of sequential_adapter", self.variant, VARIANTS)
 
 
 class SequentialAdapter(Method):
@@ -51,6 +60,8 @@ class SequentialAdapter(Method):
     def attach(self, host: Host) -> None:
         c = self.config
         places = {"attention": "attention.output", "ffn": "ffn.down"}
+        if c.variant == "pfeiffer":
+            del places["attention"]
         if c.cross_attention:
             places["cross_attention"] = "cross_attention.output"
         for layer in host.anatomy.layers:
@@ -64,6 +75,9 @@ class SequentialAdapter(Method):
                     std=c.init_std,
                     zero_up=c.zero_up,
                 )
-                host.after(site, "sequential_adapter", adapter)
+                if c.variant == "pfeiffer" and site.name == "ffn.down":
+                    behind_ffn(host, layer, "sequential_adapter", adapter)
+                else:
+                    host.after(site, "sequential_adapter", adapter)
         if c.train_norms:
             host.train(p for norm in host.anatomy.norms(places) for p in norm.parameters())
