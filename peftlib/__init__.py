@@ -12,6 +12,7 @@ from peftlib import backbones, tasks
 from peftlib.adapted import Adapted, Count, attach, load
 from peftlib.bank import Bank
 from peftlib.errors import PeftlibError
+from peftlib.interchange import from_hf_peft, to_hf_peft
 from peftlib.methods import config, find
 from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, SavedAdapter
 from peftlib.methods.combination import combine
@@ -43,10 +44,12 @@ __all__ = [
     "config",
     "find",
     "fit",
+    "from_hf_peft",
     "load",
     "methods",
     "read",
     "tasks",
+    "to_hf_peft",
 ]
 
 

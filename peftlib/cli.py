@@ -123,6 +123,24 @@ def backbones(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_(args: argparse.Namespace) -> int:
+    from peftlib import backbones, from_hf_peft
+
+    loaded = backbones.load(args.backbone, head=args.head, num_labels=args.labels)
+    adapted = from_hf_peft(loaded.model, args.folder)
+    out.print(f"{adapted.name}, {adapted.count().trained:,} parameters. Written: {adapted.save(args.to)}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from peftlib import backbones, load, to_hf_peft
+
+    loaded = backbones.load(args.backbone, head=args.head, num_labels=args.labels)
+    adapted = load(loaded.model, args.folder)
+    out.print(f"{adapted.name}, {adapted.count().trained:,} parameters. Written: {to_hf_peft(adapted, args.to)}")
+    return 0
+
+
 def notebooks(args: argparse.Namespace) -> int:
     from peftlib.report import notebooks as source
 
@@ -195,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub = commands.add_parser(function.__name__.rstrip("_"), help=summary, description=summary)
         sub.set_defaults(function=function)
         return sub
 
@@ -228,6 +246,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="test", choices=("test", "validation"))
     sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")
     command(backbones, "the backbones that need no network")
+    for sub in (
+        command(import_, "an adapter that another library saved, as one of peftlib's"),
+        command(export, "one of peftlib's adapters, as another library loads it"),
+    ):
+        sub.add_argument("folder", help="the adapter")
+        sub.add_argument("to", help="the folder to write")
+        sub.add_argument("--format", default="hf-peft", choices=("hf-peft",), help="of the other library")
+        sub.add_argument("--backbone", required=True, metavar="NAME", help="the backbone that it was made for")
+        sub.add_argument("--head", default="classification", help="the backbone's head (default: classification)")
+        sub.add_argument("--labels", type=int, default=2, help="classes of a classification head (default: 2)")
     sub = command(notebooks, "execute the notebooks that changed")
     sub.add_argument("names", nargs="*", help="default: all")
     sub.add_argument("--profile", default="embedded")

@@ -1,0 +1,281 @@
+"""Adapters of HF peft into peftlib and back: equal logits on the same backbone, and what is refused."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peftlib
+from peftlib import cli
+from peftlib.errors import LoadError, StateError, UnsupportedError
+from tests.conformance.case import logits
+from tests.methods.helpers import backbone, inputs, perturb
+
+CLASSIFY, CAUSAL, SEQ2SEQ = ("classification", "SEQ_CLS"), ("causal_lm", "CAUSAL_LM"), ("seq2seq", "SEQ_2_SEQ_LM")
+PLACES = [("bert", *CLASSIFY), ("t5", *SEQ2SEQ), ("t5", *CLASSIFY), ("llama", *CAUSAL), ("llama", *CLASSIFY)]
+EVERYWHERE = {
+    "bert": ["query", "attention.output.dense", "intermediate.dense"],
+    "t5": ["q", "v", "wi"],
+    "llama": ["q_proj", "o_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+}
+CASES = [
+    *((*place, "lora", {}) for place in PLACES),
+    *(
+        (family, head, task, "lora", {"target_modules": EVERYWHERE[family], "use_rslora": True, "r": 3})
+        for family, head, task in (PLACES[0], PLACES[1], PLACES[3], ("gpt2", *CAUSAL))
+    ),
+    *((*place, "ia3", {}) for place in (*PLACES, ("gpt2", *CAUSAL))),
+    *((*place, "prompt", {"num_transformer_submodules": 1}) for place in (PLACES[0], PLACES[1], PLACES[3], PLACES[4])),
+    *((*place, "prefix", {}) for place in (PLACES[0], PLACES[3], PLACES[4], ("gpt2", *CAUSAL))),
+    ("llama", *CAUSAL, "prefix", {"prefix_projection": True, "encoder_hidden_size": 9}),
+]
+CONFIGS = {
+    "lora": peft.LoraConfig,
+    "ia3": peft.IA3Config,
+    "prompt": peft.PromptTuningConfig,
+    "prefix": peft.PrefixTuningConfig,
+}
+
+
+def _model(family: str, head: str) -> nn.Module:
+    model = backbone(family, head)
+    # HF peft asks for a method of the model that transformers 5 no longer has, for its own generate().
+    model._prepare_encoder_decoder_kwargs_for_generation = None
+    return model
+
+
+def _batch(family: str, head: str, kind: str = "") -> dict:
+    # Beside a prompt, HF peft's decoders classify by the last position, be it padding.
+    batch = inputs(family, 1 if (family, head, kind) == ("llama", "classification", "prompt") else 3)
+    if head == "seq2seq":
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch
+
+
+def _theirs(family, head, task, kind, folder, **options):
+    """A saved HF peft adapter with all trained parameters moved, and its logits."""
+    more = {"num_virtual_tokens": 5} if kind in ("prompt", "prefix") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(_model(family, head), CONFIGS[kind](task_type=task, **(more | options))).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    model.save_pretrained(folder)
+    return logits(model, **_batch(family, head, kind))
+
+
+def _reload(family, head, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(_model(family, head), folder).eval()
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """HF peft's causal prompts leave their own positions in front."""
+    theirs = theirs[:, -ours.shape[1] :] if theirs.dim() == 3 else theirs
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize(("family", "head", "task", "kind", "options"), CASES)
+def test_theirs_into_ours_and_back(family, head, task, kind, options, tmp_path):
+    expected = _theirs(family, head, task, kind, tmp_path / "theirs", **options)
+    adapted = peftlib.from_hf_peft(_model(family, head), tmp_path / "theirs")
+    batch = _batch(family, head, kind)
+    got = logits(adapted.model, **batch)
+    _same(got, expected)
+    assert not torch.allclose(got, logits(_model(family, head), **batch), atol=1e-2)
+
+    loaded = peftlib.load(_model(family, head), adapted.save(tmp_path / "ours"))
+    assert torch.equal(logits(loaded.model, **batch), got)
+
+    peftlib.to_hf_peft(loaded, tmp_path / "back")
+    _same(got, logits(_reload(family, head, tmp_path / "back"), **batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "method", "options"),
+    [
+        ("bert", "classification", "lora", {"targets": ("attention.*", "ffn.down"), "alpha": 3.0, "dropout": 0.1}),
+        ("t5", "seq2seq", "lora", {"targets": "all-linear", "rank": 3, "rank_stabilized": True}),
+        ("llama", "causal_lm", "lora", {"targets": "all-linear"}),
+        ("gpt2", "causal_lm", "lora", {"targets": ("attention.value", "ffn.up"), "rank": 3}),
+        ("gpt2", "causal_lm", "lora", {"targets": ("*attention.query", "*attention.value", "ffn.up"), "rank": 3}),
+        ("gpt2", "causal_lm", "lora", {"targets": "all-linear", "rank": 3, "rank_stabilized": True}),
+        ("bert", "classification", "ia3", {}),
+        ("t5", "seq2seq", "ia3", {}),
+        ("llama", "causal_lm", "ia3", {"outputs": ("attention.key", "ffn.gate")}),
+        ("gpt2", "causal_lm", "ia3", {}),
+        ("distilbert", "classification", "lora", {}),
+        ("bert", "classification", "prompt_tuning", {}),
+        ("t5", "seq2seq", "prompt_tuning", {}),
+        ("llama", "causal_lm", "prompt_tuning", {}),
+        ("bert", "classification", "prefix_tuning", {"reparametrize": True}),
+        ("llama", "causal_lm", "prefix_tuning", {"reparametrize": False}),
+    ],
+)
+def test_ours_into_theirs(family, head, method, options, tmp_path):
+    adapted = peftlib.attach(_model(family, head), method, **options)
+    perturb(adapted, std=0.1)
+    batch = _batch(family, head)
+    before = logits(adapted.model, **batch)
+    folder = peftlib.to_hf_peft(adapted, tmp_path / "theirs")
+    theirs = _reload(family, head, folder)
+    _same(before, logits(theirs, **batch))
+    stored = sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values())
+    if family != "gpt2":  # a fused map's factors are written beside each other, with zeros between
+        assert stored == adapted.count().stored
+    theirs.save_pretrained(tmp_path / "again")
+    if not json.loads((folder / "adapter_config.json").read_text()).get("alpha_pattern"):
+        _same(logits(peftlib.from_hf_peft(_model(family, head), tmp_path / "again").model, **batch), before)
+
+
+def test_names_are_short_where_they_say_it_all(tmp_path):
+    _theirs("bert", *CLASSIFY, "lora", tmp_path / "theirs")
+    adapted = peftlib.from_hf_peft(backbone("bert"), tmp_path / "theirs")
+    assert adapted.config == peftlib.config("lora", rank=8, alpha=8.0, targets=("attention.query", "attention.value"))
+    folder = peftlib.to_hf_peft(adapted, tmp_path / "ours")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["query", "value"]
+    assert settings["modules_to_save"] == ["classifier"]
+
+
+def test_one_layer_alone_is_taken_by_its_path(tmp_path):
+    expected = _theirs("llama", *CAUSAL, "lora", tmp_path / "theirs", layers_to_transform=[1])
+    adapted = peftlib.from_hf_peft(backbone("llama", "causal_lm"), tmp_path / "theirs")
+    assert adapted.config.targets == ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+    _same(logits(adapted.model, **inputs("llama")), expected)
+
+
+def test_an_imported_adapter_trains_on(tmp_path):
+    _theirs("bert", *CLASSIFY, "lora", tmp_path / "theirs")
+    adapted = peftlib.from_hf_peft(backbone("bert"), tmp_path / "theirs")
+    assert set(adapted.head_names) == {"classifier.weight", "classifier.bias"}
+    adapted.model(**inputs("bert"), labels=torch.tensor([0, 1, 1])).loss.backward()
+    assert all(p.grad is not None for p in adapted.trainable().values())
+
+
+def _change(folder, **settings) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"peft_type": "VERA"}, UnsupportedError, "VERA.*LORA, IA3"),
+        ({"use_dora": True}, UnsupportedError, "use_dora"),
+        ({"bias": "lora_only"}, UnsupportedError, "bias='lora_only'"),
+        ({"alpha_pattern": {"query": 3}}, UnsupportedError, "alpha_pattern"),
+    ],
+)
+def test_settings_that_ours_lacks_are_refused(settings, error, match, tmp_path):
+    _theirs("bert", *CLASSIFY, "lora", tmp_path)
+    _change(tmp_path, **settings)
+    model = backbone("bert")
+    with pytest.raises(error, match=match):
+        peftlib.from_hf_peft(model, tmp_path)
+    peftlib.attach(model, "lora")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": ["dense"]}, "pooler.dense, which peftlib does not adapt"),
+        ({"rank_pattern": {"layer.0.attention.self.query": 2}}, r"ranks \[2, 8\]"),
+        ({"target_modules": ["query"], "modules_to_save": ["classifier", "pooler"]}, "pooler.dense"),
+    ],
+)
+def test_tensors_without_a_place_are_refused(options, match, tmp_path):
+    _theirs("bert", *CLASSIFY, "lora", tmp_path, **options)
+    with pytest.raises(UnsupportedError, match=match):
+        peftlib.from_hf_peft(backbone("bert"), tmp_path)
+
+
+def test_prompts_and_prefixes_for_a_decoder_are_refused(tmp_path):
+    _theirs("t5", *SEQ2SEQ, "prompt", tmp_path / "prompt")
+    with pytest.raises(UnsupportedError, match="num_transformer_submodules=2"):
+        peftlib.from_hf_peft(backbone("t5", "seq2seq"), tmp_path / "prompt")
+    _theirs("t5", *SEQ2SEQ, "prefix", tmp_path / "prefix")
+    with pytest.raises(UnsupportedError, match="decoder alone"):
+        peftlib.from_hf_peft(backbone("t5", "seq2seq"), tmp_path / "prefix")
+
+
+def test_another_backbone_is_refused(tmp_path):
+    _theirs("bert", *CLASSIFY, "lora", tmp_path / "lora")
+    with pytest.raises(LoadError, match="RobertaForSequenceClassification does not have"):
+        peftlib.from_hf_peft(backbone("roberta"), tmp_path / "lora")
+    _theirs("bert", *CLASSIFY, "prefix", tmp_path / "prefix")
+    model = backbone("llama")
+    with pytest.raises((LoadError, UnsupportedError)):
+        peftlib.from_hf_peft(model, tmp_path / "prefix")
+    peftlib.attach(model, "lora")
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(LoadError, match=r"has no adapter_config\.json"):
+        peftlib.from_hf_peft(backbone("bert"), tmp_path)
+    _theirs("bert", *CLASSIFY, "lora", tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    cut = {n: t[:, :16] if "query.lora_A" in n else t for n, t in tensors.items()}
+    save_file({n: t.contiguous() for n, t in cut.items()}, weights)
+    model = backbone("bert")
+    with pytest.raises(LoadError, match=r"lora_A has shape \(8, 16\) in the file, \(8, 32\) here"):
+        peftlib.from_hf_peft(model, tmp_path)
+    assert not hasattr(model, "peftlib_adapted")
+    save_file({n: t for n, t in tensors.items() if "0.attention.self.query.lora_B" not in n}, weights)
+    with pytest.raises(LoadError, match=r"has no bert\.encoder\.layer\.0\.attention\.self\.query\.lora_B"):
+        peftlib.from_hf_peft(model, tmp_path)
+    weights.write_bytes(b"nothing")
+    with pytest.raises(LoadError, match="not a readable safetensors"):
+        peftlib.from_hf_peft(model, tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(LoadError, match="pickled"):
+        peftlib.from_hf_peft(model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    (tmp_path / "adapter_model.bin").rename(weights)
+    with pytest.raises(LoadError, match="not a JSON object"):
+        peftlib.from_hf_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "method", "options", "match"),
+    [
+        ("bert", "classification", "bitfit", {}, "bitfit has no counterpart"),
+        ("bert", "classification", "prompt_tuning", {"position": "after_first"}, "after_first"),
+        ("bert", "masked_lm", "prompt_tuning", {}, "BertForMaskedLM"),
+        ("gpt2", "causal_lm", "prefix_tuning", {"shift_positions": False}, "shift_positions"),
+        ("t5", "seq2seq", "prefix_tuning", {}, "decoder alone"),
+        ("gpt2", "causal_lm", "ia3", {"outputs": ("attention.value",), "inputs": ("attention.query",)}, "has both"),
+    ],
+)
+def test_what_theirs_lacks_is_refused(family, head, method, options, match, tmp_path):
+    adapted = peftlib.attach(backbone(family, head), method, **options)
+    with pytest.raises(UnsupportedError, match=match):
+        peftlib.to_hf_peft(adapted, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StateError, match="other files"):
+        peftlib.to_hf_peft(peftlib.attach(backbone("bert"), "lora"), tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    expected = _theirs("bert", *CLASSIFY, "lora", tmp_path / "theirs")
+    more = ["--format", "hf-peft", "--backbone", "tiny-bert"]
+    assert cli.main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), *more]) == 0
+    _same(logits(peftlib.load(backbone("bert"), tmp_path / "ours").model, **inputs("bert")), expected)
+    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), *more]) == 0
+    _same(expected, logits(_reload("bert", "classification", tmp_path / "back"), **inputs("bert")))
+    assert cli.main(["import", str(tmp_path / "ours"), str(tmp_path / "x"), *more]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err
