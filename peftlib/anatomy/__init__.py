@@ -51,7 +51,8 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Whether the module stores its weight as (in, out), as transformers' Conv1D does."""
-        return type(self.module).__name__ == "Conv1D"
+        # A parametrized module has a class of its own, below the one that it had.
+        return any(cls.__name__ == "Conv1D" for cls in type(self.module).__mro__)
 
     @property
     def in_features(self) -> int:
@@ -220,6 +221,11 @@ class Anatomy:
             return {}
         inside = {id(p) for p in self.base.parameters()}
         return {n: p for n, p in self.model.named_parameters() if id(p) not in inside}
+
+    @property
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Every bias below the task head, of linear maps and norms, by name in the model."""
+        return {n: p for n, p in self.named_parameters().items() if n.rpartition(".")[2] == "bias"}
 
     def sites(self, patterns: Sequence[str] | str | None = None) -> list[Site]:
         """The sites that match any of the patterns, in forward order; all of them for None or ``"all-linear"``.

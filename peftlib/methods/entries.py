@@ -44,8 +44,7 @@ class ChosenEntries(Method):
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         """The tensors among whose entries is chosen: by default all of the backbone below its head."""
-        base = {id(p) for p in host.anatomy.base.parameters()}
-        return {n: p for n, p in host.model.named_parameters() if id(p) in base and not p.requires_grad}
+        return {n: p for n, p in host.anatomy.named_parameters().items() if not p.requires_grad}
 
     @property
     def entries(self) -> int:

@@ -38,7 +38,7 @@ class BitFit(Method):
         if self.config.queries_and_inner:
             biases = _some_biases(host)
         else:
-            biases = [p for n, p in host.anatomy.named_parameters().items() if n.rpartition(".")[2] == "bias"]
+            biases = list(host.anatomy.biases.values())
         if not biases:
             raise UnsupportedError(
                 f"bitfit trains biases, and {type(host.model).__name__} (family {host.anatomy.family.name}) has none "

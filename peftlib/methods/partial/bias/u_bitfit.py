@@ -1,0 +1,89 @@
+r"""U-BitFit: BitFit pruned entry by entry, to the biases whose change matters most.
+
+.. math::
+    b = b_0 + z \odot \delta, \qquad z = \operatorname{top}_k(s), \qquad
+    s_i = \Bigl|\delta_i\, \frac{\partial \mathcal L}{\partial \delta_i}\Bigr|
+
+Shapes: delta, s and z have an entry for each of BitFit's, every bias below the task head. s_i is the first-order
+estimate of how the loss changes when entry i alone is set back to b_0: the change delta counts, not the bias itself.
+A search trains all biases with the head for a while and prunes the change to the k entries with the largest s over all
+biases together (ties by position); then everything goes back to the pretrained values, and the k entries train as
+sparse values. Start: identity. Stored: k values with their indices. Merge: exact, they are the backbone's own entries.
+Trained without the head: ``k = int(density * biases)``.
+
+The search is :meth:`Adapted.calibrate`, with an optimizer of its own, so that afterwards k values train and nothing
+else: see :mod:`peftlib.methods.entries`.
+
+Source: Lawton et al. 2023, arXiv:2305.16597, of which no code is public. Chosen here: the share that is kept, the
+length of the search and its learning rate, one round of pruning (``rounds`` for more), scores from a pass over the
+training batches after each round, and that the entries that were found train anew from the pretrained values.
+Backbones without biases (LLaMA, Mistral, T5) cannot host it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peftlib.errors import UnsupportedError
+from peftlib.mechanisms import pruning
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import MethodConfig, at_least, between
+from peftlib.methods.entries import ChosenEntries
+
+
+@dataclass(frozen=True)
+class UBitFitConfig(MethodConfig):
+    """``density`` of the biases' entries that is kept; the search takes ``epochs`` over the calibration batches, or
+    ``steps``, at ``search_rate``, prunes in ``rounds`` and scores on at most ``batches`` (None: all)."""
+
+    density: float = 0.5
+    epochs: float = 1.0
+    steps: int | None = None
+    search_rate: float = 1e-3
+    rounds: int = 1
+    batches: int | None = None
+
+    def __post_init__(self):
+        between("density", self.density, 0, 1)
+        between("epochs", self.epochs, 0, float("inf"))
+        between("search_rate", self.search_rate, 0, float("inf"))
+        at_least("rounds", self.rounds, 1)
+        for name in ("steps", "batches"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+
+
+class UBitFit(ChosenEntries):
+    Config = UBitFitConfig
+    learning_rate = 1e-3
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        if not (biases := host.anatomy.biases):
+            raise UnsupportedError(
+                f"u_bitfit prunes biases, and {type(host.model).__name__} (family {host.anatomy.family.name}) has none "
+                "that it could train. Methods of about this size that need no biases: ia3, lora of rank 1."
+            )
+        return {n: p for n, p in biases.items() if not p.requires_grad}
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        c = self.config
+        masks = pruning.search(
+            self.host.model,
+            self.candidates.values(),
+            batches,
+            self.k,
+            pruning.entries,
+            rate=c.search_rate,
+            epochs=c.epochs,
+            steps=c.steps,
+            rounds=c.rounds,
+            limit=c.batches,
+            beside=self.trained_head().values(),
+            seed=self.seed,
+            what="u_bitfit: searching entries",
+        )
+        self.train(mask.flatten().nonzero().flatten() for mask in masks)

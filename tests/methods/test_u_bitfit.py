@@ -1,0 +1,94 @@
+"""U-BitFit: the budget, the first-order score, the rewinding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftlib
+from peftlib.errors import TargetError, UnsupportedError
+from peftlib.mechanisms import phase
+from peftlib.methods import ConfigError
+from tests.conformance.case import backbone, batch, logits, train
+
+
+def halves(family: str = "bert") -> list[dict]:
+    data = batch(family)
+    return [{k: v[i : i + 4] for k, v in data.items()} for i in (0, 4)]
+
+
+def attached(family: str = "bert", **options) -> peftlib.Adapted:
+    adapted = peftlib.attach(backbone(family), "u_bitfit", **options)
+    adapted.calibrate(halves(family))
+    return adapted
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "qwen2"])
+@pytest.mark.parametrize("density", [0.1, 0.37, 1.0])
+def test_the_budget_is_met_to_the_entry_with_biases_only(family, density):
+    adapted = attached(family, density=density)
+    biases = peftlib.attach(backbone(family), "bitfit", train_head=False).count().trained
+    assert adapted.count().method == int(density * biases)
+    assert all(name.endswith("bias") for name in adapted.method.children)
+
+
+def test_the_entries_are_the_largest_of_change_times_gradient():
+    adapted = attached(density=0.2, epochs=2.0, search_rate=3e-3)
+    model = backbone("bert")
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    biases = [p for n, p in model.named_parameters() if n in adapted.method.candidates]
+    everything = [*biases, *model.classifier.parameters()]
+    phase.train(model, [{"params": everything, "lr": 3e-3}], halves(), epochs=2.0)
+    model.eval().zero_grad()
+    sum(model(**part).loss / 2 for part in halves()).backward()
+    names = list(adapted.method.candidates)
+    scores = [((p - start[n]) * p.grad).abs().flatten() for n, p in model.named_parameters() if n in names]
+    order = torch.cat(scores).sort(descending=True, stable=True).indices
+    places = [(n, i) for n, s in zip(names, scores) for i in range(len(s))]
+    expected = {places[int(i)] for i in order[: adapted.count().method]}
+    chosen = {(n, int(i)) for n, child in adapted.method.children.items() for i in child.indices}
+    assert len(chosen ^ expected) <= 4, "beyond rounding"
+
+
+def test_it_starts_from_the_pretrained_values_and_moves_its_entries_only():
+    adapted, plain = attached(density=0.3), backbone("bert")
+    assert torch.equal(logits(adapted.model, **batch("bert")), logits(plain, **batch("bert")))
+    train(adapted, batch("bert"), steps=5, rate=0.05, weight_decay=0.5)
+    adapted.model(**batch("bert"))
+    moved = 0
+    for name, parameter in adapted.method.candidates.items():
+        changed = parameter != plain.get_parameter(name)
+        child = adapted.method.children.get(name)
+        assert not changed[~child.owned if child else slice(None)].any()
+        moved += int(changed.sum())
+    assert moved > 0.9 * adapted.count().method
+
+
+def test_rounds_end_on_the_same_budget_with_other_entries():
+    one, three = attached(density=0.1, epochs=3.0), attached(density=0.1, epochs=3.0, rounds=3)
+    assert one.count().method == three.count().method
+    assert any(
+        n not in three.method.children or not torch.equal(c.indices, three.method.children[n].indices)
+        for n, c in one.method.children.items()
+    )
+
+
+def test_the_file_is_smaller_than_bitfit_s(tmp_path):
+    sizes = []
+    for adapted in (attached(density=0.1), peftlib.attach(backbone("bert"), "bitfit")):
+        tensors = load_file(adapted.save(tmp_path / adapted.name) / "adapter.safetensors")
+        sizes.append(sum(t.numel() * t.element_size() for n, t in tensors.items() if "classifier" not in n))
+    assert sizes[0] < 0.25 * sizes[1]
+
+
+def test_bad_settings_and_families_without_biases():
+    bad = ({"density": 0}, {"epochs": 0}, {"steps": 0}, {"search_rate": 0}, {"rounds": 0}, {"batches": 0})
+    for options in bad:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            attached(**options)
+    with pytest.raises(TargetError, match="is 0; it must be a number from 1"):
+        attached(density=1e-6)
+    for family in ("llama", "t5"):
+        with pytest.raises(UnsupportedError, match=r"u_bitfit prunes biases.*has none.*ia3"):
+            peftlib.attach(backbone(family), "u_bitfit")
