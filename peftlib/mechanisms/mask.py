@@ -46,9 +46,18 @@ class StraightThroughMask(nn.Module):
         part = tensor.index_select(self.dim, self.index) * mask.to(tensor.dtype)
         return tensor.index_copy(self.dim, self.index, part)
 
+    def _mask(self) -> torch.Tensor:
+        return self.scores.detach() > self.threshold if self.fixed is None else self.fixed
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mask as it is now, boolean, of the whole tensor's shape: what is outside the masked part is kept."""
+        if self.index is None:
+            return self._mask()
+        return torch.ones_like(tensor, dtype=torch.bool).index_copy(self.dim, self.index, self._mask())
+
     def pack(self) -> torch.Tensor:
         """The mask as it is now, one bit an entry."""
-        return bits.pack(self.scores.detach() > self.threshold if self.fixed is None else self.fixed)
+        return bits.pack(self._mask())
 
     def deploy(self, packed: torch.Tensor) -> None:
         """Use this stored mask from now on, in the place of the scores. Raises LoadError when it does not fit."""

@@ -9,15 +9,22 @@ from peftlib.report.figures import (
     taxonomy_tree,
 )
 from peftlib.report.learned import quantization_error_figure, quantization_errors
+from peftlib.report.selection import budget, budget_by_layer, budget_map, masks, overlap, overlap_map
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
 
 __all__ = [
     "Standings",
+    "budget",
+    "budget_by_layer",
+    "budget_map",
     "comparison",
     "count",
     "learning_rate_search",
     "loss_curves",
+    "masks",
+    "overlap",
+    "overlap_map",
     "quality_against_parameters",
     "quantization_error_figure",
     "quantization_errors",
