@@ -1,0 +1,170 @@
+"""What training with each method takes in memory, beside the loaded backbone: its calibration, and its steps.
+
+On CUDA it is the allocator's peak. On the CPU it is the peak of all tensors that are alive at once, counted exactly and
+alike on every machine; what kernels use inside themselves is not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftlib import backbones
+from peftlib.adapted import attach
+from peftlib.methods import config
+from peftlib.methods.base import MethodConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One method's bytes above the loaded backbone. ``calibration`` is the peak of what comes before training (0 where
+    nothing does), ``training`` that of forward, backward and AdamW's step; ``gradients`` and ``optimizer`` are what of
+    it the trained parameters' gradients and AdamW's states take."""
+
+    name: str
+    trained: int
+    calibration: int
+    training: int
+    gradients: int
+    optimizer: int
+    device: str
+
+
+class LiveTensors(TorchDispatchMode):
+    """Inside ``with``: bytes of the tensors made inside that are alive (``now``), and their ``peak``."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def restart(self) -> int:
+        """The peak so far; a new one begins with what is alive."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            # A view of a tensor that was there before is not new.
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._born(tensor.untyped_storage())
+        return result
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._sizes:
+            return
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._died, storage._cdata)
+
+    def _died(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _Allocated:
+    """The same of CUDA's allocator."""
+
+    def __enter__(self) -> _Allocated:
+        torch.cuda.synchronize()
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *error) -> None:
+        torch.cuda.synchronize()
+
+    def restart(self) -> int:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - self._before
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+def measure(
+    name: str,
+    method: MethodConfig,
+    *,
+    backbone: str = "minilm-l6",
+    batch_size: int = 8,
+    length: int = 64,
+    batches: int = 2,
+    device: str | torch.device | None = None,
+) -> Memory:
+    """Measure one method.
+
+    Args:
+        name: the row's label.
+        method: the method's config.
+        backbone: a name of :func:`peftlib.backbones.load`, given a two-class head and no dropout.
+        batch_size, length: rows and tokens of a batch, without padding.
+        batches: how many batches the calibration reads, and steps the training takes.
+        device: default: CUDA where there is one, else the CPU.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = backbones.load(backbone, dropout=0.0).model.to(device).train()
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for _ in range(batches):
+        ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
+        labels = torch.randint(0, 2, (batch_size,), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        data.append({k: v.to(device) for k, v in batch.items()})
+    with _Allocated() if device.type == "cuda" else LiveTensors() as meter:
+        adapted = attach(model, method, keep_original=False)
+        meter.restart()
+        adapted.calibrate(data)
+        calibration = meter.restart() if adapted.method.calibrates else 0
+        parameters = list(adapted.trainable().values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        model.train()
+        with adapted.lifecycle(batches) as life:
+            for batch in data:
+                life.step_start()
+                model(**batch).loss.backward()
+                life.gradients()
+                optimizer.step()
+                gradients = sum(_bytes(p.grad) for p in parameters if p.grad is not None)
+                optimizer.zero_grad()
+                life.step_end()
+        training = meter.restart()
+    states = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
+    return Memory(
+        name, adapted.count().trained, calibration, training, gradients, sum(map(_bytes, states)), device.type
+    )
+
+
+def compare(
+    methods: Iterable[str] = ("full", "lora", "fish_mask", "sam", "lt_sft", "diff_pruning"), **options
+) -> Table:
+    """Methods with their defaults, measured one after the other, as a table for a terminal; ``options`` are those of
+    :func:`measure`."""
+    return table(measure(name, config(name), **options) for name in methods)
+
+
+def table(rows: Iterable[Memory]) -> Table:
+    """The rows as a table for a terminal."""
+    rows = list(rows)
+    shown = Table(
+        title="Memory of training, beside the backbone",
+        caption="MB; peaks on " + " and ".join(sorted({r.device for r in rows})),
+    )
+    shown.add_column("method", no_wrap=True)
+    for heading in ("trained", "calibration", "training", "gradients", "optimizer"):
+        shown.add_column(heading, justify="right")
+    for r in rows:
+        sizes = (f"{x / 2**20:.1f}" for x in (r.calibration, r.training, r.gradients, r.optimizer))
+        shown.add_row(r.name, f"{r.trained:,}", *sizes)
+    return shown
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
