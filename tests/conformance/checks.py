@@ -104,7 +104,9 @@ def seed(case: Case, tmp: Path) -> None:
     state = torch.random.get_rng_state()
     first, second, other = (case.attach(seed=s).state() for s in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), state), "attach() drew from the global random state"
-    assert first.keys() == second.keys() == other.keys()
+    assert first.keys() == second.keys()
+    # Where a calibration draws, it may choose other tensors with another seed.
+    assert first.keys() == other.keys() or peftlib.find(case.method).calibrates
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
