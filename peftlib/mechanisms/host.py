@@ -99,6 +99,29 @@ class Tasks:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A training forward of the whole model: what went in, what came out, and another one over the same inputs."""
+
+    model: nn.Module
+    args: tuple
+    kwargs: dict
+    output: object
+
+    def again(self):
+        """The output of a second forward, with draws (dropout and the like) of its own; no penalty is added to it."""
+        return self.model.forward(*self.args, **self.kwargs)
+
+    def logits(self, output=None) -> torch.Tensor:
+        """The logits in this or another output."""
+        output = self.output if output is None else output
+        return output[1] if isinstance(output, tuple) else output.logits
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        return self.kwargs.get("labels")
+
+
 class Host:
     """A frozen backbone, its anatomy, and the list of changes made to it.
 
@@ -118,6 +141,7 @@ class Host:
         self.root = self
         self.tasks = Tasks()
         self._anatomy: Anatomy | None = anatomy.of(model)
+        self._pass: Pass | None = None
         self._scopes: list[Host] = []
         self._layers: tuple[int, ...] | None = None
         self._gate: Callable | None = None
@@ -153,6 +177,15 @@ class Host:
         if self._layers is None:
             return whole
         return dataclasses.replace(whole, layers=[whole.layers[i] for i in self._layers], whole=False)
+
+    @property
+    def passed(self) -> Pass | None:
+        """The training forward that just ended, while its penalty is asked for."""
+        return self.root._pass
+
+    @passed.setter
+    def passed(self, value: Pass | None) -> None:
+        self.root._pass = value
 
     @property
     def device(self) -> torch.device:

@@ -129,7 +129,7 @@ class Method:
         """Before the first forward of an optimizer step."""
 
     def penalty(self) -> torch.Tensor | None:
-        """A scalar to add to the loss of each training forward."""
+        """A scalar to add to the loss of each training forward, which is ``self.host.passed``."""
 
     def on_gradients(self, progress: Progress) -> None:
         """After backward and clipping, before the optimizer's step."""

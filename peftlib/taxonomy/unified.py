@@ -31,13 +31,15 @@ METHODS = (
         r"$w$: weight of the consistency loss.",
         sites=("ffn.down",),
         trains="M down-projections and one up-projection a layer; after training one of each remains.",
-        count="L * (experts * (d * bottleneck + bottleneck) + bottleneck * d + d)",
+        count="L * (experts * (d * bottleneck + bottleneck) + bottleneck * d + d) if form == 'adapter' else "
+        "L * len(targets) * (experts + 1) * d * rank",
         start="near",
         start_note="Both projections start at N(0, 0.02), as in the paper.",
         merge="no",
-        merge_note="The M modules become one adapter, but its nonlinearity keeps that out of the backbone's weights.",
+        merge_note="The M modules become one adapter, but its nonlinearity keeps that out of the backbone's weights. "
+        "The LoRA form alone merges.",
         life=(
-            "on_step_start: draw the module of each place, for both passes",
+            "every training forward: draw the module of each place, for each of two passes",
             "penalty: symmetric KL divergence between the two passes' predictions, the targets detached",
             "on_train_end: average the modules into one",
         ),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import StateError
+from peftlib.mechanisms.host import Pass
 from peftlib.methods.base import Progress
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def add_penalty(adapted: Adapted, model: nn.Module, args: tuple, kwargs: dict, o
     """A forward hook: adds the method's penalty to the loss that the model returns in training."""
     if not (model.training and torch.is_grad_enabled()):
         return None
+    adapted.host.passed = Pass(model, args, kwargs, output)
     penalty = adapted.method.penalty()
+    adapted.host.passed = None
     if penalty is None:
         return None
     if isinstance(output, tuple):
