@@ -159,6 +159,26 @@ def bench(args: argparse.Namespace) -> int:
     return source.main()
 
 
+def plan(args: argparse.Namespace) -> int:
+    from peftlib.efficiency import planner
+
+    plans = [
+        planner.plan(
+            args.backbone,
+            method,
+            batch_size=args.batch_size,
+            length=args.length,
+            precision=args.precision,
+            optimizer=args.optimizer,
+            checkpointing=args.checkpointing,
+            head=args.head,
+        )
+        for method in args.methods
+    ]
+    out.print(planner.table(plans, args.gpu))
+    return 0
+
+
 def _options(pairs: Sequence[str]) -> dict:
     """``name=value`` pairs; values are JSON where they parse as it, else text."""
     found = {}
@@ -264,6 +284,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", default="embedded")
     sub.add_argument("--no-execute", action="store_true", help="take executed notebooks as they are")
     command(bench, "speed and memory of the methods on this machine")
+    sub = command(plan, "the memory that a training step will take, from shapes alone")
+    sub.add_argument("backbone", help="a published model, such as llama-7b or roberta-base, or any hub name or folder")
+    sub.add_argument("methods", nargs="+", metavar="method")
+    sub.add_argument("--batch-size", type=int, default=1)
+    sub.add_argument("--length", type=int, default=512, help="tokens a row (default: 512)")
+    sub.add_argument("--precision", default="bfloat16", help="float32, bfloat16 (default) or mixed")
+    sub.add_argument("--optimizer", default="adamw", help="adamw (default), adamw-8bit, sgd-momentum or sgd")
+    sub.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
+    sub.add_argument("--head", default="causal_lm", help="causal_lm (default), classification, seq2seq, ...")
+    sub.add_argument("--gpu", type=float, metavar="GB", help="memory of a GPU, to see what fits")
     return top
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on where x is. The meta device, on which memory is planned, has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x`` in the dtype in which ``weight`` computes; autocast decides by itself where it is on."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or autocasts(x):
         return x
     return x.to(weight.dtype)

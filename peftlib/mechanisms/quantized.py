@@ -23,6 +23,7 @@ from peftlib.anatomy import Site
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight
+from peftlib.mechanisms.precision import autocasts
 
 BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share a scale, and scales that share a scale of their own."""
@@ -250,7 +251,7 @@ class QuantizedLinear(nn.Module):
         return self.quantized(self.quantized.like.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             return self._product(x, torch.get_autocast_dtype(x.device.type))
         return self._product(x, self.compute or (torch.bfloat16 if x.is_cuda else x.dtype)).to(x.dtype)
 
