@@ -49,6 +49,61 @@ class Prompt(nn.Module):
         return self.vectors.expand(embedded.shape[0], -1, -1)
 
 
+class MadePrompt(nn.Module):
+    """A prompt that ``maker() -> (m, e)`` makes, until :meth:`keep` puts ``vectors`` in the maker's place."""
+
+    def __init__(self, maker: nn.Module):
+        super().__init__()
+        self.maker = maker
+
+    def made(self) -> torch.Tensor:
+        """The prompt as it is now, (m, e)."""
+        return self.vectors if self.maker is None else self.maker()
+
+    def keep(self) -> None:
+        """Drop the maker and train the vectors that it makes now."""
+        if self.maker is not None:
+            with torch.no_grad():
+                vectors = self.maker().clone(memory_format=torch.contiguous_format)
+            self.maker = None
+            self.vectors = nn.Parameter(vectors)
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        return self.made().expand(embedded.shape[0], -1, -1)
+
+
+class BiLSTM(nn.Module):
+    """A bidirectional LSTM of two layers, (1, m, e) to (1, m, 2 hidden): the parameters of torch's, under its names,
+    and the function below it, since torch.compile takes the function into a graph and the module not."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.hidden, self.dropout = hidden, dropout
+        for name, parameter in nn.LSTM(width, hidden, 2, bidirectional=True).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x.new_zeros(4, 1, self.hidden)
+        weights = list(self.parameters())
+        return torch.lstm(x, (start, start), weights, True, 2, self.dropout, self.training, True, True)[0]
+
+
+class RecurrentEncoder(nn.Module):
+    """Makes m vectors (m, e): an MLP of the states of a bidirectional LSTM of two layers with ``hidden`` units each
+    way, which reads m trained embeddings (m, e)."""
+
+    def __init__(self, length: int, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(length, width))
+        self.lstm = BiLSTM(width, hidden, dropout)
+        self.mlp = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+
+    def forward(self) -> torch.Tensor:
+        # In the parameters' own precision: it is what gets stored, and not every CPU has a bfloat16 LSTM.
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            return self.mlp(self.lstm(self.embedding[None]))[0]
+
+
 def embedding(host: Host) -> nn.Module:
     """The word embedding of the stack that takes the prompt; its output is what a prompt stands beside."""
     return _input_module(host.anatomy).get_input_embeddings()

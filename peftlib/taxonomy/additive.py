@@ -320,13 +320,13 @@ METHODS = (
         r"embeddings, stored as they are after training.",
         sites=("embeddings",),
         trains="The encoder and its inputs; stored are the m embeddings that it makes.",
-        count="length * d + 8 * hidden * (d + hidden + 2) + 8 * hidden * (3 * hidden + 2) "
-        "+ (2 * hidden + 1) * 2 * hidden + (2 * hidden + 1) * d",
+        count="length * d + (lambda h: 8 * h * (d + h + 2) + 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + d))"
+        "(hidden or d // 2)",
         start="changed",
         start_note=_PROMPT_ACTS,
         merge="no",
         merge_note=_PROMPT_STAYS,
-        life=("on_train_end: store the prompt and drop the encoder",),
+        life=("on_train_end: the prompt becomes plain embeddings, and the encoder is gone",),
         original="THUDM/P-tuning",
     ),
     Entry(

@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict] = {
     "qlora": {"rank": 8},  # rank 64 is wider than a tiny model
     "loftq": {"rank": 8, "alpha": 8.0, "iterations": 1},  # the same; and every check attaches several times
     "mam_adapter": {"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
+    "p_tuning": {"length": 32},  # twenty vectors do not move a tiny random backbone enough
     "prompt_tuning": {"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
     "fish_mask": {"density": 0.1},  # 0.5 % of a tiny model is less than its head
     "child_tuning_f": {"density": 0.7},  # of a head's two biases one must pass once in three steps

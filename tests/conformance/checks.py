@@ -323,7 +323,7 @@ def generate(case: Case, tmp: Path) -> None:
 @check("bf16 autocast trains, in float32 parameters, near float32's result")
 def autocast(case: Case, tmp: Path) -> None:
     adapted = case.attach()
-    dtypes = {n: p.dtype for n, p in adapted.trainable().items()}
+    dtypes = {p.dtype for p in adapted.trainable().values()}
     finite = []
 
     def look(step: int) -> None:
@@ -334,7 +334,7 @@ def autocast(case: Case, tmp: Path) -> None:
     assert all(finite)
     assert finite
     assert torch.isfinite(torch.tensor(losses)).all()
-    assert {n: p.dtype for n, p in adapted.trainable().items()} == dtypes
+    assert {p.dtype for p in adapted.trainable().values()} == dtypes
     exact = case.logits(adapted.model)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = case.logits(adapted.model)

@@ -1,0 +1,184 @@
+"""P-tuning: HF peft's encoder with the same weights, an encoder that is gone after training, prompts in a template."""
+
+import pytest
+import torch
+from peft import PromptEncoderConfig, get_peft_model
+
+import peftlib
+from peftlib import anatomy, backbones
+from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
+from peftlib.mechanisms.template import Layout, Template
+from peftlib.methods.base import ConfigError
+from tests.conformance.case import batch, train
+from tests.methods.helpers import backbone, inputs
+
+
+def attached(model, **options):
+    adapted = peftlib.attach(model, "p_tuning", **({"length": 5} | options))
+    return adapted, adapted.method.prompt
+
+
+@torch.no_grad()
+def logits(model, **given):
+    return model.eval()(**given).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "task"),
+    [
+        ("bert", "classification", "SEQ_CLS"),
+        ("roberta", "classification", "SEQ_CLS"),
+        ("gpt2", "causal_lm", "CAUSAL_LM"),
+        ("llama", "causal_lm", "CAUSAL_LM"),
+        ("t5", "seq2seq", "SEQ_2_SEQ_LM"),
+    ],
+)
+@pytest.mark.parametrize("hidden", [16, 24])
+def test_the_same_weights_give_hf_pefts_logits_and_count(family, head, task, hidden):
+    model = backbone(family, head)
+    # HF peft keeps a method of the model that transformers 5 no longer has, for its own generate().
+    model._prepare_encoder_decoder_kwargs_for_generation = None
+    config = PromptEncoderConfig(
+        task_type=task,
+        num_virtual_tokens=5,
+        num_transformer_submodules=1,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=hidden,
+    )
+    theirs = get_peft_model(model, config).eval()
+    encoder = theirs.prompt_encoder["default"]
+    ours, prompt = attached(backbone(family, head), hidden=hidden)
+    with torch.no_grad():
+        prompt.maker.embedding.copy_(encoder.embedding.weight)
+    prompt.maker.lstm.load_state_dict(encoder.lstm_head.state_dict())
+    prompt.maker.mlp.load_state_dict(encoder.mlp_head.state_dict())
+    data = inputs(family)
+    if head == "seq2seq":
+        data["decoder_input_ids"] = data["input_ids"]
+    got = logits(ours.model, **data)
+    torch.testing.assert_close(got, logits(theirs, **data)[:, -got.shape[1] :], atol=1e-5, rtol=0)
+    assert ours.count().method == sum(p.numel() for p in encoder.parameters())
+
+
+def test_after_training_there_are_plain_embeddings_and_no_encoder():
+    ours, prompt = attached(backbone("bert"))
+    assert prompt.maker.lstm.hidden == 16  # half the width, as in the original
+    size = ours.count()
+    train(ours, batch("bert"), steps=3)
+    assert prompt.maker is None
+    assert not any("lstm" in name or "mlp" in name for name in ours.model.state_dict())
+    assert set(ours.trainable()) == {"bert.prompt.vectors", *ours.head_names}
+    assert ours.count().method == 5 * 32 < size.method
+    assert ours.count().stored == size.stored
+    before = logits(ours.model, **inputs("bert"))
+    as_prompt = peftlib.attach(backbone("bert"), "prompt_tuning", length=5)
+    as_prompt.method.load_state(ours.method.state() | dict(as_prompt._head))
+    with torch.no_grad():
+        for name, parameter in ours._head.items():
+            as_prompt._head[name].copy_(parameter)
+    assert torch.equal(logits(as_prompt.model, **inputs("bert")), before)
+
+
+def test_what_is_saved_amid_training_is_what_the_encoder_makes(tmp_path):
+    ours, prompt = attached(backbone("bert"))
+    folder = ours.save(tmp_path / "a")
+    loaded = peftlib.load(backbone("bert"), folder)
+    with torch.no_grad():
+        assert torch.equal(loaded.method.prompt.vectors, prompt.made())
+    assert torch.equal(logits(loaded.model, **inputs("bert")), logits(ours.model, **inputs("bert")))
+    assert prompt.maker is not None
+    other, _ = attached(backbone("bert"), length=4)
+    with pytest.raises(LoadError, match=r"has shape \(5, 32\) in the file, \(4, 32\) here"):
+        other.method.load_state(ours.state())
+
+
+def test_a_loop_without_the_lifecycle_would_keep_the_encoder_and_is_refused():
+    ours, _ = attached(backbone("bert"))
+    ours.model.train()
+    with pytest.raises(peftlib.errors.StateError, match="on_train_end"):
+        ours.model(**batch("bert"))
+
+
+# The template
+
+
+def written(tokens, spots):
+    """A row with v0, v1, ... before the tokens at these places, by hand."""
+    row = []
+    for place, token in enumerate([*tokens, None]):
+        row += [f"v{k}" for k, spot in enumerate(spots) if spot == place]
+        row += [] if token is None else [token]
+    return row
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "spots"),
+    [
+        ([2, 7, 8, 3], [1, 1, 1, 1], [1, 1, 3, 3, 3]),
+        ([2, 7, 8, 3, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 3, 3, 3]),
+        ([0, 0, 2, 7, 8, 3], [0, 0, 1, 1, 1, 1], [3, 3, 5, 5, 5]),
+        ([2, 7, 3, 9, 9, 3, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 2, 5, 5]),
+        ([2, 7, 3, 3, 9, 3, 3], [1, 1, 1, 1, 1, 1, 0], [1, 1, 2, 5, 5]),
+        ([2, 7, 8, 9], [1, 1, 1, 1], [1, 1, 4, 4, 4]),
+        ([2, 7, 8, 0], [1, 1, 1, 0], [1, 1, 3, 3, 3]),
+    ],
+    ids=["single", "padded", "left", "pair", "padding is [SEP]", "without [SEP]", "without [SEP], padded"],
+)
+def test_vectors_stand_behind_cls_and_before_the_seps(ids, mask, spots):
+    template = Template(before=2, between=1, after=2, sep=3)
+    found = template.spots(torch.tensor([ids]), torch.tensor([mask]))
+    assert found.tolist() == [spots]
+    layout = Layout(found, len(ids))
+    codes = {f"v{k}": -1 - k for k in range(5)}
+    merged = layout.merge(torch.tensor([ids]), torch.tensor([[codes[f"v{k}"] for k in range(5)]]))
+    assert merged.tolist() == [[codes.get(token, token) for token in written(ids, spots)]]
+    assert layout.at(layout.text, merged).tolist() == [ids]
+    assert layout.at(layout.vectors, merged).tolist() == [list(codes.values())]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+def test_vectors_that_are_words_read_as_a_text_with_these_words(family):
+    loaded = backbones.load(f"tiny-{family}", head="masked_lm", dropout=0.0)
+    tokenizer = loaded.tokenizer
+    words = ["great", "film", "and", "so"]
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in words]
+    data = tokenizer(["good cast", "a weak plot"], ["fine", "it was the dull one"], padding=True, return_tensors="pt")
+    longer = tokenizer(
+        ["great film good cast and", "great film a weak plot and"], ["fine so", "it was the dull one so"], padding=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    theirs = logits(loaded.model, **longer)
+    inserted = torch.isin(longer["input_ids"], torch.tensor(ids))
+    theirs = theirs[~inserted].view(*data["input_ids"].shape, -1)
+    _, prompt = attached(loaded.model, length=4, between=1, after=1)
+    prompt.keep()
+    with torch.no_grad():
+        prompt.vectors.copy_(anatomy.of(loaded.model).embeddings.weight[ids])
+    real = data["attention_mask"].bool()
+    torch.testing.assert_close(logits(loaded.model, **data)[real], theirs[real], atol=1e-5, rtol=0)
+    positions = torch.arange(data["input_ids"].shape[1])[None] + anatomy.of(loaded.model).first_position
+    again = logits(loaded.model, **data, position_ids=positions)
+    torch.testing.assert_close(again[real], theirs[real], atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="hidden=0"):
+        peftlib.config("p_tuning", hidden=0)
+    with pytest.raises(ConfigError, match="between=3 and after=3 are more than the length=5"):
+        peftlib.config("p_tuning", length=5, between=3, after=3)
+    with pytest.raises(UnknownNameError, match="'front'"):
+        peftlib.config("p_tuning", position="frnt")
+    for family in ("gpt2", "t5"):
+        model = backbone(family)
+        model.config.sep_token_id = 3
+        with pytest.raises(UnsupportedError, match=r"no encoder\. Put all of them in front"):
+            attached(model, after=1)
+    model = backbone("bert")
+    del model.config.sep_token_id
+    with pytest.raises(UnsupportedError, match=r"model\.config\.sep_token_id"):
+        attached(model, after=1)
+    ours, _ = attached(backbone("bert"), after=1)
+    with pytest.raises(UnsupportedError, match="call it with input_ids"):
+        logits(ours.model, inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(UnsupportedError, match=r"252 tokens and 5 trained positions need 257.*has 256"):
+        logits(ours.model, input_ids=torch.full((1, 252), 9))
