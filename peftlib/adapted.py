@@ -96,7 +96,8 @@ class Adapted:
         )
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        """Let the method look at training batches, where it must before training (Fisher masks and the like).
+        """Let the method look at training batches, where it must before training: Fisher masks, and methods whose first
+        phase trains everything. Batches with a length, such as a DataLoader, are read as often as the method asks for.
 
         ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
         no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.

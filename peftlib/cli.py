@@ -155,8 +155,12 @@ def book(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     from peftlib.efficiency import bench as source
+    from peftlib.efficiency import memory
 
-    return source.main()
+    if args.memory:
+        Console().print(memory.compare(args.methods or memory.COMPARED, backbone=args.backbone))
+        return 0
+    return source.main(args.methods, backbone=args.backbone)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -283,7 +287,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command(book, "execute what changed and build the book into _build/html")
     sub.add_argument("--profile", default="embedded")
     sub.add_argument("--no-execute", action="store_true", help="take executed notebooks as they are")
-    command(bench, "speed and memory of the methods on this machine")
+    sub = command(bench, "speed and memory of the methods on this machine")
+    sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all; with --memory a few")
+    sub.add_argument("--memory", action="store_true", help="peak memory of calibration and training, instead of time")
+    sub.add_argument("--backbone", default="minilm-l6", metavar="NAME", help="default: minilm-l6")
     sub = command(plan, "the memory that a training step will take, from shapes alone")
     sub.add_argument("backbone", help="a published model, such as llama-7b or roberta-base, or any hub name or folder")
     sub.add_argument("methods", nargs="+", metavar="method")

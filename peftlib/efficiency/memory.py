@@ -20,6 +20,9 @@ from peftlib.adapted import attach
 from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
 
+COMPARED = ("full", "lora", "bitfit", "fish_mask", "sam", "lt_sft", "diff_pruning")
+"""The methods that are compared by default: full fine-tuning, LoRA, and those that train entries of frozen tensors."""
+
 
 @dataclass(frozen=True)
 class Memory:

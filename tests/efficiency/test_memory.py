@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import peftlib
+from peftlib import cli
 from peftlib.efficiency import memory
 from peftlib.efficiency.memory import LiveTensors
 
@@ -60,3 +61,10 @@ def test_the_table_names_what_was_measured():
     shown = memory.compare(("full", "lora"), **OPTIONS)
     assert list(shown.columns[0].cells) == ["full", "lora"]
     assert "cpu" in shown.caption
+
+
+def test_the_command_measures_memory(capsys):
+    assert cli.main(["bench", "full", "lora", "--memory", "--backbone", "tiny-bert"]) == 0
+    printed = capsys.readouterr().out
+    assert "34,722" in printed
+    assert "optimizer" in printed
