@@ -70,6 +70,20 @@ class Adapted:
             f"trained={count.trained:,} of {count.total:,} ({count.percent:.3f} %))"
         )
 
+    def __str__(self) -> str:
+        """What trains, of how much, and where: a target that matched fewer layers than was meant shows here."""
+        if self.host is None:
+            return repr(self)
+        count = self.count()
+        head = f", {count.head:,} of them the task head's" if count.head else ""
+        modules = {name.rpartition(".")[0] for name in self.trainable()}
+        places = self.host.anatomy.describe(modules | self.host.paths().keys())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.config.as_dict().items())
+        rows = [("trains", f"{count.trained:,} of {count.total:,} parameters ({count.percent:.3f} %){head}")]
+        rows += [("acts at" if not i else "", place) for i, place in enumerate(places)]
+        rows += [("options", options)] if options else []
+        return "\n".join([f"{self.name} on {type(self.model).__name__}", *(f"  {name:9}{text}" for name, text in rows)])
+
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the trained task head's parameters in the model."""

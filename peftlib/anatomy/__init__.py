@@ -270,12 +270,57 @@ class Anatomy:
         inside = {id(p) for root in roots for p in root.parameters()}
         return {n: p for n, p in self.model.named_parameters() if id(p) in inside}
 
+    def describe(self, paths: Iterable[str]) -> list[str]:
+        """Which parts of which layers these module paths are or lie in, one line for each set of layers:
+        ``"attention.query, attention.value in encoder layers 0-5 of 6"``. Paths outside the layers are left out."""
+        paths = list(paths)
+        found: dict[tuple, list[str]] = {}
+        for stack in self.stacks:
+            mine = [layer for layer in self.layers if layer.stack == stack]
+            at: dict[str, list[int]] = {}
+            for layer in mine:
+                for path in (p for p in paths if p == layer.path or p.startswith(f"{layer.path}.")):
+                    for name in self._parts_at(layer, path):
+                        at.setdefault(name, []).append(layer.index)
+            for name, layers in at.items():
+                found.setdefault((stack, len(mine), tuple(sorted(set(layers)))), []).append(name)
+        return [
+            f"{', '.join(names)} in {stack} {_layers(layers)} of {total}"
+            for (stack, total, layers), names in found.items()
+        ]
+
+    def _parts_at(self, layer: Layer, path: str) -> list[str]:
+        """What stands at a path inside a layer: its sites, else the part of it, else the layer itself."""
+        sites = [s for s in layer.sites.values() if path == s.path or path.startswith(f"{s.path}.")]
+        if sites:
+            own = [s for s in sites if s.part is not None and path.endswith(f"_{s.part[0]}")]
+            return [s.name for s in own or sites]
+        parts = {"attention": layer.attention, "cross_attention": layer.cross_attention}
+        parts |= {f"norms.{kind}": norm for kind, norm in layer.norms.items()}
+        for name, module in parts.items():
+            at = next((n for n, m in layer.module.named_modules() if m is module), None)
+            if at is not None and f"{path}.".startswith(f"{layer.path}.{at}."):
+                return [name]
+        return ["the layer"]
+
     def path(self, module: nn.Module) -> str:
         """The module's name in the model."""
         for name, candidate in self.model.named_modules():
             if candidate is module:
                 return name
         raise TargetError(f"{type(module).__name__} is not part of {type(self.model).__name__}")
+
+
+def _layers(indices: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` as "layers 0-2, 5"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if len(indices) > 1 else ''} {text}"
 
 
 def _first(module: nn.Module, paths: str) -> nn.Module | None:

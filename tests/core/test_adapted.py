@@ -167,3 +167,29 @@ def test_config_classes_are_attributes_of_the_package():
         assert getattr(peftlib, config.__name__) is config
     with pytest.raises(AttributeError, match="NoSuchConfig"):
         _ = peftlib.NoSuchConfig
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options", "expected"),
+    [
+        ("bert", "lora", {}, ["attention.query, attention.value in encoder layers 0-1 of 2"]),
+        ("gpt2", "lora", {"targets": "attention.value"}, ["attention.value in decoder layers 0-1 of 2"]),
+        ("bert", "lora", {"targets": "bert.encoder.layer.1.*"}, ["ffn.up, ffn.down in encoder layer 1 of 2"]),
+        (
+            "t5",
+            "lora",
+            {"targets": "*attention.query"},
+            ["attention.query in encoder layers 0-1 of 2", "attention.query, cross_attention.query in decoder"],
+        ),
+        ("bert", "prefix_tuning", {}, ["attention in encoder layers 0-1 of 2"]),
+        ("bert", "threshold_mask", {"targets": "ffn.up"}, ["ffn.up in encoder layers 0-1 of 2"]),
+    ],
+)
+def test_printed_it_says_what_trains_and_where(family, method, options, expected):
+    adapted = peftlib.attach(backbone(family), method, **options)
+    text = str(adapted)
+    assert text.startswith(f"{method} on ")
+    assert f"{adapted.count().trained:,} of" in text
+    for part in expected:
+        assert part in text, text
+    assert max(map(len, text.splitlines()[:-1])) < 120
