@@ -8,7 +8,13 @@ from peftlib.report.figures import (
     sites_diagram,
     taxonomy_tree,
 )
-from peftlib.report.learned import quantization_error_figure, quantization_errors
+from peftlib.report.learned import (
+    calibration_error,
+    quantization_error_figure,
+    quantization_errors,
+    reliability,
+    reliability_diagram,
+)
 from peftlib.report.selection import budget, budget_by_layer, budget_map, masks, overlap, overlap_map
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
@@ -18,6 +24,7 @@ __all__ = [
     "budget",
     "budget_by_layer",
     "budget_map",
+    "calibration_error",
     "comparison",
     "count",
     "learning_rate_search",
@@ -28,6 +35,8 @@ __all__ = [
     "quality_against_parameters",
     "quantization_error_figure",
     "quantization_errors",
+    "reliability",
+    "reliability_diagram",
     "sites_diagram",
     "source",
     "table",

@@ -353,7 +353,9 @@ METHODS = (
         start_note="B starts at zero.",
         merge="no",
         merge_note="The mean would fold into the weights, but the predictive distribution needs the factors.",
-        life=("on_train_end: estimate curvature, then the prior precision by marginal likelihood",),
+        life=(
+            "after training: estimate the curvature on training data, then the prior precision by marginal likelihood",
+        ),
         original="adamxyang/laplace-lora",
     ),
     Entry(
