@@ -60,13 +60,13 @@ METHODS = (
         symbols=r"$\delta$: all entries of the prefixes and adapters; $s$: first-order estimate of the loss change "
         r"when an entry is set to zero; $z$: binary mask with $k$ ones.",
         sites=("attention.key", "attention.value", "ffn.down"),
-        trains="The entries of a MAM adapter that survive pruning; before pruning all of them.",
-        count="L * (2 * length * d + 2 * d * bottleneck + bottleneck + d)",
+        trains="The entries of a MAM adapter that survive pruning, chosen in a search before training.",
+        count="int(density * L * (2 * length * d + 2 * d * bottleneck + bottleneck + d))",
         start="changed",
         start_note="The prefix draws attention from the first step on.",
         merge="no",
         merge_note="A prefix depends on the query and the adapter is nonlinear.",
-        life=("on_gradients: accumulate the scores during warm-up", "on_step_end: prune to the budget, round by round"),
+        life=("calibrate: train all entries for a while, score and prune them round by round, then start anew",),
     ),
     Entry(
         name="compacter",

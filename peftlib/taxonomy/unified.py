@@ -60,15 +60,15 @@ METHODS = (
         r"wanted share of all entries.",
         sites=("attention.output", "ffn.down"),
         trains="The entries of the adapters that the mask keeps, and their biases.",
-        count="int(density * L * 2 * 2 * d * bottleneck) + L * 2 * (bottleneck + d)",
+        count="(lambda adapters, sizes: adapters * (bottleneck + d) + (int(density * sum(n * s for n, s in sizes)) "
+        "if scope == 'global' else sum(n * int(density * s) for n, s in sizes)))("
+        "{'adapter': 2 * L, 'lora': 0, 'mam': L}[form], {'adapter': [(4 * L, d * bottleneck)], "
+        "'lora': [(2 * L * len(targets), d * rank)], 'mam': [(2 * L, length * d), (2 * L, d * bottleneck)]}[form])",
         start="near",
         start_note="Both projections start at N(0, 0.02): with a zero up-projection every SNIP score is zero.",
         merge="no",
         merge_note="A pruned adapter is still nonlinear, so it stays beside the backbone's weights.",
-        life=(
-            "calibrate: score every entry on training batches, then fix the mask",
-            "on_gradients: masked entries get no gradient",
-        ),
+        life=("calibrate: score every entry on training batches, then fix the mask",),
         original="Shwai-He/SparseAdapter",
     ),
     Entry(

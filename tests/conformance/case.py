@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict] = {
     "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model
     "ladder_side_tuning": {"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
+    "u_mam": {"length": 8, "bottleneck": 32, "steps": 4},  # wider than the whole backbone otherwise
     "s4": {"budget": 0.1, "groups": (1, 0, 0, 1)},  # two layers with all four methods; 0.5 % is less than their biases
     "unipelt": {"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
 }

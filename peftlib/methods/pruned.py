@@ -1,0 +1,68 @@
+"""What the methods share that add modules of other methods and prune their entries from data before training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftlib.errors import TargetError
+from peftlib.mechanisms import pruned, sparse
+from peftlib.mechanisms.host import Host
+from peftlib.methods.base import MethodConfig
+from peftlib.methods.combination import Combination
+
+
+class PrunedCombination(Combination):
+    """Attaches its parts, then keeps k of the entries that they added: :meth:`calibrate` chooses them.
+
+    Afterwards k values train, so an optimizer has states for k values and files hold k values with their indices.
+    """
+
+    calibrates = True
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        self.calibrates = True
+        self.candidates: dict[str, nn.Parameter] = {}
+        self.children: dict[str, sparse.SparseValues] | None = None
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self.candidates = self.choices(host)
+        self.seed = int(torch.randint(2**31, (), device="cpu"))
+        if not 1 <= self.k <= self.entries:
+            raise TargetError(
+                f"density={self.config.density} of {self.entries:,} entries is {self.k:,}; it must be a number from 1 "
+                f"to {self.entries:,}"
+            )
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        """The added tensors among whose entries is chosen, by default all."""
+        return pruned.added(host)
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are to choose from."""
+        return sum(p.numel() for p in self.candidates.values())
+
+    @property
+    def k(self) -> int:
+        """How many entries are kept."""
+        return int(self.config.density * self.entries)
+
+    def pending(self) -> tuple[int, int, int]:
+        trained, stored, size = sparse.pending(self.k, self.entries)
+        bytes_now = sum(p.numel() * p.element_size() for p in self.candidates.values())
+        return trained - self.entries, stored - self.entries, size - bytes_now
+
+    def keep(self, indices: list[torch.Tensor]) -> None:
+        """Train the entries at these flat indices, one ascending tensor a candidate, and drop the others."""
+        self.children = pruned.keep(self.host, self.candidates, indices)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        if self.children is None:
+            return self.host.state()
+        return pruned.state(self.host, self.candidates, self.children)
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.children = pruned.load_state(self.host, self.candidates, state)

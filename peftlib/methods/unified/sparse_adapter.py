@@ -1,0 +1,175 @@
+r"""SparseAdapter: adapters are pruned before they train, by a score of their untrained entries (unified).
+
+.. math:: h \leftarrow h + (M_{up} \odot W_{up})\, \sigma((M_{down} \odot W_{down}) h + b_{down}) + b_{up}, \qquad
+          M = \operatorname{top}_k(s)
+
+=========  ==============================================================================================
+score      s of an entry w
+=========  ==============================================================================================
+snip       \|w g\|, g the loss gradient on the calibration batches: that of a mask at w
+grasp      w (H g), with the Hessian H: how much the gradient's norm owes to w
+magnitude  \|w\|
+synflow    \|w dR/dw\|, R the sum of what \|W_up\| \|W_down\| makes of ones: no data
+random     drawn
+=========  ==============================================================================================
+
+Shapes: M, s of each matrix; biases are not pruned. k = int(density times entries) of all matrices together, or with
+``scope="local"`` of each by itself; ties by position. The mask is fixed by :meth:`Adapted.calibrate`; then k values
+train from their start and the others stay zero. All matrices start at N(0, 0.02^2), near the identity: were W_up zero,
+so would be every snip score. Stored: k values with their indices, or bits. Large-sparse: twice the ``bottleneck`` at
+half the ``density`` has the same budget. No merge, except for LoRA.
+
+``form``: "adapter" is the sequential adapter behind both blocks, "lora" prunes A and B, "mam" the parallel adapters and
+the prefixes' keys and values, which act from the first step on.
+
+Source: He et al. 2022, arXiv:2210.04284, and its code, whose ``sparsity`` is the share that is kept. It multiplies
+dense weights by masks; here k values train. Its synflow runs the adapter itself on absolute weights; the linear form
+here is SynFlow's own (Tanaka et al. 2020, arXiv:2006.05467). A prefix's table is no product: its score there is \|w\|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from peftlib.errors import UnknownNameError
+from peftlib.mechanisms import importance, pruned
+from peftlib.mechanisms.bottleneck import Bottleneck
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.pruned import PrunedCombination
+
+FORMS, SCOPES = ("adapter", "lora", "mam"), ("global", "local")
+SCORES = ("snip", "grasp", "magnitude", "synflow", "random")
+
+
+@dataclass(frozen=True)
+class SparseAdapterConfig(MethodConfig):
+    """``form``: "adapter" (``bottleneck`` r, ``activation``), "lora" (``rank``, ``alpha``, ``targets``) or "mam"
+    (``length`` m and ``bottleneck`` r); ``score`` and ``scope`` of the choice, ``density`` that is kept, ``batches``
+    that are looked at (None: all); ``std`` of the start."""
+
+    form: Literal["adapter", "lora", "mam"] = "adapter"
+    score: Literal["snip", "grasp", "magnitude", "synflow", "random"] = "snip"
+    scope: Literal["global", "local"] = "global"
+    density: float = 0.5
+    batches: int | None = None
+    std: float = 0.02
+    bottleneck: int = 64
+    activation: str = "relu"
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
+    length: int = 30
+
+    def __post_init__(self):
+        for what, value, known in (
+            ("form", self.form, FORMS),
+            ("score", self.score, SCORES),
+            ("scope", self.scope, SCOPES),
+        ):
+            if value not in known:
+                raise UnknownNameError(f"{what} of sparse_adapter", value, known)
+        between("density", self.density, 0, 1)
+        between("std", self.std, 0, float("inf"))
+        for name in ("bottleneck", "rank", "length"):
+            at_least(name, getattr(self, name), 1)
+        if self.batches is not None:
+            at_least("batches", self.batches, 1)
+
+
+class SparseAdapter(PrunedCombination):
+    Config = SparseAdapterConfig
+    learning_rate = 5e-4
+
+    def part_configs(self) -> tuple[dict, ...]:
+        c = self.config
+        parts = {
+            "adapter": {
+                "method": "sequential_adapter",
+                "bottleneck": c.bottleneck,
+                "activation": c.activation,
+                "train_norms": False,
+            },
+            "lora": {"method": "lora", "rank": c.rank, "alpha": c.alpha, "targets": c.targets},
+            "mam": {"method": "mam_adapter", "length": c.length, "bottleneck": c.bottleneck, "reparametrize": False},
+        }
+        return (parts[c.form],)
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        matrices = {n: p for n, p in pruned.added(host).items() if p.dim() > 1}
+        for parameter in matrices.values():
+            nn.init.normal_(parameter, std=self.config.std)
+        return matrices
+
+    @property
+    def k(self) -> int:
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """How many entries are kept, of all tensors or of each."""
+        if self.config.scope == "global":
+            return [int(self.config.density * self.entries)]
+        return [int(self.config.density * p.numel()) for p in self.candidates.values()]
+
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        scores = self.scores(list(islice(batches, self.config.batches)))
+        if self.config.scope == "global":
+            self.keep(pruned.largest(scores, self.k))
+        else:
+            self.keep([pruned.largest([s], k)[0] for s, k in zip(scores, self._sizes())])
+
+    def scores(self, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """The score of every candidate's entries."""
+        parameters, score = list(self.candidates.values()), self.config.score
+        if score == "snip":
+            return [s.abs() for s in importance.first_order(self.host.model, parameters, batches)]
+        if score == "grasp":
+            return _grasp(self.host.model, parameters, batches)
+        if score == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            return [torch.rand(p.shape, generator=generator).to(p.device) for p in parameters]
+        sizes = {id(p): p.detach().abs() for p in parameters}
+        if score == "synflow":
+            for child in self.host.paths().values():
+                for first, second in _products(child):
+                    a, b = sizes[id(first)], sizes[id(second)]
+                    sizes[id(first)], sizes[id(second)] = a * b.sum(0)[:, None], b * a.sum(1)
+        return [sizes[id(p)] for p in parameters]
+
+    def check_mergeable(self) -> None:
+        if self.config.form != "lora":
+            Method.check_mergeable(self)
+
+
+def _products(child: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The pairs (first, second) of matrices whose product a child applies."""
+    if isinstance(child, Bottleneck):
+        return [(child.down.weight, child.up.weight)]
+    return [(child.A, child.B)] if isinstance(child, LowRank) else []
+
+
+def _grasp(
+    model: nn.Module, parameters: list[nn.Parameter], batches: list[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """``w (H g)`` for the mean gradient g and the mean Hessian H over the batches."""
+    first = importance.GradientSums(parameters, "signed")
+    with first:
+        for batch in batches:
+            first.backward(importance.loss(model, batch))
+    products = [torch.zeros_like(p) for p in parameters]
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            gradients = torch.autograd.grad(importance.loss(model, batch), parameters, create_graph=True)
+            along = sum((g * total).sum() for g, total in zip(gradients, first.sums))
+            for product, more in zip(products, torch.autograd.grad(along, parameters)):
+                product += more
+    return [p.detach() * product for p, product in zip(parameters, products)]

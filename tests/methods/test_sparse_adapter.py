@@ -1,0 +1,206 @@
+"""SparseAdapter: which entries each score keeps, on each kind of module, and that only they live on."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftlib
+from peftlib import backbones
+from peftlib.errors import LoadError, MergeError, StateError, TargetError, UnknownNameError
+from peftlib.mechanisms import pruned
+from peftlib.methods.base import ConfigError
+from tests.conformance.case import Case, backbone, batch, inputs, logits, train
+from tests.conformance.checks import CHECKS
+
+FORMS = {
+    "adapter": {"form": "adapter", "bottleneck": 6},
+    "lora": {"form": "lora", "rank": 4, "alpha": 8.0},
+    "mam": {"form": "mam", "length": 5, "bottleneck": 16},
+}
+
+
+def attached(form="adapter", family="bert", calibrate=True, **options):
+    adapted = peftlib.attach(backbone(family), "sparse_adapter", **(FORMS[form] | {"density": 0.3} | options))
+    if calibrate:
+        adapted.calibrate([batch(family)])
+    return adapted
+
+
+def kept(adapted):
+    return {(name, int(i)) for name, child in adapted.method.children.items() for i in child.indices}
+
+
+def largest(scores, k):
+    """The k largest entries of {name: scores}, by a plain sort; among equals the first."""
+    places = [(n, i) for n, s in scores.items() for i in range(s.numel())]
+    order = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True, stable=True).indices[:k]
+    return {places[int(i)] for i in order}
+
+
+def gradients(adapted):
+    parameters = adapted.method.candidates
+    loss = adapted.model.eval()(**batch("bert")).loss
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
+def test_snip_and_magnitude_keep_the_largest_of_a_plain_loop(score, form):
+    before = attached(form, calibrate=False)
+    scores = {n: p.detach().abs() for n, p in before.method.candidates.items()}
+    if score == "snip":
+        scores = {n: scores[n] * slope.abs() for n, slope in gradients(before).items()}
+    adapted = attached(form, score=score)
+    assert len(kept(adapted) ^ largest(scores, adapted.method.k)) <= 2, "beyond rounding"
+
+
+def test_grasp_is_the_weight_times_the_hessian_along_the_gradient():
+    """The directional derivative of the gradient, by differences in float64, against the score."""
+    adapted = attached(calibrate=False, score="grasp")
+    adapted.model.double()
+    scores = adapted.method.scores([batch("bert")])
+    slopes, parameters = gradients(adapted), adapted.method.candidates
+    ends = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(slopes[name], alpha=step)
+        ends.append(gradients(adapted))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(slopes[name], alpha=-step)
+    for (name, parameter), score in zip(parameters.items(), scores):
+        expected = parameter.detach() * (ends[0][name] - ends[1][name]) / 2e-4
+        torch.testing.assert_close(score, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["adapter", "lora"])
+def test_synflow_is_the_gradient_of_what_the_absolute_product_makes_of_ones(form):
+    adapted = attached(form, calibrate=False, score="synflow")
+    scores = dict(zip(adapted.method.candidates, adapted.method.scores([])))
+    names = list(scores)
+    for first, second in zip(names[::2], names[1::2]):
+        a, b = (adapted.method.candidates[n].detach().abs().requires_grad_() for n in (first, second))
+        (b @ a @ torch.ones(a.shape[1])).sum().backward()
+        torch.testing.assert_close(scores[first], a.detach() * a.grad)
+        torch.testing.assert_close(scores[second], b.detach() * b.grad)
+
+
+def test_a_drawn_mask_follows_the_seed():
+    masks = []
+    for seed in (1, 1, 2):
+        adapted = peftlib.attach(backbone("bert"), "sparse_adapter", score="random", bottleneck=6, seed=seed)
+        adapted.calibrate([batch("bert")])
+        masks.append(kept(adapted))
+    assert masks[0] == masks[1] != masks[2]
+
+
+def test_a_zero_start_would_leave_snip_without_scores():
+    adapted = attached(calibrate=False)
+    with torch.no_grad():
+        for name, parameter in adapted.method.candidates.items():
+            if name.endswith("up.weight"):
+                parameter.zero_()
+    assert all(float(s.abs().max()) == 0 for s in adapted.method.scores([batch("bert")]))
+    assert all(float(s.abs().max()) > 0 for s in attached(calibrate=False).method.scores([batch("bert")]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_budget_is_met_to_the_entry(scope, form):
+    adapted = attached(form, scope=scope, calibrate=False)
+    entries = {n: p.numel() for n, p in adapted.method.candidates.items()}
+    before = adapted.count()
+    adapted.calibrate([batch("bert")])
+    if scope == "local":
+        assert {n: len(c.values) for n, c in adapted.method.children.items()} == {
+            n: int(0.3 * size) for n, size in entries.items()
+        }
+    assert sum(len(c.values) for c in adapted.method.children.values()) == adapted.method.k
+    assert before.trained == adapted.count().trained == sum(p.numel() for p in adapted.trainable().values())
+    assert before.stored_bytes >= adapted.count().stored_bytes
+
+
+def test_large_sparse_costs_what_the_dense_adapter_costs():
+    def method(**options):
+        return peftlib.attach(backbones.shapes("roberta-base"), "sparse_adapter", **options).count().method
+
+    biases = 12 * 2 * 768
+    dense = method(bottleneck=64, density=1.0) - 12 * 2 * 64
+    for width in (128, 256):
+        assert method(bottleneck=width, density=64 / width) - 12 * 2 * width == dense == 12 * 4 * 768 * 64 + biases
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropped_entries_are_zero_for_good_and_the_file_holds_the_others(form, tmp_path):
+    adapted = attached(form, density=0.02)
+    train(adapted, batch("bert"), weight_decay=0.1)
+    paths = {id(c): path for path, c in adapted.host.paths().items()}
+    for child in adapted.method.children.values():
+        module, _, name = paths[id(child)].rpartition(".parametrizations.")
+        weight = getattr(adapted.model.get_submodule(module), name.split(".")[0]).detach()
+        assert torch.equal(weight != 0, child.owned)
+    folder = adapted.save(tmp_path / "a")
+    tensors = load_file(folder / "adapter.safetensors")
+    k = adapted.method.k
+    assert sum(t.numel() for n, t in tensors.items() if n.endswith(".values")) == k
+    dense = sum(4 * t.numel() for n, t in tensors.items() if not n.endswith((".values", ".indices", ".bits")))
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) <= 8 * k + dense
+    loaded = peftlib.load(backbone("bert"), folder)
+    assert kept(loaded) == kept(adapted)
+    assert torch.equal(logits(loaded.model, **inputs("bert")), logits(adapted.model, **inputs("bert")))
+    assert train(loaded, batch("bert")) == train(adapted, batch("bert"))
+
+
+def test_a_file_that_does_not_fit_is_refused():
+    state = attached().state()
+    with pytest.raises(LoadError, match="missing"):
+        attached(calibrate=False).method.load_state({n: t for n, t in state.items() if not n.endswith("up.bias")})
+    head = [n for n in state if "classifier" in n]
+    with pytest.raises(LoadError, match="does not choose from"):
+        attached(calibrate=False).method.load_state({**state, "more": state[head[0]]})
+
+
+def test_the_largest_of_scores_with_signs_in_order():
+    scores = [torch.tensor([[-3.0, 2.0], [0.0, 2.0]]), torch.tensor([2.0, -1.0])]
+    assert [i.tolist() for i in pruned.largest(scores, 3)] == [[1, 3], [0]]
+    assert [i.tolist() for i in pruned.largest(scores, 5)] == [[1, 2, 3], [0, 1]]
+    assert [i.tolist() for i in pruned.largest(scores, 1)] == [[1], []]
+
+
+@dataclass(frozen=True)
+class FormCase(Case):
+    form: str = ""
+
+    @property
+    def config(self):
+        return peftlib.config("sparse_adapter", **FORMS[self.form], density=0.5)
+
+
+@pytest.mark.parametrize("form", ["lora", "mam"])
+@pytest.mark.parametrize("name", ["moves", "gradients", "frozen", "save_load", "detach", "deepcopy", "checkpointing"])
+def test_the_other_forms_keep_the_promises_too(name, form, tmp_path):
+    CHECKS[name].run(FormCase("sparse_adapter", "bert", form=form), tmp_path)
+
+
+def test_the_lora_form_merges():
+    adapted = attached("lora")
+    train(adapted, batch("bert"))
+    before = logits(adapted.model, **inputs("bert"))
+    torch.testing.assert_close(logits(adapted.merge(), **inputs("bert")), before, atol=1e-5, rtol=1e-4)
+    with pytest.raises(MergeError, match="sparse_adapter has no merge"):
+        attached().merge()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(StateError, match=r"adapted\.calibrate"):
+        train(attached(calibrate=False), batch("bert"))
+    with pytest.raises(UnknownNameError, match="score of sparse_adapter 'snap'; did you mean 'snip'"):
+        peftlib.config("sparse_adapter", score="snap")
+    for options in ({"density": 0.0}, {"batches": 0}, {"rank": 0}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            peftlib.config("sparse_adapter", **options)
+    with pytest.raises(TargetError, match="of 1,536 entries is 0"):
+        attached(density=0.0001, calibrate=False)
