@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +20,16 @@ from transformers.masking_utils import sdpa_mask
 from peftlib.mechanisms.host import Host
 
 NAME = "peftlib"
+GIVEN = "peftlib_given"
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What an attention function gets: query (B, H, q, p), key and value (B, H_kv, k, p), mask (B or 1, 1 or H, q, k)
     boolean (True attends) or additive, or None, position_bias (1 or B, H, q, k) or None; ``causal`` tells whether a
-    mask of None means a causal one. ``finish`` is what is done to the output (B, q, H, p), if anything."""
+    mask of None means a causal one. ``finish`` is what is done to the output (B, q, H, p), if anything. ``given`` is
+    what a hook handed to the layer under the keyword ``GIVEN``, which comes here also when gradient checkpointing runs
+    the layer again without its hooks."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -34,6 +38,7 @@ class Inputs:
     position_bias: torch.Tensor | None
     causal: bool
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    given: Any = None
 
     def prepend(self, key: torch.Tensor, value: torch.Tensor) -> Inputs:
         """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees."""
@@ -59,7 +64,7 @@ class Inputs:
 def attention(module, query, key, value, attention_mask, *, is_causal=None, position_bias=None, **kwargs):
     """The registered function: children first, then transformers' sdpa attention."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    inputs = Inputs(query, key, value, attention_mask, position_bias, causal)
+    inputs = Inputs(query, key, value, attention_mask, position_bias, causal, given=kwargs.pop(GIVEN, None))
     for name in getattr(module, "peftlib_attention", ()):
         inputs = getattr(module, name)(inputs)
     if inputs.position_bias is not None:

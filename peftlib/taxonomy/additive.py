@@ -86,13 +86,14 @@ METHODS = (
         arxiv="2304.04947",
         summary="A router sends only the k best of n tokens through each frozen layer, while a parallel adapter serves "
         "them all, which saves time as well as parameters.",
-        equation=r"h \leftarrow h + \mathrm{Adapter}(h) + \lambda \odot \mathrm{Layer}\bigl(h_{\mathcal{S}}\bigr),"
+        equation=r"h \leftarrow h + \mathrm{Adapter}(h) + \lambda \odot "
+        r"\bigl(\mathrm{Layer}(h_{\mathcal{S}}) - h_{\mathcal{S}}\bigr),"
         r"\qquad (\lambda, \mathcal{S}) = \operatorname{soft\,top}_{k}(h\, w)",
         symbols=r"$w \in \mathbb{R}^{d}$: the layer's router; $\mathcal{S}$: the $k$ chosen tokens; "
         r"$\lambda \in [0, 1]$: their gates, zero for all others.",
-        sites=("layers", "ffn.down"),
-        trains="Router and parallel adapter of every layer.",
-        count="L * (d + 2 * d * bottleneck + bottleneck + d)",
+        sites=("layers", "norms"),
+        trains="Router and parallel adapter of every layer and, as in the paper, the layers' norms.",
+        count="L * (d + 2 * d * bottleneck + bottleneck + d) + (4 * L * d if train_norms else 0)",
         start="changed",
         start_note="With k < n most tokens skip the layers; with k = n and gates of one it is a parallel adapter.",
         merge="no",
