@@ -327,7 +327,7 @@ def _attach(
 ) -> Adapted:
     chosen.take_sources(sources)
     host = Host(model, keep_original=keep_original)
-    head = dict(host.anatomy.head) if train_head else {}
+    head = dict(host.anatomy.head)
     devices = [host.device] if host.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.device(host.device):
@@ -335,6 +335,7 @@ def _attach(
             chosen.host = host
             host.take_task_ids()
             chosen.attach(host)
+            head = chosen.head(head) if train_head else {}
             host.train(head.values())
         host.name_once()
     except BaseException:

@@ -227,6 +227,12 @@ class Anatomy:
         """Every bias below the task head, of linear maps and norms, by name in the model."""
         return {n: p for n, p in self.named_parameters().items() if n.rpartition(".")[2] == "bias"}
 
+    @property
+    def scorer(self) -> nn.Linear:
+        """The last linear map of the task head, whose outputs are the logits."""
+        weights = {id(p) for p in self.head.values()}
+        return [m for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in weights][-1]
+
     def sites(self, patterns: Sequence[str] | str | None = None) -> list[Site]:
         """The sites that match any of the patterns, in forward order; all of them for None or ``"all-linear"``.
 

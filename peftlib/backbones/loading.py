@@ -102,7 +102,8 @@ def load(
 
     name: one of ``names()``; a folder in the hub's layout, as a path or below ``$PEFTLIB_MODELS``; or a hub name,
         which the local Hugging Face cache may hold.
-    head: one of ``HEADS``. ``num_labels`` is for "classification" (1: regression) and "token_classification".
+    head: one of ``HEADS``. ``num_labels`` is for "classification" (1: regression), "token_classification", and methods
+        that let a "masked_lm" classify.
     source: "auto" tries embedded and tiny names, then folders, then the hub.
     seed: starts the parameters that the source does not have. The caller's random state stays as it is.
     dropout: replaces every dropout rate of the config that is not 0; None keeps the config's rates.
@@ -254,7 +255,7 @@ def _head_class(config: PreTrainedConfig, head: str, name: str):
 
 
 def _label(config: PreTrainedConfig, head: str, num_labels: int) -> None:
-    if head in ("classification", "token_classification"):
+    if head in ("classification", "token_classification", "masked_lm"):
         config.num_labels = num_labels
 
 

@@ -76,6 +76,8 @@ class Method:
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: ClassVar[int] = 2
     """How many sources it needs at least, where it takes any."""
+    classifies: bool = False
+    """Whether a model without a classification head answers with the logits of classes while this is attached."""
     exceptions: ClassVar[dict[str, str]] = {}
     """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
     The suite sees to it that a check named here really fails."""
@@ -117,6 +119,11 @@ class Method:
     def attach(self, host: Host) -> None:
         """Change the frozen backbone through the host's seams."""
         raise NotImplementedError
+
+    def head(self, head: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+        """What trains and is counted as task head, by name in the model; ``head`` is the model's own. Asked after
+        :meth:`attach`."""
+        return head
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Look at training batches (model inputs with labels, on the model's device) before training."""

@@ -65,6 +65,12 @@ class Combination(Method):
                 raise UnsupportedError(
                     f"{names} cannot be combined: {part.name} wants a place that is taken ({error})"
                 ) from error
+        self.classifies = any(part.classifies for part in self.parts)
+
+    def head(self, head: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+        for part in self.parts:
+            head = part.head(head)
+        return head
 
     def scope(self, host: Host, part: Method) -> Host:
         """Where a part attaches. Hybrids that restrict or gate a part override this."""

@@ -261,7 +261,7 @@ METHODS = (
         r"network.",
         sites=("embeddings", "head"),
         trains="Prompt embeddings and class vectors; the class vectors are the task head.",
-        count="length * d",
+        count="sum(template) * d",
         start="changed",
         start_note=_PROMPT_ACTS,
         merge="no",

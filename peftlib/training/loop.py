@@ -242,7 +242,8 @@ def _check_task(adapted: Adapted, task) -> None:
     if task.kind == "multiple_choice":
         raise UnsupportedError(f"task {task.name!r} is multiple choice, which is evaluated but not trained on")
     kind = type(adapted.model).__name__
-    text, classifies = task.kind in ("causal_lm", "seq2seq"), kind.endswith("ForSequenceClassification")
+    text = task.kind in ("causal_lm", "seq2seq")
+    classifies = adapted.method.classifies or kind.endswith("ForSequenceClassification")
     if text == classifies:
         raise UnsupportedError(
             f"task {task.name!r} is of kind {task.kind!r}, and {kind} has no head for it: load the backbone with "
