@@ -16,6 +16,7 @@ import peftlib
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
 from peftlib.methods import find
+from peftlib.report.counts import stand_ins
 from peftlib.taxonomy import CATEGORIES, METHODS, Entry
 
 PACKAGE = Path(peftlib.__file__).parent
@@ -89,7 +90,7 @@ COMMANDS = {*NAMES.split(), *"{}|, \\"}
 def values_for(entry: Entry) -> dict:
     """The shape with the config's defaults where peftlib has the method, else with the settings above."""
     if entry.available:
-        return SHAPE | dataclasses.asdict(find(entry.name).Config())
+        return SHAPE | dataclasses.asdict(find(entry.name).Config()) | {"sources": stand_ins(entry.name)}
     return SHAPE | SETTINGS
 
 
@@ -278,6 +279,8 @@ def test_count_is_a_whole_number_on_roberta_base(entry):
 @every()
 def test_count_uses_the_shape_and_the_config_only(entry):
     allowed = {"ceil", "enumerate", "int", "len", "max", "min", "round", "sum"} | values_for(entry).keys()
+    for source in stand_ins(entry.name) if entry.available else ():
+        allowed |= {"config"} | source.config.as_dict().keys()
     assert set(compile(entry.count, entry.name, "eval").co_names) <= allowed
 
 

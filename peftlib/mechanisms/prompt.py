@@ -110,7 +110,8 @@ def embedding(host: Host) -> nn.Module:
 
 
 def attach(host: Host, child: nn.Module, length: int, position: Position = "front") -> nn.Module:
-    """Put the ``length`` vectors that ``child(embedded) -> (B, m, e)`` gives into every input.
+    """Put the ``length`` vectors that ``child(embedded) -> (B, m, e)`` gives into every input. A child with
+    ``reads_mask`` is called with the input's mask too, (B, n) or None.
 
     ``position``: ``"front"`` of the input, or ``"after_first"`` token (encoders only), which leaves [CLS] in front,
     where pooling heads look.
@@ -171,8 +172,9 @@ def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs
     if embedded is None:
         embedded = module.get_input_embeddings()(call["input_ids"])
     check_length(embedded.shape[1], seam.length, seam.max_length)
+    vectors = child(embedded, mask) if getattr(child, "reads_mask", False) else child(embedded)
     call["input_ids"] = None
-    call["inputs_embeds"] = _put(embedded, child(embedded), seam.at)
+    call["inputs_embeds"] = _put(embedded, vectors, seam.at)
     if positions is not None:
         first = seam.first_position + seam.at
         new = torch.arange(first, first + seam.length, device=positions.device).expand(positions.shape[0], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -60,6 +61,16 @@ class SavedAdapter:
     head: tuple[str, ...] = ()
     backbone: dict[str, Any] | None = None
     sources: tuple[SavedAdapter, ...] = ()
+
+    @property
+    def own(self) -> dict[str, torch.Tensor]:
+        """The state without the task head."""
+        return {n: t for n, t in self.state.items() if n not in self.head}
+
+    def method(self) -> Method:
+        """A fresh, unattached method of this adapter's config."""
+        # Imported late: the registry itself knows this class.
+        return importlib.import_module("peftlib.methods").resolve(self.config)
 
 
 class Method:
@@ -182,6 +193,24 @@ class Method:
     def moments(self) -> tuple[str, ...]:
         """The moments of training that this method takes part in."""
         return tuple(n for n in MOMENTS if getattr(type(self), n) is not getattr(Method, n))
+
+
+def check_alike(method: str, sources: tuple[SavedAdapter, ...], *fields: str) -> None:
+    """Raise ConfigError where the sources' configs differ, in these fields or, without any, in anything."""
+    first = sources[0].config
+    for source in sources[1:]:
+        names = fields or tuple(first.as_dict())
+        one, other = ({n: getattr(c, n, None) for n in names} for c in (first, source.config))
+        differing = [n for n in names if one[n] != other[n]]
+        if not fields and source.config.method != first.method:
+            differing = ["method"]
+            one, other = {"method": first.method}, {"method": source.config.method}
+        if differing:
+            n = differing[0]
+            raise ConfigError(
+                f"{method} needs sources of one {n}, and {sources[0].name!r} has {n}={one[n]!r}, {source.name!r} "
+                f"{n}={other[n]!r}; give those that agree"
+            )
 
 
 def at_least(name: str, value: float, low: float) -> None:

@@ -59,7 +59,7 @@ def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[st
         # A method that changed the backbone's own parameters leaves a model that is of no more use.
         model = model or backbones.shapes(backbone, head=head)
         try:
-            adapted = attach(model, name, keep_original=False, sources=_sources(name), **options)
+            adapted = attach(model, name, keep_original=False, sources=stand_ins(name), **options)
         except UnsupportedError as error:
             found[name] = {"unsupported": str(error)}
             continue
@@ -72,7 +72,7 @@ def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[st
     return found
 
 
-def _sources(method: str) -> list[SavedAdapter]:
+def stand_ins(method: str) -> list[SavedAdapter]:
     """Stand-ins for the adapters that a method builds on: what they are, without tensors."""
     cls = find(method)
     kinds = cls.source_methods[:1] * cls.fewest_sources

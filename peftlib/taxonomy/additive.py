@@ -339,16 +339,19 @@ METHODS = (
         summary="A prompt learned on a source task starts the target's prompt; similarity of prompts finds the source.",
         equation=r"P_{\mathrm{target}} \leftarrow P_{s^{*}},\qquad s^{*} = \arg\max_s "
         r"\cos\bigl(\bar{P}_{\mathrm{target}},\, \bar{P}_s\bigr)",
-        symbols=r"$P \in \mathbb{R}^{m \times d}$: prompts; $\bar{P}$: mean over the tokens of a prompt early in its "
-        r"training, the task's embedding.",
+        symbols=r"$P \in \mathbb{R}^{m \times d}$: prompts; $\bar{P}$: mean over the positions of a prompt, the "
+        r"task's embedding; $s$ runs over the sources.",
         sites=("embeddings",),
         trains="The target's prompt.",
-        count="length * d",
+        count="sources[0].config.length * d",
         start="changed",
         start_note=_PROMPT_ACTS,
         merge="no",
         merge_note=_PROMPT_STAYS,
-        life=("sources: saved prompts of other tasks", "calibrate: find the nearest source and copy its prompt"),
+        life=(
+            "sources: saved prompts of other tasks",
+            "calibrate: train a probe on the target and copy the nearest source's prompt",
+        ),
         original="google-research/prompt-tuning",
     ),
     Entry(

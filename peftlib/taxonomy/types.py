@@ -63,7 +63,8 @@ class Entry:
     """Trained parameters without the task head on an encoder, right after attaching (where calibration chooses a mask:
     the entries that it will choose). A Python expression over L, d, f, H, V (layers, hidden size, inner size, heads,
     vocabulary), total (the backbone's parameters without the task head), head (the task head's parameters), pooler
-    (1 where the backbone has one below its head, as BERT has, else 0) and the fields of the method's config."""
+    (1 where the backbone has one below its head, as BERT has, else 0), sources (the adapters that it builds on)
+    and the fields of the method's config."""
     start: Literal["identity", "near", "changed"]
     """Output right after attaching: exactly the backbone's, close to it, or different by nature."""
     start_note: str

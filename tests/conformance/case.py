@@ -35,14 +35,22 @@ SETTINGS: dict[str, dict] = {
     "moelora": {"dropout": 0.0},  # some checks compare two runs of the same steps
     "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model
     "ladder_side_tuning": {"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
+    "mpt": {"length": 32},  # as its sources
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
     "u_mam": {"length": 8, "bottleneck": 32, "steps": 4},  # wider than the whole backbone otherwise
     "s4": {"budget": 0.1, "groups": (1, 0, 0, 1)},  # two layers with all four methods; 0.5 % is less than their biases
     "unipelt": {"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
+    "spot": {"probe_steps": 2},  # it is attached hundreds of times
 }
 
 # Options of the sources of methods that build on other adapters.
-SOURCES: dict[str, dict] = {}
+SOURCES: dict[str, dict] = {
+    "spot": SETTINGS["prompt_tuning"],
+    "attempt": SETTINGS["prompt_tuning"],
+    "mpt": SETTINGS["prompt_tuning"],
+    "adapter_fusion": {"robust": False},  # the plain adapter of its paper
+    "mera": {"robust": False},
+}
 
 
 def lm_head(family: str) -> str:
@@ -127,7 +135,8 @@ class Case:
     def start(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
         """The method on a fresh backbone, with sources where it builds on some."""
         model = self.backbone() if model is None else model
-        return peftlib.attach(model, self.config, sources=sources(self.method, self.family, self.head), **options)
+        given = sources(self.method, self.family, self.head, model.config.num_hidden_layers)
+        return peftlib.attach(model, self.config, sources=given, **options)
 
     def attach(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
         """As :meth:`start`, calibrated where it must be."""
@@ -173,14 +182,23 @@ def train(
     return losses
 
 
+def cut(model: nn.Module, layers: int) -> nn.Module:
+    """The model with the first layers of each stack only."""
+    for path in {layer.path.rpartition(".")[0] for layer in peftlib.anatomy.of(model).layers}:
+        del model.get_submodule(path)[layers:]
+    model.config.num_hidden_layers = layers
+    return model
+
+
 @functools.cache
-def sources(method: str, family: str, head: str) -> tuple[peftlib.SavedAdapter, ...]:
-    """Adapters that differ, for a method that builds on some; none for the others."""
+def sources(method: str, family: str, head: str, layers: int) -> tuple[peftlib.SavedAdapter, ...]:
+    """Adapters that differ, for a method that builds on some; none for the others. ``layers`` of each stack are those
+    of the backbone that they are for."""
     cls = peftlib.find(method)
     made = []
-    for seed in range(cls.fewest_sources if cls.source_methods else 0):
+    for seed in range(max(2, cls.fewest_sources) if cls.source_methods else 0):
         config = peftlib.config(cls.source_methods[0], **SOURCES.get(method, {}))
-        adapted = peftlib.attach(backbone(family, head), config, seed=seed)
+        adapted = peftlib.attach(cut(backbone(family, head), layers), config, seed=seed)
         train(adapted, batch(family, head), steps=1 + seed)
         made.append(adapted.snapshot())
     return tuple(made)
