@@ -368,8 +368,8 @@ METHODS = (
         r"$\hat{P}_j, \hat{X} \in \mathbb{R}^{d}$: maxima over the tokens; $T$: temperature; "
         r"$W_{\mathrm{down}}, W_{\mathrm{up}}$: trained, without biases.",
         sites=("embeddings",),
-        trains="The target's prompt and the two projections of the attention network.",
-        count="length * d + 2 * d * bottleneck",
+        trains="The target's prompt, one for each task, and the two projections of the attention network.",
+        count="tasks * sources[0].config.length * d + 2 * d * bottleneck",
         start="changed",
         start_note=_PROMPT_ACTS,
         merge="no",
