@@ -390,12 +390,15 @@ METHODS = (
         r"$v_k \in \mathbb{R}^{d}$: factors of task $k$.",
         sites=("embeddings",),
         trains="The shared prompt and the factors of every task.",
-        count="length * d + tasks * (length + d) * rank",
+        count="length * d + (tasks or max(1, len(sources))) * (length + d) * rank",
         start="changed",
         start_note=_PROMPT_ACTS,
         merge="no",
         merge_note=_PROMPT_STAYS,
-        life=("penalty: distance to the teachers' logits and hidden states", "sources: teacher prompts of the tasks"),
+        life=(
+            "sources: teacher prompts of the tasks, or a saved multitask prompt to adapt",
+            "penalty: distance to the teachers' logits and hidden states",
+        ),
         original="huggingface/peft",
     ),
     # Others

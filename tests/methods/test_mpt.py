@@ -1,0 +1,158 @@
+"""Multitask prompt tuning: the decomposition against HF peft, the lesson of the teachers, the target phase."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import MultitaskPromptTuningConfig, get_peft_model
+
+import peftlib
+from peftlib.errors import UnknownNameError
+from peftlib.methods.base import ConfigError
+from tests.conformance.case import backbone, batch, inputs, logits, train
+from tests.methods.helpers import perturb
+
+IDS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+
+
+def teacher(seed, **options):
+    adapted = peftlib.attach(backbone("bert"), "prompt_tuning", seed=seed, **({"length": 5} | options))
+    perturb(adapted, seed=seed)
+    return replace(adapted.snapshot(), name=f"teacher{seed}")
+
+
+def student(sources=(), family="bert", head="classification", **options):
+    adapted = peftlib.attach(backbone(family, head), "mpt", sources=sources, **({"length": 5} | options))
+    perturb(adapted)
+    return adapted, adapted.method.child
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "kind"), [("bert", "classification", "SEQ_CLS"), ("t5", "seq2seq", "SEQ_2_SEQ_LM")]
+)
+def test_the_same_factors_give_hf_pefts_logits(family, head, kind):
+    model = backbone(family, head)
+    model._prepare_encoder_decoder_kwargs_for_generation = None  # HF peft wants it for its own generate()
+    theirs = get_peft_model(
+        model,
+        MultitaskPromptTuningConfig(
+            task_type=kind, num_virtual_tokens=5, num_tasks=2, num_ranks=3, num_transformer_submodules=1
+        ),
+    ).eval()
+    ours, prompt = student(family=family, head=head, tasks=2, rank=3)
+    encoder = theirs.prompt_encoder["default"]
+    with torch.no_grad():
+        for mine, other in (
+            (prompt.shared, encoder.embedding.weight),
+            (prompt.u, encoder.prefix_task_cols),
+            (prompt.v, encoder.prefix_task_rows),
+        ):
+            mine.copy_(other.normal_())
+        if head == "classification":
+            ours.model.classifier.load_state_dict(backbone(family).classifier.state_dict())
+        expected = theirs(**inputs(family, head), task_ids=IDS).logits
+    got = logits(ours.model, **inputs(family, head), task_ids=IDS)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    numbers = sum(p.numel() for p in encoder.parameters())
+    assert ours.count().method == numbers == 5 * 32 + 2 * 3 * (5 + 32)
+
+
+@torch.no_grad()
+def alone(adapter, rows):
+    """A teacher's logits, and its last state at the prompt and the text, for some rows of the batch."""
+    model = peftlib.load(backbone("bert"), adapter).model
+    data = {k: v[rows] for k, v in inputs("bert").items()}
+    states = []
+    model.bert.encoder.layer[-1].register_forward_hook(lambda m, a, out: states.append(out))
+    out = logits(model, **data)
+    state = states[0] if isinstance(states[0], torch.Tensor) else states[0][0]
+    return out, state
+
+
+def test_each_row_learns_from_its_tasks_teacher_with_its_head():
+    teachers = [teacher(1), teacher(2)]
+    ours, prompt = student(teachers)
+    data, states = batch("bert"), []
+    ours.model.bert.encoder.layer[-1].register_forward_hook(lambda m, a, out: states.append(out))
+    plain = ours.model.eval()(**data, task_ids=IDS)
+    state = states[0] if isinstance(states[0], torch.Tensor) else states[0][0]
+    ours.model.train()
+    with ours.lifecycle(1) as life:
+        life.step_start()
+        loss = ours.model(**data, task_ids=IDS).loss
+        loss.backward()
+    expected, squares, positions = [], 0.0, 0
+    for task, adapter in enumerate(teachers):
+        rows = (task == IDS).nonzero().flatten()
+        answer, taught = alone(adapter, rows)
+        p, log_q = answer.softmax(-1), plain.logits[rows].log_softmax(-1)
+        expected.append((p * (p.log() - log_q)).sum(-1))
+        for i, row in enumerate(rows):
+            n = 5 + int(data["attention_mask"][row].sum())
+            squares += float((state[row, :n] - taught[i, :n]).square().mean(-1).sum())
+            positions += n
+    penalty = 0.9 * (torch.cat(expected).mean() + squares / positions)
+    torch.testing.assert_close(loss - plain.loss, penalty, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is not None for p in (prompt.shared, prompt.u, prompt.v))
+    assert prompt.lesson.state is None
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    teachers = [teacher(1), replace(teacher(1), name="again")]
+    ours, prompt = student(teachers)
+    with torch.no_grad():
+        prompt.shared.copy_(next(iter(teachers[0].own.values())))
+        prompt.u.fill_(1)
+        prompt.v.fill_(1)
+        for name in ours.head_names:
+            ours.trainable()[name].copy_(teachers[0].state[name])
+    plain = ours.model(**batch("bert"), task_ids=IDS).loss
+    ours.model.train()
+    with ours.lifecycle(1):
+        taught = ours.model(**batch("bert"), task_ids=IDS).loss
+    assert float(taught) == pytest.approx(float(plain), abs=1e-6)
+
+
+def test_the_student_goes_without_its_teachers_and_starts_a_target(tmp_path):
+    ours, prompt = student([teacher(1), teacher(2)])
+    train(ours, batch("bert") | {"task_ids": IDS})
+    folder = ours.save(tmp_path / "sources")
+    names = {n.rpartition(".")[2] for n in peftlib.read(folder).own}
+    assert names == {"shared", "u", "v"}
+    loaded = peftlib.load(backbone("bert"), folder)
+    given = inputs("bert") | {"task_ids": IDS}
+    assert torch.equal(logits(loaded.model, **given), logits(ours.model, **given))
+    loaded.model.train()
+    loaded.model(**batch("bert")).loss.backward()
+
+    for options, u in (({}, prompt.u.mean(0)), ({"start": "task", "start_task": 1}, prompt.u[1])):
+        target = peftlib.attach(backbone("bert"), "mpt", sources=[folder], length=5, **options)
+        made = target.method.child
+        assert torch.equal(made.shared, prompt.shared)
+        assert made.u.shape[0] == 1
+        torch.testing.assert_close(made.u[0], u)
+    made = peftlib.attach(backbone("bert"), "mpt", sources=[folder], length=5, start="shared").method.child
+    assert torch.equal(made.shared, prompt.shared)
+    assert made.u.abs().max() < 0.2
+    target.model.train()
+    target.model(**batch("bert")).loss.backward()
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = backbone("bert")
+    with pytest.raises(ConfigError, match="tasks=3 and 2 teachers"):
+        peftlib.attach(model, "mpt", sources=[teacher(1), teacher(2)], tasks=3, length=5)
+    with pytest.raises(ConfigError, match="length=20, and the sources have 5"):
+        peftlib.attach(model, "mpt", sources=[teacher(1), teacher(2)])
+    learned = student(tasks=2)[0].snapshot()
+    with pytest.raises(ConfigError, match="starts from one saved mpt"):
+        peftlib.attach(model, "mpt", sources=[learned, teacher(1)], length=5)
+    with pytest.raises(ConfigError, match="start_task=2: the source has tasks 0 to 1"):
+        peftlib.attach(model, "mpt", sources=[learned], length=5, start="task", start_task=2)
+    with pytest.raises(ConfigError, match="rank=2 differs"):
+        peftlib.attach(model, "mpt", sources=[learned], length=5, rank=2)
+    wide = peftlib.backbones.load("tiny-bert", num_labels=3, dropout=0.0).model
+    with pytest.raises(ConfigError, match="number of labels"):
+        peftlib.attach(wide, "mpt", sources=[teacher(1), teacher(2)], length=5)
+    with pytest.raises(UnknownNameError, match="start 'median'"):
+        peftlib.config("mpt", start="median")
