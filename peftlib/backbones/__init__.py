@@ -7,5 +7,6 @@
 """
 
 from peftlib.backbones.loading import EMBEDDED, HEADS, Backbone, load, names, shapes
+from peftlib.backbones.sentences import embed
 
-__all__ = ["EMBEDDED", "HEADS", "Backbone", "load", "names", "shapes"]
+__all__ = ["EMBEDDED", "HEADS", "Backbone", "embed", "load", "names", "shapes"]

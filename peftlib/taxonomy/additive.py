@@ -236,14 +236,14 @@ METHODS = (
         equation=r"\theta_{\mathrm{soup}} = \frac{1}{|\mathcal{N}|} \sum_{n \in \mathcal{N}} \theta_n",
         symbols=r"$\theta_n$: weights of the adapter of domain $n$; $\mathcal{N}$: the nearest domains, by similarity "
         r"of sentence embeddings or by clusters.",
-        sites=("ffn.down",),
+        sites=("layers",),
         trains="One adapter a domain, each on its own; the soup itself needs no training.",
-        count="L * (2 * d * bottleneck + bottleneck + d)",
+        count="L * (2 * d * sources[0].config.bottleneck + sources[0].config.bottleneck + 3 * d)",
         start="changed",
         start_note="It starts as the average of the chosen adapters.",
         merge="no",
         merge_note=_NONLINEAR,
-        life=("sources: saved adapters of other domains", "calibrate: choose the nearest domains for the new text"),
+        life=("sources: saved adapters of other domains", "before: choose the nearest domains for the new text"),
     ),
     # Soft prompts
     Entry(
