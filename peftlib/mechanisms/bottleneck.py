@@ -104,7 +104,7 @@ def behind_ffn(host: Host, layer: Layer, name: str, child: nn.Module) -> nn.Modu
     block would give without it and adds to the residual sum: ``z <- z + child.delta(norm(z))``, and
     ``h <- h + child.delta(h)`` behind a layer whose norms stand before its blocks. While ``child.active`` is False,
     nothing of it is computed."""
-    host.add(layer.module, name, child)
+    child = host.add(layer.module, name, child)
     gate = host.gate(layer, layer.module, name)
     if layer.pre_norm:
         host.hook(layer.module, _behind_layer, child, gate)

@@ -145,13 +145,19 @@ class Host:
         self._scopes: list[Host] = []
         self._layers: tuple[int, ...] | None = None
         self._gate: Callable | None = None
+        self._exchange: Callable[[nn.Module], nn.Module] | None = None
         self._undo: list[Callable[[], None]] = []
         self._baked: list[Callable[[], None]] = []
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
-    def scope(self, layers: Iterable[int] | None = None, gate: Callable | None = None) -> Host:
+    def scope(
+        self,
+        layers: Iterable[int] | None = None,
+        gate: Callable | None = None,
+        exchange: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Host:
         """A host for one part of a combination: it knows its own changes, and the whole undoes them.
 
         Args:
@@ -159,6 +165,7 @@ class Host:
             gate: ``gate(where, module, name) -> g`` is called for each child ``name`` of ``module`` that computes
                 y' from the input x of ``where`` (a site or a layer) and the output y; what it gives scales the child's
                 change: y + g(x) (y' - y).
+            exchange: ``exchange(child)`` is hung where the part hangs ``child``.
         """
         part = copy.copy(self)
         part.children, part.unfrozen, part.written, part._scopes = [], [], [], []
@@ -166,7 +173,16 @@ class Host:
             part._layers = tuple(layers)
         if gate is not None:
             part._gate = gate
+        if exchange is not None:
+            part._exchange = exchange
         self._scopes.append(part)
+        return part
+
+    def rehearse(self) -> Rehearsal:
+        """A host on which a method only says what it would hang where and train; the model stays as it is."""
+        part = copy.copy(self)
+        part.__class__ = Rehearsal
+        part.children, part.unfrozen, part.written, part._scopes, part._undo = [], [], [], [], []
         return part
 
     @property
@@ -197,6 +213,8 @@ class Host:
         """Make ``child`` a child of ``module``; the parameters of it that require gradients are trained."""
         if hasattr(module, name):
             raise StateError(f"{type(module).__name__} already has a part named {name!r}; detach() the method first")
+        if self._exchange is not None:
+            child = self._exchange(child)
         module.add_module(name, child)
         child.train(module.training)
         self.children.append((module, name, child))
@@ -207,27 +225,27 @@ class Host:
         """``y <- child(x, y)`` for the input x and output y of a site or module."""
         module, part = (where.module, where.part) if isinstance(where, Site) else (where, None)
         name = _part_name(name, part)
-        self.add(module, name, child)
+        child = self.add(module, name, child)
         self._hook(module.register_forward_hook(partial(_after, self._change(where, module, name, child), part)))
         return child
 
     def behind(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``h <- child(h)`` for the hidden state h that a layer gives, alone or as the first of a tuple."""
-        self.add(layer, name, child)
+        child = self.add(layer, name, child)
         self._hook(layer.register_forward_hook(partial(_behind, child)))
         return child
 
     def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``x <- child(x)`` for the input x of a site or module."""
         module = where.module if isinstance(where, Site) else where
-        self.add(module, name, child)
+        child = self.add(module, name, child)
         self._hook(module.register_forward_pre_hook(partial(_before, child)))
         return child
 
     def across(self, first: Site | nn.Module, last: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``y <- child(x, y)`` for the input x of ``first`` and the output y of ``last``, where the child lives."""
         start, last = (w.module if isinstance(w, Site) else w for w in (first, last))
-        self.add(last, name, child)
+        child = self.add(last, name, child)
         child.kept_input = None
         self._hook(start.register_forward_pre_hook(partial(_keep_input, child)))
         change = self._change(first, last, name, child)
@@ -430,6 +448,26 @@ class Host:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, False))
             parameter.grad = None
+
+
+class Rehearsal(Host):
+    """See :meth:`Host.rehearse`: ``children`` and ``unfrozen`` are what would be there. For methods that hang children
+    and train parameters; those that parametrize, write or replace cannot be rehearsed."""
+
+    def add(self, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+        self.children.append((module, name, child))
+        return child
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.unfrozen.extend(parameters)
+
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        handle.remove()
+
+    def _refuse(self, *_) -> None:
+        raise StateError("this method changes weights of the backbone itself, so what it would hang cannot be told")
+
+    parametrize = write = replace = _refuse
 
 
 def _take_task_ids(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict):

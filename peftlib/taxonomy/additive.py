@@ -168,9 +168,9 @@ METHODS = (
         arxiv="2005.00247",
         summary="Trained adapters of several tasks stay frozen, and an attention in every layer mixes their outputs "
         "for a new task.",
-        equation=r"o = \sum_{n} \operatorname{softmax}_n\bigl((W_Q h)^{\top} W_K z_n\bigr)\, W_V z_n",
-        symbols=r"$h \in \mathbb{R}^{d}$: output of the feed-forward block; $z_n \in \mathbb{R}^{d}$: output of the "
-        r"adapter of task $n$; $W_Q, W_K, W_V \in \mathbb{R}^{d \times d}$: trained.",
+        equation=r"o = h + \sum_{n} \operatorname{softmax}_n\bigl((W_Q h)^{\top} W_K z_n\bigr)\, W_V z_n",
+        symbols=r"$h \in \mathbb{R}^{d}$: what the adapters read; $z_n \in \mathbb{R}^{d}$: what the "
+        r"adapter of task $n$ would add; $W_Q, W_K, W_V \in \mathbb{R}^{d \times d}$: trained.",
         sites=("ffn.down",),
         trains="Query, key (with biases) and value matrices of the fusion in every layer.",
         count="L * (3 * d * d + 2 * d)",
@@ -178,7 +178,10 @@ METHODS = (
         start_note="It starts as a mix of the source adapters, with the identity as value matrix.",
         merge="no",
         merge_note="The mix depends on the input.",
-        life=("sources: saved adapters of other tasks, frozen",),
+        life=(
+            "sources: saved adapters of other tasks, frozen",
+            "penalty: distance of the value matrix to the identity",
+        ),
         original="adapter-hub/adapters",
     ),
     Entry(
