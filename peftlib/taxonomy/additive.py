@@ -199,12 +199,15 @@ METHODS = (
         r"neurons, found on weights or on activations.",
         sites=("ffn.down",),
         trains="The one merged adapter.",
-        count="L * (2 * d * bottleneck + bottleneck + d)",
+        count="L * (2 * d * sources[0].config.bottleneck + sources[0].config.bottleneck + d)",
         start="changed",
         start_note="It starts as the merged source adapter.",
         merge="no",
         merge_note=_NONLINEAR,
-        life=("sources: saved adapters of tasks of the same kind, merged when attached",),
+        life=(
+            "sources: saved adapters of tasks of the same kind, merged when attached",
+            "calibrate: aligned by activations, they are merged after a look at the target's batches",
+        ),
     ),
     Entry(
         name="hyperformer_pp",
