@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftlib import backbones, tasks
+from peftlib import backbones, sources, tasks
 from peftlib.adapted import Adapted, attach
 from peftlib.efficiency.measure import PeakMemory, folder_bytes
-from peftlib.experiments.provenance import provenance
-from peftlib.experiments.spec import RunSpec
+from peftlib.experiments.provenance import provenance, revision
+from peftlib.experiments.spec import RunSpec, source_specs
 from peftlib.experiments.store import Store
 from peftlib.methods import config as method_config
+from peftlib.methods.base import SavedAdapter
+from peftlib.saved import read
 from peftlib.training import evaluate_task, fit
 
 
@@ -42,9 +44,14 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
     # The seed of a run draws its data, its head and its parameters.
     task = tasks.load(s["task"], seed=spec.seed, **s["task_options"])
     backbone = backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
+    built_on = [_source(source) for source in source_specs(spec)]
     with PeakMemory() as memory:
         adapted = attach(
-            backbone.model, method_config(spec.method, **spec.options), seed=spec.seed, keep_original=False
+            backbone.model,
+            method_config(spec.method, **spec.options),
+            sources=built_on,
+            seed=spec.seed,
+            keep_original=False,
         )
         result = fit(
             adapted,
@@ -97,6 +104,17 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
         "provenance": provenance(),
     }
     return Trained(adapted, backbone, task, record)
+
+
+def _source(spec: RunSpec) -> SavedAdapter:
+    """The adapter of a source run, trained once a revision of the code and kept in the cache."""
+
+    def build(folder: Path) -> None:
+        trained = train(spec)
+        trained.adapted.save(folder / spec.track.replace("/", "-"))
+
+    folder = sources.cached_folder(f"adapters/{spec.method}-{spec.key}-{revision()}", build)
+    return read(next(folder.iterdir()))
 
 
 def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Profile:
     backbone: str
     tracks: dict[str, Track]
     summary: str
+    sources: tuple[str, ...] = ()
+    """The tasks on which methods that build on other adapters have those trained."""
 
 
 def _embedded(task: str, epochs: float, batch_size: int, max_length: int, **options) -> Track:
@@ -57,6 +59,7 @@ PROFILES: dict[str, Profile] = {
         "tiny-bert",
         {"smoke": Track("smoke", "tiny-bert", epochs=1, batch_size=8, max_length=32)},
         "tiny random models, seconds on any CPU: proves that everything runs, measures nothing",
+        sources=("smoke", "smoke-pair"),
     ),
     "embedded": Profile(
         "embedded",
@@ -68,6 +71,7 @@ PROFILES: dict[str, Profile] = {
             "coherence": _embedded("coherence", epochs=1, batch_size=32, max_length=96),
         },
         "MiniLM-L6 and movie reviews, both inside installed packages: minutes on two CPU cores",
+        sources=("reviews-fewshot", "acceptability-fewshot", "coherence-fewshot"),
     ),
     "glue": Profile(
         "glue",
@@ -80,6 +84,7 @@ PROFILES: dict[str, Profile] = {
             "sst2": _glue("sst2", 3),
         },
         "RoBERTa-base on the five small GLUE tasks, from the hub or PEFTLIB_DATA: one GPU",
+        sources=("glue/mrpc", "glue/cola", "glue/rte"),
     ),
     "paper": Profile(
         "paper",
@@ -139,7 +144,7 @@ def run_spec(
     track_name = next(iter(tracks)) if track_name is None else track_name
     if track_name not in tracks:
         raise UnknownNameError(f"track of profile {profile_name}", track_name, tracks)
-    settings = dataclasses.asdict(tracks[track_name])
+    settings = track_settings(profile_name, track_name, method)
     for name in changes or {}:
         if name not in settings:
             raise UnknownNameError("setting of a track", name, settings)
@@ -154,6 +159,33 @@ def run_spec(
         seed=seed,
         settings={**settings, **(changes or {})},
     )
+
+
+def track_settings(profile_name: str, track_name: str, method: str) -> dict[str, Any]:
+    """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters."""
+    chosen = profile(profile_name)
+    settings = dataclasses.asdict(chosen.tracks[track_name])
+    return settings | ({"sources": list(chosen.sources)} if find(method).source_methods else {})
+
+
+def source_specs(spec: RunSpec) -> list[RunSpec]:
+    """The runs that train the adapters a run builds on: one a source task, of the first method that can be a source, at
+    its own rate and with the run's seed and settings."""
+    tasks = spec.settings.get("sources", ())
+    settings = {name: value for name, value in spec.settings.items() if name != "sources"}
+    method = find(spec.method).source_methods[0] if tasks else ""
+    return [
+        RunSpec(
+            profile=spec.profile,
+            track=task,
+            method=method,
+            options=json.loads(json.dumps(method_config(method).as_dict())),
+            learning_rate=find(method).learning_rate,
+            seed=spec.seed,
+            settings={**settings, "task": task, "task_options": {}},
+        )
+        for task in tasks
+    ]
 
 
 SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2)

@@ -15,6 +15,7 @@ from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck
 from peftlib.mechanisms.host import Host, hidden, with_hidden
 from peftlib.mechanisms.positions import by_name, names
+from peftlib.mechanisms.precision import without_autocast
 
 Keys = Literal["k", "all"]
 
@@ -126,7 +127,7 @@ class Conditional(nn.Module):
         if most == n:
             return None
         real = _real(mask, normed)
-        with torch.autocast(normed.device.type, enabled=False):
+        with without_autocast(normed):
             scores = F.linear(normed.to(self.router.dtype), self.router[None]).squeeze(-1)
             k = (real.sum(-1, keepdim=True).double() / self.reduction).ceil().clamp(min=1)
             weights = soft_top_k(scores, k.to(scores.dtype), real, self.temperature)

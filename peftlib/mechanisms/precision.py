@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on where x is. The meta device, on which memory is planned, has none."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Inside ``with``, products on x's device have their inputs' dtype."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import with_state
 from peftlib.mechanisms.positions import by_name, check_length, names, past_length
+from peftlib.mechanisms.precision import without_autocast
 
 Position = Literal["front", "after_first"]
 
@@ -100,7 +101,7 @@ class RecurrentEncoder(nn.Module):
 
     def forward(self) -> torch.Tensor:
         # In the parameters' own precision: it is what gets stored, and not every CPU has a bfloat16 LSTM.
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with without_autocast(self.embedding):
             return self.mlp(self.lstm(self.embedding[None]))[0]
 
 

@@ -330,7 +330,8 @@ def conformance_page(matrix: conformance.Matrix | None) -> str:
     parts.append("\n".join(f"{number}. {matrix.checks[name]}" for name, number in numbers.items()))
     parts.append(
         "The number in a cell says on how many families the check holds. A dash says that it is declined, there or on "
-        "some families (then beside a number); an empty cell that no family can be asked."
+        "some families (then beside a number); an empty cell that no family can be asked. Where fewer families are "
+        "counted than support the method, the others have not been run yet."
     )
     parts.append(
         markdown.table(

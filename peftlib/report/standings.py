@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from functools import cached_property
 from typing import Any
 
 from peftlib import taxonomy
 from peftlib.experiments import SEARCH_RATES, Store, profile, summarize
+from peftlib.experiments.spec import track_settings
 from peftlib.methods import config, find
 
 Record = dict[str, Any]
@@ -34,10 +34,11 @@ class Standings:
             track: [
                 r
                 for r in self.store.records(self.profile.name, track)
-                if r["spec"]["settings"] == _json(dataclasses.asdict(settings))
-                and r["spec"]["options"] == defaults.get(r["spec"]["method"])
+                if r["spec"]["method"] in defaults
+                and r["spec"]["options"] == defaults[r["spec"]["method"]]
+                and r["spec"]["settings"] == _json(track_settings(self.profile.name, track, r["spec"]["method"]))
             ]
-            for track, settings in self.profile.tracks.items()
+            for track in self.profile.tracks
         }
 
     @cached_property

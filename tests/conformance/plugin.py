@@ -9,7 +9,7 @@ import os
 import pytest
 
 PROPERTY = "conformance"
-WRITE = os.environ.get("PEFTLIB_CONFORMANCE") == "write"
+WRITE = os.environ.get("PEFTLIB_CONFORMANCE") in ("write", "add")
 WHOLE = os.environ.get("PEFTLIB_CONFORMANCE") in ("write", "whole")
 
 

@@ -1,5 +1,6 @@
 """Every method on every family, check by check. ``pytest tests/conformance -k lora-`` runs one method's on a third of
-the families, with ``PEFTLIB_CONFORMANCE=whole`` on all of them, with ``=write`` it also writes what it saw."""
+the families, with ``PEFTLIB_CONFORMANCE=whole`` on all of them. ``=write`` writes what the whole run saw into the
+matrix, ``=add`` what a run on a third of the families saw."""
 
 from __future__ import annotations
 
@@ -91,5 +92,5 @@ def test_committed_matrix_is_of_these_methods_and_checks():
     assert list(document["methods"]) == peftlib.methods(), way_out
     for method, rows in document["methods"].items():
         for name, check in CHECKS.items():
-            families = check.families or (supported_family(method),)
-            assert tuple(rows[name]) == families, way_out
+            known = check.families or (supported_family(method),)
+            assert set(families(method, name)) - {""} <= rows[name].keys() <= set(known), way_out

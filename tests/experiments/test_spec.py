@@ -4,6 +4,8 @@ import pytest
 
 from peftlib import experiments
 from peftlib.errors import UnknownNameError
+from peftlib.experiments.spec import source_specs
+from peftlib.methods import find
 
 
 def test_key_depends_on_everything_and_on_nothing_else():
@@ -34,3 +36,18 @@ def test_wrong_names_are_named_with_the_nearest(arguments, wrong, way_out):
     with pytest.raises(UnknownNameError, match=wrong) as error:
         experiments.run_spec(*names, **more)
     assert way_out in str(error.value)
+
+
+def test_methods_that_build_on_adapters_name_the_tasks_of_these_in_their_runs(monkeypatch):
+    plain = experiments.run_spec("smoke", None, "lora")
+    assert "sources" not in plain.settings and source_specs(plain) == []
+    monkeypatch.setattr(find("lora"), "source_methods", ("prompt_tuning",))
+    spec = experiments.run_spec("smoke", None, "lora", seed=2)
+    assert spec.settings["sources"] == ["smoke", "smoke-pair"]
+    sources = source_specs(spec)
+    assert [(s.method, s.track, s.settings["task"], s.seed) for s in sources] == [
+        ("prompt_tuning", "smoke", "smoke", 2),
+        ("prompt_tuning", "smoke-pair", "smoke-pair", 2),
+    ]
+    assert {s.learning_rate for s in sources} == {find("prompt_tuning").learning_rate}
+    assert all("sources" not in s.settings for s in sources)
