@@ -98,7 +98,7 @@ class IncreLoRA(Method):
                 update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
             update.weighed = c.target_rank > 1
             self.updates[site] = host.after(site, "increlora", update)
-        self._restart()
+        self._restart(dict.fromkeys(map(str, sites), 1))
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its components are active."""
@@ -108,18 +108,18 @@ class IncreLoRA(Method):
         norms = [norm for update in self.updates.values() for norm in update.orthogonality()]
         return self.config.orthogonality * torch.stack(norms).mean()
 
-    def _restart(self) -> None:
+    def _restart(self, ranks: dict[str, int]) -> None:
         shape = len(self.updates)
         self.sensitivity, self.uncertainty = torch.zeros(shape), torch.zeros(shape)
         # The step from which a component's vectors and its singular value train; what was there at the start is warm.
         self.born = {u: torch.full((2, len(u.singular)), -math.inf) for u in self.updates.values()}
         self.before: dict = {}
-        self.trace = [(0, self.ranks())]
+        self.trace = [(0, ranks)]
 
     @torch.no_grad()
     def on_gradients(self, progress: Progress) -> None:
         if progress.step == 0:
-            self._restart()
+            self._restart(self.ranks())
         updates = list(self.updates.values())
         if updates[0].weighed:
             scores = torch.stack([u.meter.new_zeros(()) if u.meter.grad is None else u.meter.grad for u in updates])
