@@ -102,7 +102,7 @@ class Adapted:
         state = self.state()
         more, stored, stored_bytes = (0, 0, 0) if self.calibrated else self.method.pending()
         return Count(
-            trained=sum(p.numel() for p in trained.values()) + more,
+            trained=sum(p.numel() for p in trained.values()) + more + self.method.searched(),
             head=sum(p.numel() for n, p in trained.items() if n in self._head),
             stored=sum(t.numel() for t in state.values()) + stored,
             stored_bytes=sum(t.numel() * t.element_size() for t in state.values()) + stored_bytes,

@@ -53,6 +53,7 @@ SETTINGS = {
     "experts": 4,
     "task_dim": 64,
     "shared_gate": True,
+    "std_B": 0.0,
     "divisions": 4,
     "plus_plus": False,
     "layers": (1,) * 12,

@@ -143,6 +143,10 @@ class Method:
         """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""
         return 0, 0, 0
 
+    def searched(self) -> int:
+        """How many numbers :meth:`calibrate` finds without gradients; they count as trained."""
+        return 0
+
     def on_step_start(self, progress: Progress) -> None:
         """Before the first forward of an optimizer step."""
 

@@ -33,7 +33,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class FitResult:
     """What a training run gave. ``history`` has one entry an evaluation and one a logged step; ``metrics`` are the last
-    ones on ``evaluate_on``; times are in seconds, memory in bytes (None where it cannot be measured)."""
+    ones on ``evaluate_on``; times are in seconds, memory in bytes (None where it cannot be measured). There are 0
+    ``steps`` where :meth:`Adapted.calibrate` found all that there is to find."""
 
     steps: int
     metrics: dict[str, float]
@@ -116,16 +117,21 @@ def fit(
         adapted.calibrate(loader)
 
     trained = adapted.trainable()
-    if not trained:
+    if not trained and not adapted.method.searched():
         raise StateError(f"{adapted.name} trains nothing on {type(model).__name__} with these options")
     rate = adapted.method.learning_rate if learning_rate is None else learning_rate
     groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=rate)
+    optimizer = torch.optim.AdamW(groups, lr=rate) if trained else None
 
     def evaluate() -> dict[str, float]:
         return evaluate_task(
             adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length, precision=precision
         )
+
+    if not trained:
+        metrics = evaluate() if evaluate_on else {}
+        history = [{"step": 0, **_prefixed(evaluate_on, metrics)}] if evaluate_on else []
+        return FitResult(steps=0, metrics=metrics, history=history)
 
     bar = Bar(
         TextColumn("{task.description}"),

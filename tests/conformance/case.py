@@ -33,7 +33,9 @@ SETTINGS: dict[str, dict] = {
     "hadamard_adapter": {"head_stage": 0.0},  # half of three steps is too little to move the rest
     "pasta": {"dropout": 0.0},  # some checks compare two runs of the same steps
     "moelora": {"dropout": 0.0},  # some checks compare two runs of the same steps
+    "l_lora": {"dropout": 0.0},  # the same
     "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model
+    "hyperformer_pp": {"reduction": 4},  # 32 leaves a tiny model one unit
     "ladder_side_tuning": {"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
     "mpt": {"length": 32},  # as its sources
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
@@ -162,7 +164,9 @@ def train(
     watch: Iterable = (),
 ) -> list[float]:
     """Steps of AdamW on one batch inside the lifecycle; gives the losses. ``watch`` are called with each step's number
-    between backward and update. Leaves the model in evaluation mode."""
+    between backward and update. Leaves the model in evaluation mode. Nothing happens where nothing trains."""
+    if not adapted.trainable():
+        return []
     optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=rate, weight_decay=weight_decay)
     losses = []
     adapted.model.train()
@@ -192,11 +196,11 @@ def cut(model: nn.Module, layers: int) -> nn.Module:
 
 @functools.cache
 def sources(method: str, family: str, head: str, layers: int) -> tuple[peftlib.SavedAdapter, ...]:
-    """Adapters that differ, for a method that builds on some; none for the others. ``layers`` of each stack are those
-    of the backbone that they are for."""
+    """Adapters that differ, for a method that builds on some of another method; none for the others. ``layers`` of each
+    stack are those of the backbone that they are for."""
     cls = peftlib.find(method)
     made = []
-    for seed in range(max(2, cls.fewest_sources) if cls.source_methods else 0):
+    for seed in range(max(2, cls.fewest_sources) if set(cls.source_methods) - {method} else 0):
         config = peftlib.config(cls.source_methods[0], **SOURCES.get(method, {}))
         adapted = peftlib.attach(cut(backbone(family, head), layers), config, seed=seed)
         train(adapted, batch(family, head), steps=1 + seed)

@@ -166,6 +166,8 @@ def frozen(case: Case, tmp: Path) -> None:
 @check("A batch of eight is overfitted, the head staying as it is")
 def overfits(case: Case, tmp: Path) -> None:
     adapted = case.attach(train_head=False)
+    if not adapted.trainable():
+        raise Declined("Nothing but a task head trains by gradients.")
     rate = OVERFIT_RATE.get(case.method, max(0.01, 10 * adapted.method.learning_rate))
     data = case.batch()
     for _ in range(15):
@@ -485,7 +487,13 @@ FARTHER: dict[str, float] = {"qlora": 0.6, "qa_lora": 0.6}
 """Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
 norm, which a random post-norm encoder amplifies."""
 
-OVERFIT_RATE: dict[str, float] = {"prefix_tuning": 0.003, "head": 0.003, "hadamard_adapter": 0.05, "pasta": 0.3}
+OVERFIT_RATE: dict[str, float] = {
+    "hyperformer_pp": 0.001,
+    "prefix_tuning": 0.003,
+    "head": 0.003,
+    "hadamard_adapter": 0.05,
+    "pasta": 0.3,
+}
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
 

@@ -1,0 +1,154 @@
+r"""LoraHub: a gradient-free search for the mixture of existing LoRA modules that fits a few examples of a new task.
+
+.. math:: \hat A = \sum_i w_i A_i, \quad \hat B = \sum_i w_i B_i, \qquad
+          \min_w \; \mathcal L(w) + \lambda \frac 1N \sum_i |w_i|, \qquad |w_i| \le 1.5
+
+Shapes: A_i (r, in), B_i (out, r) of the N sources, w (N,), one w for the whole model. The search happens in
+``calibrate``, from w = 0, on the first ``examples`` rows; :func:`peftlib.fit` does it by itself:
+
+>>> adapted = peftlib.attach(model, "lorahub", sources=["adapters/sst2", "adapters/rte"])
+>>> adapted.calibrate(batches)
+>>> adapted.method.weights, adapted.method.history
+
+Where all sources have a task head of the model's shape, heads are mixed too, as changes of the model's own,
+:math:`h_0 + \sum_i w_i (h_i - h_0)`, unless ``attach(train_head=False)`` keeps it. Afterwards nothing of the mixture
+trains; a task head does. The update is a product of two sums, so w and -w give the same one. Trained: N numbers;
+stored: the mixture, r (in + out) a matrix, and w. Merge: exact, as LoRA's.
+
+Source: Huang et al. 2023, arXiv:2307.13269, and its code. The optimizer is CMA-ES here and NGOpt, nevergrad's choice
+for the problem, there. Chosen here: 40 evaluations, 64 examples, the first spread of 0.5. The loss is a mean over
+examples; the code divides a batch's mean by their number once more. The paper's models have no task heads; its code
+would mix their tensors like all others, which leaves a dead head at w = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftlib.errors import DataError
+from peftlib.mechanisms import search
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
+from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, between
+
+
+@dataclass(frozen=True)
+class LoraHubConfig(MethodConfig):
+    """``evaluations`` of the loss in the search, each on the same ``examples`` rows; ``price`` lambda of the weights'
+    mean size, ``bound`` of their size, ``spread``: standard deviation of the first weights drawn."""
+
+    evaluations: int = 40
+    examples: int = 64
+    price: float = 0.05
+    bound: float = 1.5
+    spread: float = 0.5
+
+    def __post_init__(self):
+        at_least("evaluations", self.evaluations, 1)
+        at_least("examples", self.examples, 1)
+        at_least("price", self.price, 0)
+        between("bound", self.bound, 0, float("inf"))
+        between("spread", self.spread, 0, self.bound)
+
+
+class Mixture(nn.Module):
+    """Holds the weights w (N,) of the sources."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(size))
+
+
+class LoraHub(Method):
+    Config = LoraHubConfig
+    learning_rate = 1e-3
+    calibrates = True
+    source_methods = ("lora",)
+
+    def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
+        super().take_sources(sources)
+        first, *others = (replace(source.config, dropout=0.0) for source in sources)
+        for source, config in zip(sources[1:], others):
+            if config != first:
+                raise ConfigError(
+                    f"source {source.name!r} is {config} and {sources[0].name!r} is {first}; modules that are mixed "
+                    "need the same rank, scale and targets"
+                )
+
+    def attach(self, host: Host) -> None:
+        c = self.sources[0].config
+        self.history: tuple[float, ...] = ()
+        self.seed = int(torch.randint(2**31, (), device="cpu"))
+        self.mixture = host.add(host.anatomy.base, "lorahub", Mixture(len(self.sources)))
+        self.updates = {}
+        for site in host.anatomy.sites(c.targets):
+            check_rank(c.rank, site)
+            update = LowRank(site.in_features, site.out_features, c.rank, c.scale).requires_grad_(False)
+            nn.init.zeros_(update.A)
+            self.updates[site] = host.after(site, "lora", update)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The sources' weights w, (N,)."""
+        return self.mixture.weights
+
+    def searched(self) -> int:
+        return len(self.weights)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        c = self.config
+        rows = list(_first(batches, c.examples))
+        if not rows:
+            raise DataError("lorahub searches its weights on a few examples, and calibrate() was given none")
+        mixed = self._mixed()
+
+        def value(point: np.ndarray) -> float:
+            self._mix(mixed, point)
+            losses = [float(self.host.model(**batch).loss) * len(batch["labels"]) for batch in rows]
+            return sum(losses) / sum(len(batch["labels"]) for batch in rows) + c.price * float(np.abs(point).mean())
+
+        found = search.minimize(
+            value, len(self.sources), bound=c.bound, evaluations=c.evaluations, spread=c.spread, seed=self.seed
+        )
+        self._mix(mixed, found.point)
+        self.history = found.history
+
+    def _mixed(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Each tensor that is mixed, its value at w = 0, and what a source of weight 1 adds to it, (N, ...)."""
+        mixed = {
+            f"{path}.{name}": tensor
+            for path, child in self.host.paths().items()
+            if isinstance(child, LowRank)
+            for name, tensor in child.named_parameters()
+        }
+        head = {name: tensor for name, tensor in self.host.anatomy.head.items() if tensor.requires_grad}
+        states = [source.state for source in self.sources]
+        if all(name in state and state[name].shape == t.shape for name, t in head.items() for state in states):
+            mixed |= head
+        starts = {name: tensor.detach().clone() for name, tensor in mixed.items()}
+        given = {name: torch.stack([state[name] for state in states]).to(t) for name, t in starts.items()}
+        return [(tensor, starts[name], given[name] - starts[name]) for name, tensor in mixed.items()]
+
+    def _mix(self, mixed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], point: np.ndarray) -> None:
+        self.weights.copy_(torch.as_tensor(point))
+        for tensor, start, changes in mixed:
+            tensor.copy_(start + torch.tensordot(self.weights.to(changes.dtype), changes, dims=1))
+
+    def merge(self) -> None:
+        for site, update in self.updates.items():
+            add_to_weight(site, update.delta())
+
+
+def _first(batches: Iterable[dict[str, torch.Tensor]], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The first ``count`` rows of the batches."""
+    for batch in batches:
+        rows = len(batch["labels"])
+        yield {k: v[:count] for k, v in batch.items()}
+        if (count := count - rows) <= 0:
+            return

@@ -1,0 +1,143 @@
+"""LoraHub: the search finds a known mixture, leaves the random state alone, and gives one LoRA."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import peftlib
+from peftlib.errors import DataError
+from peftlib.mechanisms import search
+from tests.conformance.case import Case, batch, inputs, logits
+from tests.methods.helpers import backbone, perturb
+
+
+def source(seed, family="bert", head="classification", **options):
+    adapted = peftlib.attach(backbone(family, head), "lora", seed=seed, **options)
+    perturb(adapted, seed=seed)
+    return replace(adapted.snapshot(), name=f"source {seed}")
+
+
+def mixture(sources, weights):
+    """A LoRA adapter: factors mixed one after the other, the head as a mixture of changes of the backbone's."""
+    state = {}
+    for name, tensor in sources[0].state.items():
+        start = backbone("bert").get_parameter(name).detach() if name in sources[0].head else torch.zeros_like(tensor)
+        state[name] = start + sum(float(w) * (s.state[name] - start) for w, s in zip(weights, sources))
+    return replace(sources[0], state=state)
+
+
+def test_the_search_finds_the_smallest_value_in_a_box():
+    np.random.seed(5)  # noqa: NPY002 - the global state is what is looked at
+    expected = np.random.RandomState(5).rand()
+    target = np.array([0.8, -0.5, 2.0, 0.0])
+    options = {"bound": 1.5, "spread": 0.5, "seed": 3}
+    found = search.minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=400, **options)
+    assert np.allclose(found.point, [0.8, -0.5, 1.5, 0.0], atol=1e-2)
+    assert len(found.history) == 400 and found.history[0] == pytest.approx(np.square(target).sum())
+    assert list(found.history) == sorted(found.history, reverse=True)
+    assert found.value == found.history[-1] == float(np.square(found.point - target).sum())
+    assert np.random.rand() == expected  # noqa: NPY002
+    cut = search.minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=10, **options)
+    assert cut.history == found.history[:10]
+
+
+def test_a_known_mixture_is_found():
+    sources = [source(seed) for seed in range(3)]
+    true = torch.tensor([0.7, -0.4, 0.1])
+    labels = logits(peftlib.load(backbone("bert"), mixture(sources, true)).model, **inputs("bert"))
+    model = backbone("bert")
+    model.config.problem_type = "regression"  # the loss is the squared distance of the logits from the labels
+    adapted = peftlib.attach(model, "lorahub", sources=sources, price=0.0, evaluations=200)
+    adapted.calibrate([{**inputs("bert"), "labels": labels}])
+    torch.testing.assert_close(adapted.method.weights, true, atol=0.05, rtol=0)
+    torch.testing.assert_close(logits(adapted.model, **inputs("bert")), labels, atol=0.05, rtol=0)
+    assert adapted.method.history[-1] < 0.01 < adapted.method.history[0]
+
+
+def test_opposite_weights_are_the_same_update():
+    sources = [source(seed) for seed in range(2)]
+    answers = []
+    for sign in (1, -1):
+        mixed = mixture(sources, [0.7 * sign, -0.4 * sign])
+        for name in mixed.head:
+            mixed.state[name] = sources[0].state[name]
+        answers.append(logits(peftlib.load(backbone("bert"), mixed).model, **inputs("bert")))
+    assert torch.equal(*answers)
+
+
+def test_factors_and_head_are_mixed_with_the_same_weights():
+    sources = [source(seed) for seed in range(3)]
+    adapted = peftlib.attach(backbone("bert"), "lorahub", sources=sources)
+    adapted.calibrate([batch("bert")])
+    expected = mixture(sources, adapted.method.weights.tolist()).state
+    state = adapted.state()
+    assert state.keys() == {*expected, "bert.lorahub.weights"}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor)
+    assert adapted.method.weights.abs().max() <= 1.5
+    assert set(adapted.trainable()) == set(adapted.head_names)
+
+
+def test_the_loss_has_its_price():
+    sources = [source(0), source(1)]
+    adapted = peftlib.attach(backbone("bert"), "lorahub", sources=sources, evaluations=30, price=0.5)
+    data = batch("bert")
+    adapted.calibrate([{k: v[:3] for k, v in data.items()}, {k: v[3:] for k, v in data.items()}])
+    loss = torch.nn.functional.cross_entropy(logits(adapted.model, **inputs("bert")), data["labels"])
+    assert adapted.method.history[-1] == pytest.approx(
+        float(loss + 0.5 * adapted.method.weights.abs().mean()), abs=1e-5
+    )
+    assert len(adapted.method.history) == 30
+    dear = peftlib.attach(backbone("bert"), "lorahub", sources=sources, price=1e3)
+    dear.calibrate([data])
+    assert not dear.method.weights.any()
+
+
+def test_only_the_first_examples_are_looked_at():
+    rows = []
+    adapted = peftlib.attach(backbone("bert"), "lorahub", sources=[source(0), source(1)], examples=11, evaluations=1)
+    adapted.model.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["labels"])), with_kwargs=True)
+    adapted.calibrate(batch("bert") for _ in range(3))
+    assert rows == [8, 3]
+
+
+def test_a_language_model_is_searched_and_nothing_else_trains():
+    sources = [source(seed, "t5", "seq2seq") for seed in range(2)]
+    adapted = peftlib.attach(backbone("t5", "seq2seq"), "lorahub", sources=sources)
+    adapted.calibrate([batch("t5", "seq2seq")])
+    assert not adapted.trainable()
+    assert adapted.count().trained == 2
+    assert adapted.method.history[-1] < adapted.method.history[0]
+
+
+def test_fit_searches_and_stops_where_no_head_trains():
+    adapted = peftlib.attach(backbone("bert"), "lorahub", sources=[source(0), source(1)], train_head=False)
+    task, tokenizer = peftlib.tasks.load("smoke"), peftlib.backbones.load("tiny-bert").tokenizer
+    result = peftlib.fit(adapted, task, tokenizer=tokenizer, progress=False)
+    assert result.steps == 0 and "accuracy" in result.metrics
+    assert len(adapted.method.history) > 1
+
+
+def test_the_search_is_repeatable():
+    def searched(seed):
+        return Case("lorahub", "bert").attach(seed=seed).method.weights
+
+    assert torch.equal(searched(1), searched(1))
+    assert not torch.equal(searched(1), searched(2))
+
+
+def test_what_cannot_be_is_refused():
+    model = backbone("bert")
+    with pytest.raises(peftlib.ConfigError, match=r"source 'source 1' is LoRAConfig\(rank=4.*need the same rank"):
+        peftlib.attach(model, "lorahub", sources=[source(0), source(1, rank=4)])
+    peftlib.attach(model, "lorahub", sources=[source(0), source(1, dropout=0.3)]).detach()
+    with pytest.raises(peftlib.ConfigError, match="at least 2 saved adapters of lora, and 0 were given"):
+        peftlib.attach(model, "lorahub")
+    with pytest.raises(peftlib.ConfigError, match="evaluations=0"):
+        peftlib.config("lorahub", evaluations=0)
+    with pytest.raises(peftlib.ConfigError, match="spread=2"):
+        peftlib.config("lorahub", spread=2.0)
+    with pytest.raises(DataError, match="given none"):
+        peftlib.attach(model, "lorahub", sources=[source(0), source(1)]).calibrate([])
