@@ -125,6 +125,44 @@ class Anchored(LowRank):
         return self.change(self.A_anchor, self.B_anchor)
 
 
+class Tangent(LowRank):
+    """``forward(x, y) = y + scale * (B A_0 + B_0 (A - A_0)) dropout(x)``: the first-order expansion of a low-rank
+    update around its own start (A_0, B_0), exactly linear in A and B.
+
+    A starts as :class:`LowRank`'s, B at N(0, std_B). With a zero B_0 the expansion does not depend on A, which then is
+    not trained and stays A_0.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std_B: float = 0.0
+    ):
+        super().__init__(in_features, out_features, rank, scale, dropout, train_A=std_B > 0)
+        self.both = std_B > 0
+        if self.both:
+            nn.init.normal_(self.B, std=std_B)
+            self.register_buffer("A_0", self.A.detach().clone())
+            self.register_buffer("B_0", self.B.detach().clone())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self.both:
+            return super().forward(x, y)
+        x = cast(self.dropout(x), self.A).flatten(0, -2)
+        y = update(y, F.linear(x, self.A_0), self.B, self.scale)
+        return update(y, F.linear(x, self.A - self.A_0), self.B_0, self.scale)
+
+    def start(self) -> dict[str, torch.Tensor]:
+        """A_0 and B_0, by the names of what trains from there."""
+        if self.both:
+            return {"A": self.A_0, "B": self.B_0}
+        return {"A": self.A, "B": torch.zeros_like(self.B)}
+
+    def delta(self) -> torch.Tensor:
+        if not self.both:
+            return super().delta()
+        A, A_0, B, B_0 = (t.detach().to(self.delta_dtype) for t in (self.A, self.A_0, self.B, self.B_0))
+        return self.scale * (B @ A_0 + B_0 @ (A - A_0))
+
+
 class Nested(LowRank):
     """``forward(x, y) = y + alpha / b * B[:, :b] (A[:b] x)``: an update that works at every rank b up to its own.
 
