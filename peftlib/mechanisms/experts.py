@@ -59,9 +59,9 @@ class Experts(LowRank):
         return weights.repeat_interleave(len(self.A) // weights.shape[-1], dim=-1)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        weights = self._by_rank(self.gate(self.tasks.ids(len(x), x.device)))
-        down = F.linear(cast(self.dropout(x), self.A), self.A)
-        down = down * weights.to(down.dtype).view(len(x), *[1] * (x.dim() - 2), -1)
+        grouped, ids = self.tasks.grouped(cast(self.dropout(x), self.A))
+        down = F.linear(grouped, self.A)
+        down = down * self._by_rank(self.gate(ids)).to(down.dtype)[:, None]
         return update(y, down.flatten(0, -2), self.B, self.scale)
 
     @torch.no_grad()

@@ -75,16 +75,25 @@ class Tasks:
     def ids(self, rows: int, device: torch.device) -> torch.Tensor:
         """Task numbers (rows,): the batch's ``task_ids``, else the default for every row.
 
-        A part of the model that works on a multiple of the batch's rows (beams, repeated rows) gets them repeated.
-        The batch's count during the model's forward and where checkpointing repeats a part of it; an encoder that
-        ``generate()`` runs on its own belongs to the default task.
+        A part of the model that works on a multiple of the batch's rows (beams, tokens) gets them repeated.
         """
+        given = self._given(rows, device)
+        return given.repeat_interleave(rows // len(given))
+
+    def grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (rows, ..., n) as (groups, tokens, n), and the one task of each group, (groups,)."""
+        given = self._given(len(x), x.device)
+        return x.reshape(len(given), -1, x.shape[-1]), given
+
+    def _given(self, rows: int, device: torch.device) -> torch.Tensor:
+        """The tasks of equal parts of the rows. The batch's count during the model's forward and where checkpointing
+        repeats a part of it; an encoder that ``generate()`` runs on its own belongs to the default task."""
         if self.given is None or not (self.running or torch.is_grad_enabled()):
-            return torch.full((rows,), self.default, device=device)
+            return torch.full((1,), self.default, device=device)
         given = self.given.to(device)
         if rows % len(given):
             raise DataError(f"the batch has {len(given)} task_ids, which do not fit {rows} rows")
-        return given if len(given) == rows else given.repeat_interleave(rows // len(given))
+        return given
 
     def check(self, ids: torch.Tensor | int) -> None:
         """Raise DataError for a task that the method does not know."""

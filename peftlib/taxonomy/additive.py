@@ -224,9 +224,10 @@ METHODS = (
         sites=("attention.output", "ffn.down", "norms"),
         trains="Hypernetwork, embeddings and the backbone's own norms.",
         count="(tasks + L + 2) * embedding + (3 * embedding * hidden + hidden) + (hidden * embedding + embedding) "
-        "+ 2 * embedding + (embedding + 1) * (2 * d * (d // reduction) + d // reduction + 3 * d) + (4 * L + 2) * d",
-        start="near",
-        start_note="The generators start at a standard deviation of 0.01.",
+        "+ 2 * embedding + (embedding + 1) * (2 * d * (d // reduction) + d // reduction + 3 * d) "
+        "+ (4 * L + 2) * d * train_norms",
+        start="changed",
+        start_note="The generators start at N(0, 0.01), but the norm behind an adapter gives its small output a scale.",
         merge="no",
         merge_note=_NONLINEAR,
         life=("every forward: generate the adapters of the batch's tasks (task_ids)",),
