@@ -131,6 +131,21 @@ class Pass:
         return self.kwargs.get("labels")
 
 
+def _inside(child: nn.Module, source: tuple[int, int], target: tuple[int, int], module, args, output: torch.Tensor):
+    pieces = list(output.chunk(target[1], dim=-1))
+    pieces[target[0]] = child(pieces[source[0]], pieces[target[0]])
+    return torch.cat(pieces, dim=-1)
+
+
+def _keep_output(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+    child.kept_input = output if part is None else output.chunk(part[1], dim=-1)[part[0]]
+
+
+def _use_output(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+    kept, child.kept_input = child.kept_input, None
+    return _after(child, part, module, (kept,), output)
+
+
 class Host:
     """A frozen backbone, its anatomy, and the list of changes made to it.
 
@@ -268,6 +283,18 @@ class Host:
     def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str, child: nn.Module) -> Callable:
         gate = self.gate(where, module, name)
         return child if gate is None else partial(_through, child, gate)
+
+    def between(self, source: Site, target: Site, name: str, child: nn.Module) -> nn.Module:
+        """``y <- child(s, y)`` for the outputs s of ``source`` and y of ``target``, where the child lives; the source
+        is computed first, or both are parts of one module."""
+        child = self.add(target.module, _part_name(name, target.part), child)
+        if source.module is target.module:
+            self._hook(target.module.register_forward_hook(partial(_inside, child, source.part, target.part)))
+            return child
+        child.kept_input = None
+        self._hook(source.module.register_forward_hook(partial(_keep_output, child, source.part)))
+        self._hook(target.module.register_forward_hook(partial(_use_output, child, target.part)))
+        return child
 
     def hook(self, module: nn.Module, function: Callable, *args, before: bool = False) -> None:
         """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""

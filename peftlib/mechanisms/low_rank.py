@@ -13,7 +13,7 @@ from peftlib.anatomy import Site
 from peftlib.errors import LoadError, TargetError
 from peftlib.mechanisms.precision import cast
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "truncated"]
 
 
 def check_rank(rank: int, site: Site) -> None:
@@ -59,8 +59,9 @@ class LowRank(nn.Module):
     """``forward(x, y) = y + scale * B A dropout(x)``.
 
     Shapes: x (..., in), y (..., out), A (rank, in), B (out, rank). A starts Kaiming-uniform with a = sqrt(5), as the
-    original LoRA code has it, or N(0, std); B starts at zero, so the start is the identity. With ``train_A=False`` A
-    stays at its start, and the backward pass needs A x, (n, rank), instead of x.
+    original LoRA code has it, or N(0, std), cut off at two standard deviations or not; B starts at zero, so the start
+    is the identity, or without ``zero_up`` from the cut-off normal distribution. With ``train_A=False`` A stays at its
+    start, and the backward pass needs A x, (n, rank), instead of x.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LowRank(nn.Module):
         init: Init = "kaiming",
         std: float = 0.02,
         train_A: bool = True,
+        zero_up: bool = True,
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, in_features), requires_grad=train_A)
@@ -81,8 +83,12 @@ class LowRank(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        else:
+        elif init == "gaussian":
             nn.init.normal_(self.A, std=std)
+        else:
+            nn.init.trunc_normal_(self.A, std=std, a=-2 * std, b=2 * std)
+        if not zero_up:
+            nn.init.trunc_normal_(self.B, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = cast(self.dropout(x), self.A).flatten(0, -2)
@@ -242,6 +248,64 @@ class PooledLowRank(LowRank):
     def delta(self) -> torch.Tensor:
         """The (out, in) update, formed in float32 or wider."""
         return self.group_delta().repeat_interleave(self.group, dim=1)
+
+
+class HeadLowRank(nn.Module):
+    """A low-rank update of each head's own: ``forward(x, y) = y + [B_h A_h x_h] + bias``.
+
+    Shapes: x (..., in), y (..., out); A (heads, rank, in_h), B (heads, out_h, rank), bias (out,). With ``split_in`` a
+    head sees its own part of x (in_h = in / heads), else all of it; with ``split_out`` it writes its own part of y
+    (out_h = out / heads), else the heads' results add up. Everything starts from a normal distribution with ``std``,
+    cut off at two standard deviations; or, with ``zero_up``, A as LoRA's and the rest at zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        heads: int,
+        rank: int,
+        split_in: bool,
+        split_out: bool,
+        bias: bool = True,
+        dropout: float = 0.0,
+        std: float = 0.01,
+        zero_up: bool = False,
+    ):
+        super().__init__()
+        self.split_in, self.split_out = split_in, split_out
+        self.A = nn.Parameter(torch.empty(heads, rank, in_features // heads if split_in else in_features))
+        self.B = nn.Parameter(torch.empty(heads, out_features // heads if split_out else out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            if zero_up:
+                nn.init.zeros_(parameter)
+        if zero_up:
+            nn.init.kaiming_uniform_(self.A.flatten(0, 1), a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = cast(self.dropout(x), self.A)
+        if self.split_in:
+            down = torch.einsum("...hi,hri->...hr", x.unflatten(-1, (len(self.A), -1)), self.A)
+        else:
+            down = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (len(self.A), -1))
+        if self.split_out:
+            change = torch.einsum("...hr,hor->...ho", down, self.B).flatten(-2)
+        else:
+            change = torch.einsum("...hr,hor->...o", down, self.B)
+        if self.bias is not None:
+            change = change + self.bias
+        return y + change.to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) matrix of all heads, formed in float32 or wider; the bias is not in it."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        blocks = self.B.detach().to(dtype) @ self.A.detach().to(dtype)
+        if self.split_in and self.split_out:
+            return torch.block_diag(*blocks)
+        return torch.cat(list(blocks), dim=0 if self.split_out else 1)
 
 
 class Triplets(nn.Module):

@@ -325,9 +325,10 @@ METHODS = (
         r"of head $h$; barred factors: shared by all heads; $k_h$: the head's key; $o_h$: the head's output; biases "
         r"are left out.",
         sites=("attention.query", "attention.value", "attention.output", "attention.heads"),
-        trains="Factors of each head, shared factors, and a bias for each of the three maps.",
-        count="L * d * (H * (rank_query + rank_value) + rank_query + 3 * rank_value + 2 * shared_rank_query "
-        "+ 4 * shared_rank_value + 3)",
+        trains="Factors of each head, shared factors, and a bias for each of the three maps that has one.",
+        count="L * d * (('query' in maps) * ((H + 1) * rank_query + (rank_query > 0) + 2 * shared_rank_query) "
+        "+ ('value' in maps) * (2 * rank_value + (rank_value > 0) + 2 * shared_rank_value) "
+        "+ ('output' in maps) * ((H + 1) * rank_value + (rank_value > 0) + 2 * shared_rank_value))",
         start="near",
         start_note="Factors and biases start at a truncated normal of 0.01, as in the reference code.",
         merge="exact",

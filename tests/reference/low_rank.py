@@ -89,4 +89,18 @@ def moelora(x, experts, embedding, gate, alpha):
             part = _times(b, _times(a, token))
             total = [t + alpha / rank * score / sum(scores) * p for t, p in zip(total, part)]
         rows.append(total)
+
+
+def heads(x, y, a, b, bias, split_in, split_out):
+    """Chen et al. 2022: each head's own low-rank update of rows y (tokens, out) from rows x (tokens, in), head by head;
+    a (heads, rank, in of a head), b (heads, out of a head, rank)."""
+    rows = []
+    for token, row in zip(x.tolist(), y.tolist()):
+        row = [value + shift for value, shift in zip(row, bias.tolist())]
+        for head, (down, up) in enumerate(zip(a.tolist(), b.tolist())):
+            mine = token[head * len(down[0]) : (head + 1) * len(down[0])] if split_in else token
+            inner = [_dot(weights, mine) for weights in down]
+            for place, weights in enumerate(up):
+                row[place + (head * len(up) if split_out else 0)] += _dot(weights, inner)
+        rows.append(row)
     return torch.tensor(rows)
