@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from peftlib.mechanisms.precision import without_autocast
+
 _BLOCK = 6
 """Bits of an index that are transformed at once, as a product with a Hadamard matrix of 2^6 rows: few passes over the
 memory, and products that a CPU or GPU is fast at."""
@@ -23,7 +25,7 @@ def _hadamard(bits: int, like: torch.Tensor) -> torch.Tensor:
 class _Transform(torch.autograd.Function):
     @staticmethod
     def forward(vector: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(vector.device.type, enabled=False):
+        with without_autocast(vector):
             return _transform(vector)
 
     @staticmethod

@@ -141,9 +141,9 @@ def _keep_output(child: nn.Module, part: tuple[int, int] | None, module: nn.Modu
     child.kept_input = output if part is None else output.chunk(part[1], dim=-1)[part[0]]
 
 
-def _use_output(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+def _use_output(child: nn.Module, change: Callable, part, module: nn.Module, args: tuple, output: torch.Tensor):
     kept, child.kept_input = child.kept_input, None
-    return _after(child, part, module, (kept,), output)
+    return _after(change, part, module, (kept,), output)
 
 
 class Host:
@@ -287,13 +287,15 @@ class Host:
     def between(self, source: Site, target: Site, name: str, child: nn.Module) -> nn.Module:
         """``y <- child(s, y)`` for the outputs s of ``source`` and y of ``target``, where the child lives; the source
         is computed first, or both are parts of one module."""
-        child = self.add(target.module, _part_name(name, target.part), child)
+        name = _part_name(name, target.part)
+        child = self.add(target.module, name, child)
+        change = self._change(target, target.module, name, child)
         if source.module is target.module:
-            self._hook(target.module.register_forward_hook(partial(_inside, child, source.part, target.part)))
+            self._hook(target.module.register_forward_hook(partial(_inside, change, source.part, target.part)))
             return child
         child.kept_input = None
         self._hook(source.module.register_forward_hook(partial(_keep_output, child, source.part)))
-        self._hook(target.module.register_forward_hook(partial(_use_output, child, target.part)))
+        self._hook(target.module.register_forward_hook(partial(_use_output, child, change, target.part)))
         return child
 
     def hook(self, module: nn.Module, function: Callable, *args, before: bool = False) -> None:
