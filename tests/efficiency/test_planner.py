@@ -1,5 +1,8 @@
 """The planner: what it counts is what a real step has alive, category by category."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from peftlib import backbones, cli
 from peftlib.efficiency import planner
 from peftlib.errors import UnknownNameError, UnsupportedError
 
+ROOT = Path(__file__).parents[2]
 TINY = {"batch_size": 4, "length": 16, "precision": "float32"}
 
 
@@ -54,18 +58,22 @@ def test_quantized_weights_and_checkpointing_take_less():
         assert plans[method, True].activations < plans[method, False].activations
 
 
-def test_full_fine_tuning_needs_no_table_of_the_family():
-    plan = planner.plan("falcon-180b", "full", precision="mixed", length=1)
-    states = plan.weights + plan.gradients + plan.optimizer
+def test_the_introduction_s_figures_for_falcon_180b_are_the_planner_s():
+    plan = planner.plan("falcon-180b", "full", precision="mixed", length=2048)  # a family without a table of its parts
     assert plan.trained == pytest.approx(179e9, rel=0.01)
+    text = (ROOT / "book" / "intro.md").read_text()
+    states = plan.weights + plan.gradients + plan.optimizer
     assert states == pytest.approx(16 * plan.trained, rel=1e-3)
-    with pytest.raises(UnsupportedError, match="falcon"):
-        planner.plan("falcon-180b", "lora")
+    for figure in (f"{states / 1e9:,.0f} GB", f"{plan.activations / 1e9:,.0f} GB", f"{plan.total / 1e9:,.0f} GB"):
+        assert figure in text
+    assert f"{math.ceil(plan.total / 80e9)} GPUs" in text
 
 
 def test_what_cannot_be_planned_says_why():
     with pytest.raises(UnsupportedError, match=r"fish_mask chooses from data.*peftlib\.efficiency\.memory"):
         planner.plan("tiny-bert", "fish_mask", head="classification", density=0.1, **TINY)
+    with pytest.raises(UnsupportedError, match="falcon"):
+        planner.plan("falcon-180b", "lora")
     with pytest.raises(UnknownNameError, match="'float23'; did you mean 'float32'"):
         planner.plan("tiny-bert", "lora", head="classification", precision="float23")
     with pytest.raises(UnknownNameError, match="optimizer 'adam'"):
