@@ -11,6 +11,7 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import LoadError, TargetError
+from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import cast
 
 Init = Literal["kaiming", "gaussian", "truncated"]
@@ -463,3 +464,26 @@ def add_to_weight(site: Site, delta: torch.Tensor) -> None:
     with torch.no_grad():
         weight = site.weight
         weight.copy_((weight.to(delta.dtype) + delta).to(weight.dtype))
+
+
+def triplets(host: Host) -> dict[str, Triplets]:
+    """The updates of this form among a host's children, by name in the model."""
+    return {path: child for path, child in host.paths().items() if isinstance(child, Triplets)}
+
+
+def kept_state(host: Host) -> dict[str, torch.Tensor]:
+    """What the host stores, without the triplets that do not count."""
+    state = host.state()
+    for path, update in triplets(host).items():
+        state.update({f"{path}.{name}": tensor.detach() for name, tensor in update.only_kept().items()})
+    return state
+
+
+def load_kept(host: Host, state: dict[str, torch.Tensor]) -> None:
+    """The way back from :func:`kept_state`. Raises LoadError where it does not fit."""
+    state = dict(state)
+    for path, update in triplets(host).items():
+        names = [f"{path}.{name}" for name in ("P", "singular", "Q", "kept")]
+        if all(name in state for name in names):
+            state.update(zip(names, update.spread(*(state[name] for name in names))))
+    host.load_state(state)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Triplets, add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import Triplets, add_to_weight, check_rank, kept_state, load_kept, triplets
 from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
 
 
@@ -137,13 +137,13 @@ class AdaLoRA(Method):
     def memory(self) -> dict[str, torch.Tensor]:
         return {
             f"{path}.{weight}.{kind}": tensor
-            for path, update in self._paths().items()
+            for path, update in triplets(self.host).items()
             for weight, pair in zip(_WEIGHTS, self.smooth.get(update, ()))
             for kind, tensor in zip(_KINDS, pair)
         }
 
     def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        for path, update in self._paths().items() if memory else ():
+        for path, update in triplets(self.host).items() if memory else ():
             self.smooth[update] = [
                 tuple(memory[f"{path}.{weight}.{kind}"].to(self.host.device) for kind in _KINDS) for weight in _WEIGHTS
             ]
@@ -171,21 +171,10 @@ class AdaLoRA(Method):
             update.singular.masked_fill_(~mask, 0)
 
     def state(self) -> dict[str, torch.Tensor]:
-        state = self.host.state()
-        for path, update in self._paths().items():
-            state.update({f"{path}.{name}": tensor.detach() for name, tensor in update.only_kept().items()})
-        return state
+        return kept_state(self.host)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        state = dict(state)
-        for path, update in self._paths().items():
-            names = [f"{path}.{name}" for name in ("P", "singular", "Q", "kept")]
-            if all(name in state for name in names):
-                state.update(zip(names, update.spread(*(state[name] for name in names))))
-        self.host.load_state(state)
-
-    def _paths(self) -> dict[str, Triplets]:
-        return {path: child for path, child in self.host.paths().items() if isinstance(child, Triplets)}
+        load_kept(self.host, state)
 
     def merge(self) -> None:
         for site, update in self.updates.items():

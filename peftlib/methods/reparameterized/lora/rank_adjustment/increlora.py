@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank, kept_state, load_kept, triplets
 from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
 
 
@@ -179,12 +179,12 @@ class IncreLoRA(Method):
         return given
 
     def memory(self) -> dict[str, torch.Tensor]:
-        born = {f"{path}.born": self.born[update] for path, update in self._paths().items()}
+        born = {f"{path}.born": self.born[update] for path, update in triplets(self.host).items()}
         return born | {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     def recall(self, memory: dict[str, torch.Tensor]) -> None:
         self.sensitivity, self.uncertainty = memory["sensitivity"].clone(), memory["uncertainty"].clone()
-        for path, update in self._paths().items():
+        for path, update in triplets(self.host).items():
             self.born[update] = memory[f"{path}.born"].clone()
         self._weigh()
 
@@ -194,22 +194,11 @@ class IncreLoRA(Method):
             update.weighed = growing
 
     def state(self) -> dict[str, torch.Tensor]:
-        state = self.host.state()
-        for path, update in self._paths().items():
-            state.update({f"{path}.{name}": tensor.detach() for name, tensor in update.only_kept().items()})
-        return state
+        return kept_state(self.host)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        state = dict(state)
-        for path, update in self._paths().items():
-            names = [f"{path}.{name}" for name in ("P", "singular", "Q", "kept")]
-            if all(name in state for name in names):
-                state.update(zip(names, update.spread(*(state[name] for name in names))))
-        self.host.load_state(state)
+        load_kept(self.host, state)
         self._weigh()
-
-    def _paths(self) -> dict[str, Growing]:
-        return {path: child for path, child in self.host.paths().items() if isinstance(child, Growing)}
 
     def merge(self) -> None:
         for site, update in self.updates.items():
