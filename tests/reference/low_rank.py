@@ -89,6 +89,7 @@ def moelora(x, experts, embedding, gate, alpha):
             part = _times(b, _times(a, token))
             total = [t + alpha / rank * score / sum(scores) * p for t, p in zip(total, part)]
         rows.append(total)
+    return torch.tensor(rows)
 
 
 def heads(x, y, a, b, bias, split_in, split_out):
