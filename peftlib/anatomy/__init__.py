@@ -279,7 +279,7 @@ class Anatomy:
     def describe(self, paths: Iterable[str]) -> list[str]:
         """Which parts of which layers these module paths are or lie in, one line for each set of layers:
         ``"attention.query, attention.value in encoder layers 0-5 of 6"``. Paths outside the layers are left out."""
-        paths = list(paths)
+        paths = sorted(paths)
         found: dict[tuple, list[str]] = {}
         for stack in self.stacks:
             mine = [layer for layer in self.layers if layer.stack == stack]
@@ -288,7 +288,8 @@ class Anatomy:
                 for path in (p for p in paths if p == layer.path or p.startswith(f"{layer.path}.")):
                     for name in self._parts_at(layer, path):
                         at.setdefault(name, []).append(layer.index)
-            for name, layers in at.items():
+            order = [*mine[0].sites, *at]
+            for name, layers in sorted(at.items(), key=lambda item: order.index(item[0])):
                 found.setdefault((stack, len(mine), tuple(sorted(set(layers)))), []).append(name)
         return [
             f"{', '.join(names)} in {stack} {_layers(layers)} of {total}"

@@ -30,8 +30,8 @@ class Sources:
     counts: dict[str, dict[str, dict[str, Any]]]
     standings: Standings
     matrix: Matrix | None
-    chapters: frozenset[str]
-    """The notebooks of the book, without suffix."""
+    chapters: dict[str, str]
+    """The notebooks of the book: name without suffix -> text."""
     repository: str
     """Address of the repository's files: ``<url>/blob/<branch>``."""
 

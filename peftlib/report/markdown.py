@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peftlib.taxonomy import Entry
 
@@ -29,12 +29,13 @@ def figure(file: str, alt: str, caption: str) -> str:
     return f":::{{figure}} {file}\n:alt: {alt}\n:width: 100%\n\n{caption}\n:::"
 
 
-def links(entry: Entry, repository: str, chapters: Iterable[str], up: str = "") -> dict[str, str]:
-    """Where a reader can go on from a method: card, paper, chapter and code, those that there are."""
+def links(entry: Entry, repository: str, chapters: Mapping[str, str], up: str = "") -> dict[str, str]:
+    """Where a reader can go on from a method: card, paper, chapter and code, those that there are. ``chapters`` are the
+    notebooks' texts by their names; a chapter that does not have the method yet is not linked."""
     found = {"card": f"[card]({up}cards/{entry.name}.md)"}
     if entry.arxiv:
         found["paper"] = f"[arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})"
-    if entry.available and entry.chapter in chapters:
+    if entry.available and f'"{entry.name}"' in chapters.get(entry.chapter, "").replace("\\", ""):
         found["chapter"] = f"[chapter]({up}notebooks/{entry.chapter}.ipynb)"
     if entry.available:
         found["code"] = f"[code]({repository}/{entry.file})"

@@ -32,7 +32,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
         counts=counts(root),
         standings=standings,
         matrix=matrix,
-        chapters=frozenset(path.stem for path in notebooks.sources(root=root)),
+        chapters={path.stem: path.read_text() for path in notebooks.sources(root=root)},
         repository=repository(root),
     )
     files: dict[str, str | bytes] = {

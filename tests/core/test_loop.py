@@ -17,7 +17,7 @@ from tests.conformance.checks import _assert_same_structure, _structure
 
 
 def fitted(method: str = "lora", family: str = "bert", model=None, **options) -> tuple[peftlib.Adapted, object]:
-    adapted = peftlib.attach(backbone(family) if model is None else model, Case(method, family).config)
+    adapted = Case(method, family).start(model)
     defaults = {"steps": 6, "batch_size": 4, "log_every": 1, "progress": False, "learning_rate": 1e-2}
     return adapted, peftlib.fit(adapted, tasks.load("smoke"), tokenizer=tokenizer(family), **(defaults | options))
 

@@ -101,12 +101,14 @@ def test_parity_with_hf_peft(family, rank_stabilized):
         for mine, other in pairs:
             other.copy_(mine)
     ours, reference = adapted.model(**data).logits, oracle(**data).logits
-    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+    # Of the largest logit: the perturbed update is large, and float32 products round alike on no two processors.
+    torch.testing.assert_close(ours, reference, atol=1e-5 * max(1.0, float(reference.abs().max())), rtol=1e-5)
     assert not torch.allclose(ours, backbone(family, head)(**data).logits, atol=1e-3)
-    ours.square().sum().backward()
-    reference.square().sum().backward()
+    # Gradients in float64, where rounding does not hide a difference.
+    for model in (adapted.model.double(), oracle.double()):
+        model(**data).logits.square().sum().backward()
     for mine, other in pairs:
-        torch.testing.assert_close(mine.grad, other.grad, atol=1e-4 * float(other.grad.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-9 * float(other.grad.abs().max()), rtol=1e-7)
 
 
 @pytest.mark.parametrize(

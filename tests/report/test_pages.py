@@ -16,6 +16,7 @@ from ..project import ROOT
 from .stored import TRAINED, make
 
 CHAPTER = "30_low_rank"
+TEXT = '{"cells": ["report.source(\\"lora\\")"]}'
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("root")
     shutil.copy(ROOT / "_config.yml", path)
     (path / "notebooks").mkdir()
-    (path / "notebooks" / f"{CHAPTER}.ipynb").write_text("{}")
+    (path / "notebooks" / f"{CHAPTER}.ipynb").write_text(TEXT)
     make(path)
     return path
 
@@ -40,7 +41,7 @@ def sources(root):
         counts=counts.counts(root),
         standings=Standings(Store(root / "results"), "embedded"),
         matrix=None,
-        chapters=frozenset([CHAPTER]),
+        chapters={CHAPTER: TEXT},
         repository=pages.repository(root),
     )
 
@@ -80,6 +81,7 @@ def test_a_card_says_what_is_missing(files):
 def test_links_go_to_chapters_that_exist_only(files):
     assert f"[chapter](../notebooks/{CHAPTER}.ipynb)" in files["cards/lora.md"]
     assert "[chapter]" not in files["cards/bitfit.md"]
+    assert "[chapter]" not in files["cards/krona.md"], "its chapter does not have it"
 
 
 def test_every_link_inside_the_book_has_a_target(root, files):

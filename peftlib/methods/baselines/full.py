@@ -22,7 +22,7 @@ class FullConfig(MethodConfig):
 
 class Full(Method):
     Config = FullConfig
-    learning_rate = 5e-5
+    learning_rate = 1e-4
 
     def attach(self, host: Host) -> None:
         k, layers = self.config.last_layers, host.anatomy.layers

@@ -48,7 +48,7 @@ class ParallelAdapterConfig(MethodConfig):
 
 class ParallelAdapter(Method):
     Config = ParallelAdapterConfig
-    learning_rate = 1e-4
+    learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
         c = self.config

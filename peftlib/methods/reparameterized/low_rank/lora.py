@@ -42,7 +42,7 @@ class LoRAConfig(MethodConfig):
 
 class LoRA(Method):
     Config = LoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config
