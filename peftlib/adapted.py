@@ -207,7 +207,6 @@ class Adapted:
 
         The folder is written whole or not at all; an existing adapter there is replaced.
         """
-        self._check_attached()
         return saved.write(self.snapshot(), folder)
 
     def _load_state(self, state: dict[str, torch.Tensor]) -> None:

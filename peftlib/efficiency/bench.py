@@ -76,16 +76,12 @@ def row(
         device: default: CUDA where there is one, else the CPU, with torch's number of threads.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    generator = torch.Generator().manual_seed(0)
 
     def load() -> nn.Module:
         return backbones.load(backbone, dropout=0.0).model.to(device).train()
 
     model = load()
-    ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
-    labels = torch.randint(0, 2, (batch_size,), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch = {k: v.to(device) for k, v in batch.items()}
+    batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
     adapted = attach(model, method)
     adapted.calibrate([batch])
     adapted.model.train()
@@ -105,6 +101,14 @@ def row(
         for who, taken in seconds.items()
     }
     return Row(name, adapted.count().trained, steps["ours"], steps["floor"], steps.get("peft"))
+
+
+def random_batch(model: nn.Module, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Rows of random tokens without padding, with labels of two classes, on the model's device."""
+    ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
+    labels = torch.randint(0, 2, (batch_size,), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def table(rows: Iterable[Row]) -> Table:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftlib import backbones
 from peftlib.adapted import attach
+from peftlib.efficiency.bench import random_batch
 from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
 
@@ -115,12 +116,7 @@ def measure(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = backbones.load(backbone, dropout=0.0).model.to(device).train()
     generator = torch.Generator().manual_seed(0)
-    data = []
-    for _ in range(batches):
-        ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
-        labels = torch.randint(0, 2, (batch_size,), generator=generator)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        data.append({k: v.to(device) for k, v in batch.items()})
+    data = [random_batch(model, batch_size, length, generator) for _ in range(batches)]
     with _Allocated() if device.type == "cuda" else LiveTensors() as meter:
         adapted = attach(model, method, keep_original=False)
         meter.restart()

@@ -122,10 +122,8 @@ def _activations(
     checkpointing: bool,
 ) -> int:
     """Bytes alive at the peak of a forward and backward pass, gradients of parameters left out."""
-    own = {id(p) for p in _backbone_parameters(model, adapted)}
-    for parameter in model.parameters():
-        if id(parameter) in own:
-            parameter.data = parameter.data.to(computed)
+    for parameter in _backbone_parameters(model, adapted):
+        parameter.data = parameter.data.to(computed)
     device = model.device
     ids = torch.zeros((batch_size, length), dtype=torch.long, device=device)
     inputs = {"input_ids": ids, "labels": ids if head != "classification" else ids[:, 0]}

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftlib import backbones
 from peftlib.adapted import attach
-from peftlib.efficiency.bench import take_turns
+from peftlib.efficiency.bench import random_batch, take_turns
 from peftlib.methods.base import MethodConfig
 
 
@@ -64,16 +64,11 @@ def compare(
         device: default: CUDA where there is one, else the CPU, with torch's number of threads.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    generator = torch.Generator().manual_seed(0)
     runs: dict[str, Callable[[], object]] = {}
     with ExitStack() as stack:
         for name, config in variants.items():
             model = backbones.load(backbone, dropout=0.0).model.to(device)
-            if not runs:
-                ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
-                labels = torch.randint(0, 2, (batch_size,), generator=generator)
-                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-                batch = {k: v.to(device) for k, v in batch.items()}
+            batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
             adapted = attach(model, config)
             adapted.calibrate([batch])
             model.train(train)

@@ -19,7 +19,32 @@ from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig
 
 
-class ChosenEntries(Method):
+class Budgeted:
+    """Of a method that chooses k among the entries of its ``candidates``: what there is to choose from, and how many.
+    Subclasses say what the candidates are (``choices``); they have a ``density`` in their config, or a ``k``."""
+
+    def find_candidates(self, host: Host) -> None:
+        """Fix the candidates and a seed for what is drawn. Raises TargetError for a k that is none."""
+        self.candidates: dict[str, nn.Parameter] = self.choices(host)
+        self.seed = int(torch.randint(2**31, (), device="cpu"))
+        if not 1 <= self.k <= self.entries:
+            raise TargetError(
+                f"density={self.config.density} of {self.entries:,} entries is {self.k:,}; it must be a number from 1 "
+                f"to {self.entries:,}"
+            )
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are to choose from."""
+        return sum(p.numel() for p in self.candidates.values())
+
+    @property
+    def k(self) -> int:
+        """How many entries are chosen."""
+        return int(self.config.density * self.entries)
+
+
+class ChosenEntries(Budgeted, Method):
     """A method that trains k entries of the tensors in ``candidates``.
 
     Subclasses say which these are (:meth:`choices`), how many entries are chosen (``k``, known before the data) and,
@@ -34,27 +59,11 @@ class ChosenEntries(Method):
         self.children: dict[str, sparse.SparseValues] = {}
 
     def attach(self, host: Host) -> None:
-        self.candidates = self.choices(host)
-        self.seed = int(torch.randint(2**31, (), device="cpu"))
-        if not 1 <= self.k <= self.entries:
-            raise TargetError(
-                f"density={self.config.density} of {self.entries:,} entries is {self.k:,}; it must be a number from 1 "
-                f"to {self.entries:,}"
-            )
+        self.find_candidates(host)
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         """The tensors among whose entries is chosen: by default all of the backbone below its head."""
         return {n: p for n, p in host.anatomy.named_parameters().items() if not p.requires_grad}
-
-    @property
-    def entries(self) -> int:
-        """How many entries there are to choose from."""
-        return sum(p.numel() for p in self.candidates.values())
-
-    @property
-    def k(self) -> int:
-        """How many entries are chosen."""
-        return int(self.config.density * self.entries)
 
     def trained_head(self) -> dict[str, nn.Parameter]:
         """The task head's parameters, where it trains."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftlib.errors import TargetError
 from peftlib.mechanisms import pruned, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig
 from peftlib.methods.combination import Combination
+from peftlib.methods.entries import Budgeted
 
 
-class PrunedCombination(Combination):
+class PrunedCombination(Budgeted, Combination):
     """Attaches its parts, then keeps k of the entries that they added: :meth:`calibrate` chooses them.
 
     Afterwards k values train, so an optimizer has states for k values and files hold k values with their indices.
@@ -28,27 +28,11 @@ class PrunedCombination(Combination):
 
     def attach(self, host: Host) -> None:
         super().attach(host)
-        self.candidates = self.choices(host)
-        self.seed = int(torch.randint(2**31, (), device="cpu"))
-        if not 1 <= self.k <= self.entries:
-            raise TargetError(
-                f"density={self.config.density} of {self.entries:,} entries is {self.k:,}; it must be a number from 1 "
-                f"to {self.entries:,}"
-            )
+        self.find_candidates(host)
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         """The added tensors among whose entries is chosen, by default all."""
         return pruned.added(host)
-
-    @property
-    def entries(self) -> int:
-        """How many entries there are to choose from."""
-        return sum(p.numel() for p in self.candidates.values())
-
-    @property
-    def k(self) -> int:
-        """How many entries are kept."""
-        return int(self.config.density * self.entries)
 
     def pending(self) -> tuple[int, int, int]:
         trained, stored, size = sparse.pending(self.k, self.entries)

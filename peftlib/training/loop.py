@@ -119,9 +119,6 @@ def fit(
     trained = adapted.trainable()
     if not trained and not adapted.method.searched():
         raise StateError(f"{adapted.name} trains nothing on {type(model).__name__} with these options")
-    rate = adapted.method.learning_rate if learning_rate is None else learning_rate
-    groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=rate) if trained else None
 
     def evaluate() -> dict[str, float]:
         return evaluate_task(
@@ -132,6 +129,10 @@ def fit(
         metrics = evaluate() if evaluate_on else {}
         history = [{"step": 0, **_prefixed(evaluate_on, metrics)}] if evaluate_on else []
         return FitResult(steps=0, metrics=metrics, history=history)
+
+    rate = adapted.method.learning_rate if learning_rate is None else learning_rate
+    groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate)
 
     bar = Bar(
         TextColumn("{task.description}"),
