@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peftlib.experiments.store import Store
 from peftlib.methods import config as method_config
 from peftlib.methods.base import SavedAdapter
 from peftlib.saved import read
-from peftlib.training import evaluate_task, fit
+from peftlib.training import FitResult, evaluate_task, fit
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,48 @@ class Trained:
     record: dict[str, Any]
 
 
+def _build(spec: RunSpec) -> tuple[tasks.Task, backbones.Backbone]:
+    """Task and backbone of a run. Its seed draws its data, its head and its parameters."""
+    s = spec.settings
+    task = tasks.load(s["task"], seed=spec.seed, **s["task_options"])
+    return task, backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
+
+
+def _tuned(
+    spec: RunSpec,
+    task: tasks.Task,
+    backbone: backbones.Backbone,
+    built_on: Sequence[SavedAdapter] = (),
+    progress: bool = False,
+) -> tuple[Adapted, FitResult]:
+    """The run's method on its backbone, trained and not evaluated."""
+    s = spec.settings
+    adapted = attach(
+        backbone.model,
+        method_config(spec.method, **spec.options),
+        sources=built_on,
+        seed=spec.seed,
+        keep_original=False,
+    )
+    result = fit(
+        adapted,
+        task,
+        tokenizer=backbone.tokenizer,
+        epochs=s["epochs"],
+        batch_size=s["batch_size"],
+        learning_rate=spec.learning_rate,
+        weight_decay=s["weight_decay"],
+        warmup=s["warmup"],
+        precision=s["precision"],
+        max_length=s["max_length"],
+        group_by_length=s["group_by_length"],
+        evaluate_on=None,
+        seed=spec.seed,
+        progress=progress,
+    )
+    return adapted, result
+
+
 def train(spec: RunSpec, progress: bool = False) -> Trained:
     """Do one run: build, train, measure. Nothing is written.
 
@@ -41,34 +84,10 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
     where (``provenance``).
     """
     s = spec.settings
-    # The seed of a run draws its data, its head and its parameters.
-    task = tasks.load(s["task"], seed=spec.seed, **s["task_options"])
-    backbone = backbones.load(s["backbone"], head="classification", num_labels=task.num_labels, seed=spec.seed)
+    task, backbone = _build(spec)
     built_on = [_source(source) for source in source_specs(spec)]
     with PeakMemory() as memory:
-        adapted = attach(
-            backbone.model,
-            method_config(spec.method, **spec.options),
-            sources=built_on,
-            seed=spec.seed,
-            keep_original=False,
-        )
-        result = fit(
-            adapted,
-            task,
-            tokenizer=backbone.tokenizer,
-            epochs=s["epochs"],
-            batch_size=s["batch_size"],
-            learning_rate=spec.learning_rate,
-            weight_decay=s["weight_decay"],
-            warmup=s["warmup"],
-            precision=s["precision"],
-            max_length=s["max_length"],
-            group_by_length=s["group_by_length"],
-            evaluate_on=None,
-            seed=spec.seed,
-            progress=progress,
-        )
+        adapted, result = _tuned(spec, task, backbone, built_on, progress)
     metrics = {}
     for split in ("validation", "test"):
         began = time.perf_counter()
@@ -110,8 +129,8 @@ def _source(spec: RunSpec) -> SavedAdapter:
     """The adapter of a source run, trained once a revision of the code and kept in the cache."""
 
     def build(folder: Path) -> None:
-        trained = train(spec)
-        trained.adapted.save(folder / spec.track.replace("/", "-"))
+        adapted, _ = _tuned(spec, *_build(spec))
+        adapted.save(folder / spec.track.replace("/", "-"))
 
     folder = sources.cached_folder(f"adapters/{spec.method}-{spec.key}-{revision()}", build)
     return read(next(folder.iterdir()))

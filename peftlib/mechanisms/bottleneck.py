@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 
 from peftlib.anatomy import Layer
 from peftlib.errors import UnknownNameError
-from peftlib.mechanisms.host import Host, hidden, with_hidden
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.precision import cast
 
 Init = Literal["lora", "normal"]
@@ -127,5 +128,5 @@ def _before_norm(child: nn.Module, gate: nn.Module | None, norm: nn.Module, args
 def _behind_layer(child: nn.Module, gate: nn.Module | None, layer: nn.Module, args: tuple, kwargs: dict, output):
     if not child.active:
         return None
-    h = hidden(output)
-    return with_hidden(output, _added(child, gate, h, h))
+    h = state_of(output)
+    return with_state(output, _added(child, gate, h, h))

@@ -13,7 +13,8 @@ from torch import nn
 from peftlib.anatomy import Layer
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck
-from peftlib.mechanisms.host import Host, hidden, with_hidden
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import without_autocast
 
@@ -194,4 +195,4 @@ def _enter(child: Conditional, layer: Layer, order: tuple[str, ...], head_dim: i
 
 
 def _leave(child: Conditional, module: nn.Module, args: tuple, kwargs: dict, output):
-    return with_hidden(output, child.leave(hidden(output)))
+    return with_state(output, child.leave(state_of(output)))

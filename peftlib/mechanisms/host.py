@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from peftlib import anatomy
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import DataError, LoadError, StateError
+from peftlib.mechanisms.outputs import state_of, with_state
 
 
 def _after(change: Callable, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
@@ -49,17 +50,7 @@ def _through(child: nn.Module, gate: nn.Module, x: torch.Tensor, y: torch.Tensor
 
 
 def _behind(child: nn.Module, module: nn.Module, args: tuple, output):
-    return with_hidden(output, child(hidden(output)))
-
-
-def hidden(output) -> torch.Tensor:
-    """The hidden state in what a layer gives: the output itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def with_hidden(output, state: torch.Tensor):
-    """What a layer gives, with another hidden state."""
-    return (state, *output[1:]) if isinstance(output, tuple) else state
+    return with_state(output, child(state_of(output)))
 
 
 class Tasks:

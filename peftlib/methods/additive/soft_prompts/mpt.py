@@ -37,7 +37,8 @@ from torch import nn
 
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.mechanisms import prompt
-from peftlib.mechanisms.host import Host, Tasks, hidden
+from peftlib.mechanisms.host import Host, Tasks
+from peftlib.mechanisms.outputs import state_of
 from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, check_alike
 
 STARTS = ("mean", "task", "shared")
@@ -259,4 +260,4 @@ def _listen(lesson: Lesson, model: nn.Module, args: tuple, kwargs: dict) -> None
 def _keep_state(lesson: Lesson, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     # Checkpointing runs the layer once more, after the comparison.
     if lesson.listening:
-        lesson.state = hidden(output)
+        lesson.state = state_of(output)
