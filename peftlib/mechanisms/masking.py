@@ -1,19 +1,22 @@
-"""Subnetworks of a shared prototype: each place learns which entries of the prototype's tensors it keeps."""
+"""Subnetworks of a shared prototype: each place, and each task, learns which entries of the prototype's tensors it
+keeps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peftlib.mechanisms import bits
+from peftlib.mechanisms.attention import Inputs
 from peftlib.mechanisms.bottleneck import Bottleneck
+from peftlib.mechanisms.host import Tasks
 from peftlib.mechanisms.low_rank import LowRank, update
 from peftlib.mechanisms.precision import cast
-from peftlib.mechanisms.prefix import Maker
+from peftlib.mechanisms.prefix import Maker, Prefix
 
 
 def top(scores: torch.Tensor, share: float) -> torch.Tensor:
@@ -42,12 +45,16 @@ class TopMask(nn.Module):
         """What is kept, boolean."""
         return top(self.scores.detach().abs(), self.share) if self.fixed is None else self.fixed
 
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        mask = self.mask().to(tensor.dtype)
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as zeros and ones that pass gradients to the scores."""
+        mask = self.mask().to(dtype)
         if self.fixed is None:
             size = self.scores.abs()
             mask = mask + (size - size.detach())
-        return tensor * mask
+        return mask
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * self.values(tensor.dtype)
 
     def pack(self) -> torch.Tensor:
         """The mask as it is now, one bit an entry."""
@@ -60,13 +67,60 @@ class TopMask(nn.Module):
         self.scores = None
 
 
-class Masked(nn.Module):
-    """A place's view of ``prototype``, which places share, through one mask for each named tensor of it."""
+COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "or": lambda a, b: 1 - (1 - a) * (1 - b),
+    "and": lambda a, b: a * b,
+    "add": lambda a, b: a + b,
+}
+"""How a place's mask and a task's become one: both are zeros and ones, and gradients pass to both."""
 
-    def __init__(self, prototype: nn.Module, share: float, **shapes: Sequence[int]):
+
+class TaskMasks(nn.Module):
+    """The masks of each task over a prototype, the same at all its places: for a named tensor, a list of masks."""
+
+    def __init__(self, tasks: int, share: float, combine: str, shapes: dict[str, Sequence[int]]):
+        super().__init__()
+        self.combine = combine
+        self.masks = nn.ModuleDict(
+            {name: nn.ModuleList(TopMask(shape, share) for _ in range(tasks)) for name, shape in shapes.items()}
+        )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.masks.values())))
+
+    def keep(self, task: int) -> None:
+        """Forget every other task."""
+        for name, masks in self.masks.items():
+            self.masks[name] = nn.ModuleList([masks[task]])
+
+    def with_place(self, name: str, place: torch.Tensor) -> torch.Tensor:
+        """A place's mask, combined with each task's: (tasks, ...)."""
+        return COMBINE[self.combine](place, torch.stack([mask.values(place.dtype) for mask in self.masks[name]]))
+
+
+class Masked(nn.Module):
+    """A place's view of ``prototype``, which places share, through one mask for each named tensor of it; with
+    ``task_masks``, through one for each task of the rows, which ``tasks`` tells."""
+
+    def __init__(
+        self,
+        prototype: nn.Module,
+        share: float,
+        shapes: dict[str, Sequence[int]],
+        task_masks: TaskMasks | None = None,
+        tasks: Tasks | None = None,
+    ):
         super().__init__()
         self.prototype = prototype
         self.masks = nn.ModuleDict({name: TopMask(shape, share) for name, shape in shapes.items()})
+        self.task_masks = task_masks
+        self.tasks = tasks
+
+    def masked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor through the mask of this place, or (tasks, ...) through the masks of this place and each task."""
+        if self.task_masks is None:
+            return self.masks[name](tensor)
+        return tensor * self.task_masks.with_place(name, self.masks[name].values(tensor.dtype))
 
 
 class MaskedBottleneck(Masked):
@@ -74,35 +128,48 @@ class MaskedBottleneck(Masked):
 
     active = True
 
-    def __init__(self, prototype: Bottleneck, share: float):
-        super().__init__(prototype, share, down=prototype.down.weight.shape, up=prototype.up.weight.shape)
+    @staticmethod
+    def shapes(prototype: Bottleneck) -> dict[str, Sequence[int]]:
+        return {"down": prototype.down.weight.shape, "up": prototype.up.weight.shape}
 
     def delta(self, z: torch.Tensor) -> torch.Tensor:
         p = self.prototype
-        inner = F.linear(cast(z, p.down.weight), self.masks["down"](p.down.weight), p.down.bias)
-        inner = p.dropout(p.activation(inner))
-        return p.scale * F.linear(inner, self.masks["up"](p.up.weight), p.up.bias)
+        z = cast(z, p.down.weight)
+        down, up = self.masked("down", p.down.weight), self.masked("up", p.up.weight)
+        if self.task_masks is None:
+            inner = p.dropout(p.activation(F.linear(z, down, p.down.bias)))
+            return p.scale * F.linear(inner, up, p.up.bias)
+        grouped, ids = self.tasks.grouped(z)
+        inner = p.dropout(p.activation(grouped @ down[ids].mT + p.down.bias))
+        return (p.scale * (inner @ up[ids].mT + p.up.bias)).view(z.shape)
 
 
 class MaskedLowRank(Masked):
     """``forward(x, y) = y + scale * (B o M_B) (A o M_A) dropout(x)`` with a shared low-rank update."""
 
-    def __init__(self, prototype: LowRank, share: float):
-        super().__init__(prototype, share, A=prototype.A.shape, B=prototype.B.shape)
+    @staticmethod
+    def shapes(prototype: LowRank) -> dict[str, Sequence[int]]:
+        return {"A": prototype.A.shape, "B": prototype.B.shape}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masked A and B."""
-        return self.masks["A"](self.prototype.A), self.masks["B"](self.prototype.B)
+        """The masked A and B, one a task where there are tasks."""
+        return self.masked("A", self.prototype.A), self.masked("B", self.prototype.B)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         A, B = self.factors()
-        x = cast(self.prototype.dropout(x), A).flatten(0, -2)
-        return update(y, F.linear(x, A), B, self.prototype.scale)
+        x = cast(self.prototype.dropout(x), A)
+        if self.task_masks is None:
+            return update(y, F.linear(x.flatten(0, -2), A), B, self.prototype.scale)
+        grouped, ids = self.tasks.grouped(x)
+        delta = self.prototype.scale * (grouped @ A[ids].mT @ B[ids].mT)
+        return y + delta.view(y.shape).to(y.dtype)
 
     @torch.no_grad()
-    def delta(self) -> torch.Tensor:
-        """The (out, in) update, formed in float32 or wider."""
+    def delta(self, task: int = 0) -> torch.Tensor:
+        """The (out, in) update, of one task where there are tasks, formed in float32 or wider."""
         A, B = self.factors()
+        if self.task_masks is not None:
+            A, B = A[task], B[task]
         dtype = torch.promote_types(A.dtype, torch.float32)
         return self.prototype.scale * (B.to(dtype) @ A.to(dtype))
 
@@ -126,10 +193,17 @@ class Table(nn.Module):
 
 
 class MaskedTable(Masked):
-    """A masked :class:`Table`; the maker of a :class:`peftlib.mechanisms.prefix.Prefix`."""
-
-    def __init__(self, prototype: Table, share: float, shape: Sequence[int]):
-        super().__init__(prototype, share, table=shape)
+    """A masked :class:`Table`, or one a task; the maker of a :class:`peftlib.mechanisms.prefix.Prefix`."""
 
     def forward(self) -> torch.Tensor:
-        return self.masks["table"](self.prototype())
+        return self.masked("table", self.prototype())
+
+
+class TaskPrefix(Prefix):
+    """The keys and values of each row's task, made by a :class:`MaskedTable` with tasks."""
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        heads, length, head_dim = self.shape
+        rows = len(inputs.query)
+        tables = self.maker()[self.maker.tasks.ids(rows, inputs.query.device)]
+        return inputs.prepend(*tables.view(rows, length, 2, heads, head_dim).permute(2, 0, 3, 1, 4).unbind())

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import peftlib
 from peftlib import anatomy, backbones
-from peftlib.errors import LoadError, MergeError, TargetError, UnknownNameError
+from peftlib.errors import DataError, LoadError, MergeError, TargetError, UnknownNameError
 from peftlib.mechanisms.masking import TopMask
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import Case
+from tests.conformance.case import LABELS, Case, batch, train
 from tests.conformance.checks import CHECKS
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
@@ -229,6 +229,93 @@ def test_a_file_of_other_sizes_is_refused(form):
         attached("bert", form).method.load_state({})
 
 
+# Masks of tasks
+
+COMBINED = {
+    "or": lambda layer, task: ((layer + task) > 0).float(),
+    "and": lambda layer, task: ((layer + task) == 2).float(),
+    "add": lambda layer, task: layer + task,
+}
+
+
+@pytest.mark.parametrize("combine", COMBINED)
+def test_a_row_is_served_by_the_layer_s_mask_and_its_task_s(combine):
+    adapted = attached("bert", tasks=2, combine=combine)
+    layers = [layer.module.propetl for layer in anatomy.of(adapted.model).layers]
+    assert layers[0].task_masks is layers[1].task_masks
+    child, z = layers[1], torch.randn(3, 5, 32)
+    p, tasks = child.prototype, [1, 0, 1]
+    adapted.host.tasks.given, adapted.host.tasks.running = torch.tensor(tasks), True
+    got = child.delta(z)
+    for row, task in enumerate(tasks):
+        down, up = (
+            COMBINED[combine](kept(child.masks[n].scores, 0.5), kept(child.task_masks.masks[n][task].scores, 0.5))
+            for n in ("down", "up")
+        )
+        inner = torch.relu(z[row] @ (p.down.weight * down).T + p.down.bias)
+        torch.testing.assert_close(got[row], inner @ (p.up.weight * up).T + p.up.bias)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mixed_batch_is_each_task_alone(family, form):
+    adapted = attached(family, form, tasks=3)
+    data, tasks = inputs(family), torch.tensor([2, 0, 2])
+
+    @torch.no_grad()
+    def answer(**more):
+        extra = {"decoder_input_ids": data["input_ids"]} if family == "t5" else {}
+        return adapted.model.eval()(**data, **extra, **more).logits
+
+    mixed, alone = answer(task_ids=tasks), []
+    for task in range(3):
+        with adapted.task(task):
+            alone.append(answer())
+    assert not torch.allclose(alone[0], alone[2], atol=1e-4)
+    torch.testing.assert_close(mixed, torch.stack([alone[t][row] for row, t in enumerate(tasks)]))
+    with pytest.raises(DataError, match="task 3 is not one of this adapter's tasks, 0 to 2"):
+        answer(task_ids=torch.tensor([0, 3, 0]))
+
+
+def test_opposite_tasks_are_told_apart_by_their_masks():
+    """Two tasks with the same texts and opposite labels, which nothing but the masks of tasks can tell apart."""
+    adapted = peftlib.attach(backbone("bert"), "propetl", bottleneck=32, tasks=2, std=0.2)
+    data = {k: torch.cat([v, v]) for k, v in batch("bert").items()}
+    data["labels"][len(LABELS) :] = 1 - data["labels"][len(LABELS) :]
+    data["task_ids"] = torch.arange(2).repeat_interleave(len(LABELS))
+    before = {n: p.detach().clone() for n, p in adapted.trainable().items() if "task_masks" in n}
+    losses = train(adapted, data, steps=150, rate=5e-3)
+    assert losses[-1] < 0.3 < losses[0]
+    assert all(not torch.equal(before[n], p) for n, p in adapted.trainable().items() if n in before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tasks_are_stored_as_bits_and_one_can_be_kept(form, tmp_path):
+    plain, adapted = attached("bert", form), attached("bert", form, tasks=3)
+    places = sum(m.scores.numel() for m in plain.model.modules() if isinstance(m, TopMask)) // len(
+        anatomy.of(plain.model).layers
+    )
+    assert adapted.count().method - plain.count().method == 3 * places
+    assert adapted.count().stored_bytes - plain.count().stored_bytes == 3 * places // 8
+    with adapted.task(1):
+        expected = logits(adapted.model, "bert")
+    loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "all"))
+    with loaded.task(1):
+        assert torch.equal(logits(loaded.model, "bert"), expected)
+    loaded.method.keep(1)
+    assert torch.equal(logits(loaded.model, "bert"), expected)
+    again = peftlib.load(backbone("bert"), loaded.save(tmp_path / "one"))
+    assert again.method.tasks == 1
+    assert torch.equal(logits(again.model, "bert"), expected)
+    with pytest.raises(ConfigError, match="task 3 is not here"):
+        adapted.method.keep(3)
+    if form == "lora":
+        with pytest.raises(MergeError, match="a mask for each of its 3 tasks"):
+            adapted.merge()
+        again.merge()
+        torch.testing.assert_close(logits(again.model, "bert"), expected, atol=1e-5, rtol=1e-5)
+
+
 # What every method must do, for the forms that are not the default
 
 
@@ -275,6 +362,8 @@ def test_what_cannot_be_is_refused():
         peftlib.config("propetl", keep=1.5)
     with pytest.raises(ConfigError, match="mask_rate"):
         peftlib.config("propetl", mask_rate=-1.0)
+    with pytest.raises(UnknownNameError, match="did you mean 'and'"):
+        peftlib.config("propetl", combine="nd")
     with pytest.raises(UnknownNameError, match="activation"):
         peftlib.config("propetl", activation="relux")
     with pytest.raises(TargetError, match="rank 33 does not fit"):

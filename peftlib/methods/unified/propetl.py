@@ -7,6 +7,10 @@ tensor by tensor; the mask's gradient is the scores'. Scores train at a rate of 
 its size in scores for every layer; stored: the prototype and one bit a score. A loaded adapter trains on with its masks
 fixed, because the scores are gone.
 
+With ``tasks`` T > 1 each task t has a mask M_t as well, one for all layers (T prototypes' sizes of scores more), and a
+row is served by theta o (M_l or M_t): an entry is kept where the layer or the row's task keeps it. Batches carry
+``task_ids``; ``adapted.task(t)`` sets the task of all rows, ``adapted.method.keep(t)`` leaves one.
+
 ========  ============================================  =================================  =======================
 form      prototype                                     start                              merge
 ========  ============================================  =================================  =======================
@@ -22,8 +26,8 @@ paper's T5 runs.
 
 Source: Zeng et al. 2023, arXiv:2305.17682, and its code, with its RoBERTa-base settings as defaults: adapter r = 64,
 half kept, scores at 30 times the rate; LoRA r = 32, alpha = 48, a tenth kept, 300 times; prefix m = 64, a tenth kept,
-the same rate. Their T5 adapters start at N(0, 0.01), use GELU and keep 30 %. One task at a time: masks of tasks, which
-their multi-task runs combine with those of layers, are not here.
+the same rate. Their T5 adapters, the multi-task ones, start at N(0, 0.01), use GELU, keep 30 % of each mask and train
+the scores at 10 times the rate. Masks of tasks for the prefix and LoRA forms are our extension of their adapters'.
 """
 
 from __future__ import annotations
@@ -36,14 +40,24 @@ import torch
 from torch import nn
 
 from peftlib.anatomy import Layer
-from peftlib.errors import LoadError, UnknownNameError
+from peftlib.errors import LoadError, MergeError, UnknownNameError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
-from peftlib.mechanisms.masking import MaskedBottleneck, MaskedLowRank, MaskedTable, Table, TopMask
+from peftlib.mechanisms.masking import (
+    COMBINE,
+    Masked,
+    MaskedBottleneck,
+    MaskedLowRank,
+    MaskedTable,
+    Table,
+    TaskMasks,
+    TaskPrefix,
+    TopMask,
+)
 from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
-from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between
 
 KEEP = {"adapter": 0.5, "prefix": 0.1, "lora": 0.1}
 MASK_RATE = {"adapter": 30.0, "prefix": 1.0, "lora": 300.0}
@@ -55,7 +69,8 @@ class ProPETLConfig(MethodConfig):
     ``hidden`` units) or "lora" (``rank``, ``alpha``, ``targets``); ``keep``: share of each tensor that a layer keeps,
     and ``mask_rate``: factor of the learning rate for scores (None: the paper's for this form); ``share_stacks``: one
     prototype for encoder and decoder where their sizes agree; ``dropout``: of the inner activation (adapter) or the
-    update's input (LoRA)."""
+    update's input (LoRA); ``tasks``: how many tasks have masks of their own (1: none has), and ``combine``: "or",
+    "and" or "add", how a layer's mask and a task's become one."""
 
     form: Literal["adapter", "prefix", "lora"] = "adapter"
     keep: float | None = None
@@ -70,11 +85,15 @@ class ProPETLConfig(MethodConfig):
     targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
     dropout: float = 0.0
     share_stacks: bool = True
+    tasks: int = 1
+    combine: Literal["or", "and", "add"] = "or"
 
     def __post_init__(self):
         if self.form not in KEEP:
             raise UnknownNameError("form of propetl", self.form, KEEP)
-        for name in ("bottleneck", "length", "hidden", "rank"):
+        if self.combine not in COMBINE:
+            raise UnknownNameError("combine of propetl", self.combine, COMBINE)
+        for name in ("bottleneck", "length", "hidden", "rank", "tasks"):
             at_least(name, getattr(self, name), 1)
         if self.keep is not None:
             between("keep", self.keep, 0, 1)
@@ -92,20 +111,42 @@ class ProPETL(Method):
     learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
+        host.tasks.count = self.config.tasks if self.config.tasks > 1 else None
         self.prototypes: dict[tuple, nn.Module] = {}
+        self.task_masks: dict[tuple, TaskMasks] = {}
         {"adapter": self._adapters, "prefix": self._prefixes, "lora": self._updates}[self.config.form](host)
 
-    def _prototype(self, stack: str, *key, make) -> nn.Module:
-        """The prototype that places with this key share."""
-        key = key if self.config.share_stacks else (stack, *key)
+    def _masked(self, kind: type[Masked], host: Host, stack: str, *key, make, shapes=None) -> Masked:
+        """A place's view of the prototype that places with this key share; it is made, with its tasks' masks, for the
+        first of them."""
+        c = self.config
+        key = key if c.share_stacks else (stack, *key)
         if key not in self.prototypes:
             self.prototypes[key] = make()
-        return self.prototypes[key]
+        prototype = self.prototypes[key]
+        shapes = shapes or kind.shapes(prototype)
+        if c.tasks > 1 and key not in self.task_masks:
+            self.task_masks[key] = TaskMasks(c.tasks, c.share, c.combine, shapes)
+        return kind(prototype, c.share, shapes, self.task_masks.get(key), host.tasks)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks it serves now."""
+        return len(next(iter(self.task_masks.values()))) if self.task_masks else 1
+
+    def keep(self, task: int) -> None:
+        """Forget every other task, for good: every row then belongs to this one. Do it after training: an optimizer
+        knows the old parameters."""
+        if task not in range(self.tasks):
+            raise ConfigError(f"task {task!r} is not here; choose one from 0 to {self.tasks - 1}")
+        for masks in self.task_masks.values():
+            masks.keep(task)
+        self.host.tasks.count, self.host.tasks.default = None, 0
 
     def _adapters(self, host: Host) -> None:
         for layer in host.anatomy.layers:
-            prototype = self._prototype(layer.stack, make=lambda: self._bottleneck(host.anatomy.d))
-            behind_ffn(host, layer, "propetl", MaskedBottleneck(prototype, self.config.share))
+            child = self._masked(MaskedBottleneck, host, layer.stack, make=lambda: self._bottleneck(host.anatomy.d))
+            behind_ffn(host, layer, "propetl", child)
 
     def _bottleneck(self, d: int) -> Bottleneck:
         c = self.config
@@ -120,23 +161,30 @@ class ProPETL(Method):
         for site in host.anatomy.sites(c.targets):
             check_rank(c.rank, site)
             sizes = site.in_features, site.out_features
-            prototype = self._prototype(
+            child = self._masked(
+                MaskedLowRank,
+                host,
                 site.stack,
                 site.name,
                 sizes,
                 make=lambda sizes=sizes: LowRank(*sizes, c.rank, c.alpha / c.rank, c.dropout),
             )
-            self.updates[site] = host.after(site, "propetl", MaskedLowRank(prototype, c.share))
+            self.updates[site] = host.after(site, "propetl", child)
 
     def _prefixes(self, host: Host) -> None:
         c, parts = self.config, host.anatomy
+        kind = TaskPrefix if c.tasks > 1 else Prefix
         for role, module, heads in _attentions(parts.layers, parts.head_dim):
             width = heads * parts.head_dim
-            prototype = self._prototype(
-                role, role, make=lambda width=width: Table(Maker(Trunk(c.length, parts.d, c.hidden), width))
+            masked = self._masked(
+                MaskedTable,
+                host,
+                role,
+                role,
+                make=lambda width=width: Table(Maker(Trunk(c.length, parts.d, c.hidden), width)),
+                shapes={"table": (c.length, 2 * width)},
             )
-            masked = MaskedTable(prototype, c.share, (c.length, 2 * width))
-            attention.attach(host, module, "propetl", Prefix(heads, c.length, parts.head_dim, maker=masked))
+            attention.attach(host, module, "propetl", kind(heads, c.length, parts.head_dim, maker=masked))
 
     def _parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
         """The modules of this kind in what was attached, each once, by name in the model."""
@@ -163,6 +211,9 @@ class ProPETL(Method):
         return self._dense() | {f"{name}.bits": mask.pack() for name, mask in self._parts(TopMask).items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        # The file of an adapter that kept one task has the first of the tasks' masks alone.
+        if self.tasks > 1 and not any(".task_masks." in name and ".1.bits" in name for name in state):
+            self.keep(0)
         if wrong := sorted(self.state().keys() ^ state.keys()):
             raise LoadError(f"the file does not fit: {len(wrong)} tensors are missing or left over {wrong[:3]}")
         for name, mask in self._parts(TopMask).items():
@@ -180,6 +231,11 @@ class ProPETL(Method):
     def check_mergeable(self) -> None:
         if self.config.form != "lora":
             super().check_mergeable()
+        if self.tasks > 1:
+            raise MergeError(
+                f"propetl has a mask for each of its {self.tasks} tasks, and a merged weight serves one: call "
+                "adapted.method.keep(task) first"
+            )
 
     def merge(self) -> None:
         for site, masked in self.updates.items():
