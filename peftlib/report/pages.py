@@ -15,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from peftlib import tasks, taxonomy
-from peftlib.experiments import PROFILES, SEARCH_RATES, Store
+from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Store
 from peftlib.report import cards, conformance, figures, markdown, notebooks
 from peftlib.report.counts import counts
 from peftlib.report.standings import Standings
@@ -241,7 +241,8 @@ def _search(standings: Standings) -> Iterator[str]:
     tried = ", ".join(f"{rate:g}" for rate in SEARCH_RATES)
     yield (
         f"Every method is tried once at each of the rates {tried}, seed 0, on the track {standings.first}; the rate "
-        "with the best validation metric is used on every track. Test data play no part."
+        f"with the best validation metric is used on every track; within {TIE:g} of the best, the lowest validation "
+        "loss decides. Test data play no part."
     )
     if not standings.search:
         yield "No stored runs."

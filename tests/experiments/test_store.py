@@ -68,10 +68,15 @@ def test_a_damaged_record_is_named(store):
 
 
 def test_best_rate_is_chosen_on_validation_data(store):
-    for rate, validation, test in ((1e-4, 0.7, 0.9), (1e-3, 0.8, 0.1), (1e-2, 0.8, 0.1)):
+    for rate, validation, loss, test in (
+        (1e-4, 0.7, 0.5, 0.9),
+        (1e-3, 0.78, 1.0, 0.1),
+        (2e-3, 0.78, 1.0, 0.1),
+        (1e-2, 0.8, 2.0, 0.1),
+    ):
         s = spec(learning_rate=rate)
         r = record(s, test)
-        r["metrics"]["validation"] = {"accuracy": validation, "loss": 2.0 if rate == 1e-2 else 1.0}
+        r["metrics"]["validation"] = {"accuracy": validation, "loss": loss}
         store.write(s, r)
     assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 1e-3
     assert store.best_rate("smoke", "smoke", "head", "accuracy") is None
