@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -192,6 +193,19 @@ class Host:
             part._exchange = exchange
         self._scopes.append(part)
         return part
+
+    @contextmanager
+    def trial(self, gate: Callable | None = None) -> Iterator[Host]:
+        """Inside ``with``, a host whose changes act on the model and are no part of the method: they are not counted
+        or stored, and are taken back at the end. ``gate`` is that of :meth:`scope`."""
+        part = copy.copy(self)
+        part.children, part.unfrozen, part.written, part._scopes = [], [], [], []
+        part._undo, part._baked, part._gate = [], [], gate
+        try:
+            yield part
+        finally:
+            for undo in reversed(part._undo):
+                undo()
 
     def rehearse(self) -> Rehearsal:
         """A host on which a method only says what it would hang where and train; the model stays as it is."""

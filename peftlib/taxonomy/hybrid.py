@@ -127,8 +127,8 @@ METHODS = (
         r"$z_{\ell} \in \{0, 1\}$: whether layer $\ell$ has modules; $\mathcal{C}$: the search space.",
         sites=("attention.key", "attention.value", "ffn.down"),
         trains="Serial adapter, parallel adapter and prefix of the layers that the structure switches on.",
-        count="sum(layers) * (2 * d * (serial + parallel) + serial + parallel + d * ((serial > 0) + (parallel > 0)) "
-        "+ 2 * length * d)",
+        count="(sum(layers) if layers else L) * (2 * d * (serial + parallel) + serial + parallel "
+        "+ d * ((serial > 0) + (parallel > 0)) + 2 * length * d)",
         start="changed",
         start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's.",
         merge="no",
@@ -160,16 +160,15 @@ METHODS = (
             "norms",
         ),
         trains="While searching, all candidates (LoRA, low-rank adapter, biases, norms) and their gates; afterwards "
-        "the chosen ones.",
-        count="L * (4 * 2 * d + 2 * (d + f) + 2 * 2 * d + 5 * d + f + 4 * d + 4 + 2 + 2 + 6 + 2)",
+        "the chosen ones, at most the budget.",
+        count="int(budget * total)",
         start="identity",
         start_note="Every candidate starts at zero change.",
         merge="no",
         merge_note="A structure with adapters is nonlinear; LoRA, biases and norms alone would fold.",
         life=(
-            "on_step_start: draw the gates",
-            "on_gradients: step the gates on the other half of the training set",
-            "on_train_end: keep the best candidates that fit the budget, then train them from scratch",
+            "calibrate: learn the gates and the candidates on two halves of the training batches, then keep the most "
+            "probable candidates that fit the budget, from their start",
         ),
         original="thunlp/S3Delta",
     ),

@@ -1,0 +1,274 @@
+"""A search over structures: gates that open and close candidate modules are learned together with the modules.
+
+Gates train on one half of the data, modules on the other, and a gate's gradient looks one step of the modules ahead
+(differentiable architecture search of second order). The expected size is held at a budget at every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from scipy.optimize import brentq
+from torch import nn
+
+from peftlib.errors import DataError, StateError
+from peftlib.mechanisms import importance
+from peftlib.mechanisms.importance import Batch
+
+EDGE = 1e-7
+"""How near a probability comes to 0 and 1."""
+
+
+def fitting(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int]:
+    """Those that are taken in this order while they fit into what is left of the budget, ascending."""
+    chosen, left = [], budget
+    for i in order:
+        if sizes[i] <= left:
+            chosen.append(i)
+            left -= sizes[i]
+    return sorted(chosen)
+
+
+class Gates:
+    """One gate a candidate, open with probability p_i = sigmoid((alpha_i - b) / beta), b such that sum_i p_i n_i is the
+    budget.
+
+    ``draw(u)`` sets the values z_i = sigmoid(logit u_i + logit p_i) in (0, 1), binary-concrete ones of temperature 1;
+    a callable from :meth:`reader` gives that of candidate i. alpha starts at zero.
+    """
+
+    def __init__(self, sizes: Sequence[int], budget: float, beta: float, device: torch.device):
+        self.sizes = np.asarray(sizes, dtype=np.float64)
+        self.budget, self.beta = budget, beta
+        self.alpha = nn.Parameter(torch.zeros(len(sizes), device=device))
+        self.values: torch.Tensor | None = None
+
+    def shift(self) -> float:
+        """b, by root finding: the expected size falls as it rises."""
+        alpha = self.alpha.detach().double().cpu().numpy()
+
+        def excess(b: float) -> float:
+            # 1 / (1 + exp(-x)) without overflow
+            return float((0.5 * (1 + np.tanh((alpha - b) / self.beta / 2)) * self.sizes).sum() - self.budget)
+
+        reach = 40 * self.beta
+        return brentq(excess, alpha.min() - reach, alpha.max() + reach, xtol=1e-12, rtol=1e-14)
+
+    def probabilities(self) -> torch.Tensor:
+        """p (candidates,). No gradient goes through b; what one gate gains in a gradient the others lose."""
+        p = torch.sigmoid((self.alpha - self.shift()) / self.beta).clamp(EDGE, 1 - EDGE)
+        return p / p.sum() * p.sum().detach()
+
+    def draw(self, u: torch.Tensor) -> None:
+        self.values = torch.sigmoid(torch.logit(u, EDGE) + torch.logit(self.probabilities(), EDGE))
+
+    def reader(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return partial(self._read, index)
+
+    def _read(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        return self.values[index]
+
+
+def halves(batches: Iterable[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
+    """Every other batch of at most ``most``; a single one is cut in the middle. Raises DataError for too few rows."""
+    kept = list(islice(batches, most))
+    if len(kept) > 1:
+        return kept[::2], kept[1::2]
+    rows = min((len(v) for batch in kept for v in batch.values()), default=0)
+    if rows < 2:
+        raise DataError(f"a search needs two halves of data, and the calibration batches have {rows} rows; give more")
+    middle = rows // 2
+    return [{k: v[:middle] for k, v in kept[0].items()}], [{k: v[middle:] for k, v in kept[0].items()}]
+
+
+def gate_gradient(
+    alpha: nn.Parameter,
+    weights: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], torch.Tensor],
+    other_loss: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """The gradient for alpha of ``other_loss`` at the weights that one step of the optimizer on ``loss`` gives:
+
+    d/d_alpha other_loss(w', alpha) - rate * d^2/(d_alpha d_w) loss(w, alpha) . d/d_w' other_loss(w', alpha)
+
+    The product with the second derivative is a central difference. Weights and optimizer end as they were.
+    """
+    before, memory = [w.detach().clone() for w in weights], copy.deepcopy(optimizer.state_dict())
+
+    @torch.no_grad()
+    def move(direction: Sequence[torch.Tensor], by: float | torch.Tensor) -> None:
+        for w, start, d in zip(weights, before, direction):
+            w.copy_(start + by * d)
+
+    for w, gradient in zip(weights, torch.autograd.grad(loss(), weights, allow_unused=True)):
+        w.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+    direct, *ahead = torch.autograd.grad(other_loss(), [alpha, *weights], allow_unused=True)
+    ahead = [torch.zeros_like(w) if a is None else a for a, w in zip(ahead, weights)]
+    optimizer.load_state_dict(memory)
+    eps = 0.01 / (torch.cat([a.flatten() for a in ahead]).norm() + 1e-6)
+    sides = []
+    for by in (eps, -eps):
+        move(ahead, by)
+        sides.append(torch.autograd.grad(loss(), alpha)[0])
+    move(before, 0.0)
+    return direct - optimizer.param_groups[0]["lr"] * (sides[0] - sides[1]) / (2 * eps)
+
+
+@dataclass
+class Search:
+    """A bi-level search of ``steps`` steps; :meth:`run` leaves its result in the gates.
+
+    Each step draws gates, moves alpha by AdamW along :func:`gate_gradient`, draws again, and moves the weights by
+    AdamW; both rates fall linearly to zero and both gradients are cut to ``max_norm``. A step costs five passes forward
+    and backward. Everything that a step draws, dropout included, follows from ``seed`` and its number.
+
+    With a ``checkpoint`` the state is written there, whole or not at all, every ``every`` steps and at the end, and
+    :meth:`run` goes on from what it finds there; one of another search is a StateError.
+    """
+
+    model: nn.Module
+    gates: Gates
+    weights: list[nn.Parameter]
+    steps: int
+    rate: float
+    gate_rate: float
+    seed: int
+    max_norm: float = 2.0
+    what: str = "searching a structure"
+    checkpoint: Path | None = None
+    every: int = 5
+
+    def run(self, batches: Iterable[Batch]) -> None:
+        own, other = halves(batches, 2 * self.steps)
+        self._identity = self._describe(own, other)
+        optimizers = [
+            torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
+            for params, rate in ((self.weights, self.rate), ([self.gates.alpha], self.gate_rate))
+        ]
+        done = self._resume(optimizers)
+        device = self.gates.alpha.device
+        mode = self.model.training
+        self.model.train()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for step in self._shown(range(done, self.steps)):
+                    for optimizer, rate in zip(optimizers, (self.rate, self.gate_rate)):
+                        optimizer.param_groups[0]["lr"] = rate * (1 - step / self.steps)
+                    self._step(step, own[step % len(own)], other[step % len(other)], optimizers)
+                    if self.checkpoint and ((step + 1) % self.every == 0 or step + 1 == self.steps):
+                        self._write(step + 1, optimizers)
+        finally:
+            self.model.train(mode)
+            for parameter in self.weights:
+                parameter.grad = None
+
+    def _step(self, step: int, own: Batch, other: Batch, optimizers: list[torch.optim.Optimizer]) -> None:
+        on_weights, on_gates = optimizers
+        generator = torch.Generator().manual_seed(self.seed + step)
+        first, second = torch.rand(2, len(self.gates.sizes), generator=generator).to(self.gates.alpha)
+
+        def loss(batch: Batch, u: torch.Tensor) -> torch.Tensor:
+            # The passes of a step share their dropout, or the difference of two would be noise.
+            torch.manual_seed(self.seed + self.steps + step)
+            self.gates.draw(u)
+            value = importance.loss(self.model, batch)
+            if not bool(value.isfinite()):
+                raise DataError("the search's loss is not finite; look at the labels and the rates")
+            return value
+
+        self.gates.alpha.grad = gate_gradient(
+            self.gates.alpha, self.weights, on_weights, partial(loss, own, first), partial(loss, other, first)
+        )
+        nn.utils.clip_grad_norm_([self.gates.alpha], self.max_norm)
+        on_gates.step()
+        loss(own, second).backward(inputs=self.weights)
+        nn.utils.clip_grad_norm_(self.weights, self.max_norm)
+        on_weights.step()
+        on_weights.zero_grad()
+
+    def _shown(self, steps: range) -> Iterable[int]:
+        return track(
+            steps,
+            self.what,
+            total=self.steps,
+            completed=steps.start,
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+
+    # The checkpoint
+
+    def _describe(self, *data: list[Batch]) -> str:
+        """What makes two searches the same."""
+        digest = hashlib.sha256()
+        for tensor in (t for half in data for batch in half for _, t in sorted(batch.items())):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        settings = (self.steps, self.rate, self.gate_rate, self.seed, self.max_norm, self.gates.beta)
+        sizes = [float(self.gates.budget), *self.gates.sizes.tolist()]
+        return json.dumps({"settings": settings, "sizes": sizes, "data": digest.hexdigest()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"alpha": self.gates.alpha, **{f"weights.{i}": w for i, w in enumerate(self.weights)}}
+
+    def _write(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
+        tensors = {n: t.detach() for n, t in self._tensors().items()}
+        for i, optimizer in enumerate(optimizers):
+            for j, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in entry.items()}
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{self.checkpoint.name}-", dir=self.checkpoint.parent)
+        os.close(handle)
+        try:
+            save_file(
+                {n: t.cpu().contiguous().clone() for n, t in tensors.items()},
+                scratch,
+                metadata={"step": str(step), "search": self._identity},
+            )
+            os.replace(scratch, self.checkpoint)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _resume(self, optimizers: list[torch.optim.Optimizer]) -> int:
+        """Take up what the checkpoint holds; gives how many steps are done."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return 0
+        try:
+            with safe_open(self.checkpoint, "pt") as file:
+                found = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - not a dict
+                about = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{self.checkpoint} is not a search's state ({error}); delete it") from error
+        if about.get("search") != self._identity:
+            raise StateError(
+                f"{self.checkpoint} is the state of another search (other data, seed or settings); delete it, or give "
+                "another file"
+            )
+        for name, tensor in self._tensors().items():
+            tensor.copy_(found[name])
+        for i, optimizer in enumerate(optimizers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in found.items():
+                if name.startswith(f"optimizer.{i}."):
+                    index, key = name.removeprefix(f"optimizer.{i}.").split(".")
+                    state.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return int(about["step"])
