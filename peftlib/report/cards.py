@@ -70,7 +70,10 @@ def _place(entry: Entry) -> str:
 
 def _facts(entry: Entry) -> str:
     merge = "Folds exactly into plain weights" if entry.merge == "exact" else "Does not fold into plain weights"
+    form, modifies, insertion, composition = (", ".join(words) for words in entry.place)
     facts = {
+        "Design space": f"Form: {form}. Modifies: {modifies}. Insertion: {insertion}. Composition: {composition}. "
+        "[The words](../design-space.md)",
         "Trains": entry.trains,
         "Starts": f"{_START[entry.start]}. {entry.start_note}",
         "Merge": f"{merge}. {entry.merge_note}",

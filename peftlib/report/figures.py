@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
 from peftlib import taxonomy
+from peftlib.taxonomy import design
 
 INK, TOUCHED, ADDED, PLAIN = "#747c89", "#d97706", "#0f766e", "#9ca3af"
 CLASSES = {
@@ -189,6 +190,40 @@ def taxonomy_tree() -> Figure:
     axes.set_ylim(rows, -0.8)
     axes.axis("off")
     axes.set_position((0, 0, 1, 1))
+    plt.close(figure)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def design_space() -> Figure:
+    """Every method of the survey in the design space: a mark under each word of each dimension that describes it."""
+    entries = [e for e in taxonomy.METHODS if e.category != "baselines"]
+    dimensions = {
+        "form of the change": list(design.FORMS),
+        "what it modifies": list(design.REPRESENTATIONS),
+        "insertion": list(design.INSERTIONS),
+        "composition": list(design.COMPOSITIONS),
+    }
+    figure, axes = _figure(9.5, 0.17 * len(entries) + 1.6)
+    left, ticks = 0.0, {}
+    for number, (name, words) in enumerate(dimensions.items()):
+        columns = {word: left + i for i, word in enumerate(words)}
+        for row, entry in enumerate(entries):
+            colour, said = CLASSES[entry.category.split("/")[0]], entry.place[number]
+            axes.scatter([columns[word] for word in said], [row] * len(said), s=20, color=colour, zorder=3)
+        axes.text(left + (len(words) - 1) / 2, -1.2, name, ha="center", va="bottom", weight="bold")
+        ticks |= {position: word for word, position in columns.items()}
+        left += len(words) + 0.8
+    for row in range(0, len(entries), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color=PLAIN, alpha=0.12, lw=0)
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=60, ha="right", fontsize=7.5)
+    axes.set_yticks(range(len(entries)), [e.title for e in entries], fontsize=7)
+    axes.set_xlim(-0.8, left - 1.0)
+    axes.set_ylim(len(entries) - 0.4, -1.4)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
     plt.close(figure)
     return figure
 

@@ -19,6 +19,7 @@ from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Store
 from peftlib.report import cards, conformance, figures, markdown, notebooks
 from peftlib.report.counts import counts
 from peftlib.report.standings import Standings
+from peftlib.taxonomy import design
 
 MEASURED = "embedded"
 """The profile of the leaderboard and the cards. What a notebook measures is in its chapter."""
@@ -37,11 +38,13 @@ def generate(root: Path) -> dict[str, str | bytes]:
     )
     files: dict[str, str | bytes] = {
         "taxonomy.md": taxonomy_page(sources),
+        "design-space.md": design_page(),
         "leaderboard.md": leaderboard_page(standings),
         "conformance.md": conformance_page(matrix),
         "tables/profiles.md": profiles_table(),
         "tables/tracks.md": tracks_table(standings),
         "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
+        "figures/design-space.svg": svg(figures.design_space()),
     }
     drawn: dict[frozenset[str], bytes] = {}
     for entry in taxonomy.METHODS:
@@ -124,6 +127,45 @@ def _line(entry: taxonomy.Entry, sources: cards.Sources) -> str:
 
 def _anchor(path: str) -> str:
     return f"taxonomy-{path.replace('/', '-').replace('_', '-')}"
+
+
+def design_page() -> str:
+    """Every method in the dimensions of the design space."""
+    parts = [
+        "# Design space",
+        "The taxonomy says what a method belongs to. This page says how it works, in the dimensions that "
+        "{cite:t}`he2022unified` introduced to compare adapters, prefix tuning and LoRA: what form the change has, what "
+        "it modifies, how it is inserted and how it is composed with the frozen network. For prefix tuning their view "
+        "is that of a change in parallel to attention, $(1 - \\lambda) h + \\lambda \\Delta h$ with a computed "
+        "$\\lambda$. The words for methods that their table does not have are ours. Methods with equal rows differ in "
+        "how they train, store or choose what they change.",
+        markdown.figure(
+            "figures/design-space.svg",
+            "Methods in rows, the words of the four dimensions in columns, a mark where a word describes a method",
+            "The methods of the survey in the design space, coloured by class. Tests hold the rows to the code: what is "
+            "added, what is stored in place of the network's own weights, and which methods have a fixed factor.",
+        ),
+        "## The words",
+        *(
+            f"**{title}.** " + "; ".join(f"{word}: {meaning}" for word, meaning in words.items()) + "."
+            for title, words in (
+                ("Form of the change", design.FORMS),
+                ("Insertion", design.INSERTIONS),
+                ("Composition", design.COMPOSITIONS),
+            )
+        ),
+        "## The methods",
+        markdown.table(
+            ("method", "form", "modifies", "insertion", "composition"),
+            [
+                (f"[{e.title}](cards/{e.name}.md)", *(", ".join(words) for words in e.place))
+                for e in taxonomy.METHODS
+                if e.category != "baselines"
+            ],
+            "lllll",
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 # Leaderboard

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftlib.errors import UnknownNameError
+from peftlib.taxonomy.design import DESIGNS, Design, modified
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FUNCTIONS = {
@@ -85,6 +86,21 @@ class Entry:
     def file(self) -> str:
         """The method's file, relative to the folder that holds ``peftlib``."""
         return self.module.replace(".", "/") + ".py"
+
+    @property
+    def design(self) -> Design:
+        """What form its change has, how it is inserted and how it is composed."""
+        return DESIGNS[self.name]
+
+    @property
+    def modifies(self) -> tuple[str, ...]:
+        """The kinds of representation that it changes."""
+        return modified(self.sites)
+
+    @property
+    def place(self) -> tuple[tuple[str, ...], ...]:
+        """The words for its form, what it modifies, its insertion and its composition."""
+        return self.design.form, self.modifies, self.design.insertion, self.design.composition
 
     @property
     def available(self) -> bool:

@@ -1,0 +1,103 @@
+"""The design space says of every method what its code does, as far as a model with the method attached shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+from torch import nn
+from torch.nn.utils import parametrize
+
+import peftlib
+from peftlib import taxonomy
+from peftlib.errors import UnsupportedError
+from peftlib.taxonomy import design
+from tests.conformance.case import Case
+
+
+@functools.cache
+def attached(name: str):
+    """The method on BERT and the names of the backbone's own parameters."""
+    case = Case(name, "bert")
+    model = case.backbone()
+    own = {n for n, _ in model.named_parameters()}
+    try:
+        return case.attach(model), own
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+def children(adapted) -> list[tuple[nn.Module, nn.Module]]:
+    """Owner and child of everything that was added beside the network's own weights."""
+    pairs = [(owner, child) for part in adapted.host._parts() for owner, _, child in part.children]
+    return [(o, c) for o, c in pairs if not isinstance(o, parametrize.ParametrizationList)]
+
+
+every = pytest.mark.parametrize("entry", taxonomy.METHODS, ids=lambda e: e.name)
+available = pytest.mark.parametrize(
+    "entry", [e for e in taxonomy.METHODS if e.available and e.name != "head"], ids=lambda e: e.name
+)
+
+
+@every
+def test_every_method_has_its_place(entry):
+    words = (design.FORMS, design.INSERTIONS, design.COMPOSITIONS)
+    for known, said in zip(words, (entry.design.form, entry.design.insertion, entry.design.composition), strict=True):
+        assert said
+        assert len(set(said)) == len(said)
+        assert set(said) <= known.keys()
+    assert entry.modifies
+    assert all(any(site in sites for sites in design.REPRESENTATIONS.values()) for site in entry.sites)
+
+
+def test_nothing_else_has_a_place():
+    assert list(design.DESIGNS) == [e.name for e in taxonomy.METHODS]
+
+
+@available
+def test_what_changes_in_place_is_the_network_s_own_weights(entry):
+    """Their new values are what is stored, or what a parametrization or the method itself makes of what is stored."""
+    adapted, own = attached(entry.name)
+    whole = adapted.host.anatomy.base
+    beside = [child for owner, child in children(adapted) if owner is not whole]
+    made = any(isinstance(module, parametrize.ParametrizationList) for module in adapted.model.modules())
+    stored = {name.removesuffix(".values") for name in adapted.method.state()} - set(adapted.head_names)
+    moved = any(child.__class__.__name__ == "Anchored" for child in beside)
+    assert ("in place" in entry.design.insertion) == (bool(stored & own) or (made and not beside) or moved)
+    only = set(entry.design.insertion) == {"in place"}
+    assert not (only and beside)
+    assert only or children(adapted)
+
+
+@available
+def test_a_child_hangs_on_a_site_that_the_entry_names(entry):
+    adapted, _ = attached(entry.name)
+    owners = {id(owner) for owner, _ in children(adapted)}
+    for site in adapted.host.anatomy.sites():
+        if id(site.module) in owners and site.part is None:
+            assert site.name in entry.sites
+
+
+FACTORS = {"alpha", "scale", "scaling"}
+OTHER_FACTORS = {
+    "threshold_mask": "the size of the scores at the start",
+    "diff_pruning": "the cost of an entry in the penalty",
+    "adamix": "the weight of the consistency loss",
+    "sparse_adapter": "of its LoRA form",
+    "propetl": "of its LoRA form",
+}
+
+
+@available
+def test_what_is_scaled_has_the_factor_as_an_option(entry):
+    options = {field.name for field in dataclasses.fields(peftlib.find(entry.name).Config)}
+    scaled = bool(options & FACTORS) and entry.name not in OTHER_FACTORS
+    assert ("scaled" in entry.design.composition) == scaled
+
+
+def test_hybrids_are_the_sum_of_their_parts():
+    for name in ("mam_adapter", "unipelt"):
+        method = peftlib.find(name)(peftlib.config(name))
+        parts = [word for part in method.parts for word in taxonomy.entry(part.name).design.form if word != "tensors"]
+        assert set(taxonomy.entry(name).design.form) == set(parts)
