@@ -134,16 +134,16 @@ def design_page() -> str:
     parts = [
         "# Design space",
         "The taxonomy says what a method belongs to. This page says how it works, in the dimensions that "
-        "{cite:t}`he2022unified` introduced to compare adapters, prefix tuning and LoRA: what form the change has, what "
-        "it modifies, how it is inserted and how it is composed with the frozen network. For prefix tuning their view "
+        "{cite:t}`he2022unified` introduced to compare adapters, prefix tuning and LoRA: what form the change has, "
+        "what it modifies, how it is inserted and how it is composed with the frozen network. For prefix tuning their view "
         "is that of a change in parallel to attention, $(1 - \\lambda) h + \\lambda \\Delta h$ with a computed "
         "$\\lambda$. The words for methods that their table does not have are ours. Methods with equal rows differ in "
         "how they train, store or choose what they change.",
         markdown.figure(
             "figures/design-space.svg",
             "Methods in rows, the words of the four dimensions in columns, a mark where a word describes a method",
-            "The methods of the survey in the design space, coloured by class. Tests hold the rows to the code: what is "
-            "added, what is stored in place of the network's own weights, and which methods have a fixed factor.",
+            "The methods of the survey in the design space, coloured by class. Tests hold the rows to the code: what "
+            "is added, what is stored in place of the network's own weights, and which methods have a fixed factor.",
         ),
         "## The words",
         *(
