@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 
 import torch
 from rich.console import Console
@@ -52,8 +51,8 @@ def on_ray(specs: Sequence[RunSpec], store: Store, workers: int = 1) -> Iterator
         ) from error
     ray.init(ignore_reinit_error=True)
     gpus = 1 / workers if torch.cuda.is_available() else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(partial(_one, str(store.root.resolve()), None))
-    pending = {remote.remote(spec): spec for spec in specs}
+    one = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(_one)
+    pending = {one.remote(str(store.root.resolve()), None, spec): spec for spec in specs}
     while pending:
         (ready, *_), _ = ray.wait(list(pending))
         yield pending.pop(ready), ray.get(ready)

@@ -135,8 +135,8 @@ def design_page() -> str:
         "# Design space",
         "The taxonomy says what a method belongs to. This page says how it works, in the dimensions that "
         "{cite:t}`he2022unified` introduced to compare adapters, prefix tuning and LoRA: what form the change has, "
-        "what it modifies, how it is inserted and how it is composed with the frozen network. For prefix tuning their view "
-        "is that of a change in parallel to attention, $(1 - \\lambda) h + \\lambda \\Delta h$ with a computed "
+        "what it modifies, how it is inserted and how it is composed with the frozen network. Prefix tuning is, in "
+        "their view, a change in parallel to attention, $(1 - \\lambda) h + \\lambda \\Delta h$ with a computed "
         "$\\lambda$. The words for methods that their table does not have are ours. Methods with equal rows differ in "
         "how they train, store or choose what they change.",
         markdown.figure(

@@ -83,7 +83,7 @@ METHODS = (
         r"M_{\ell} = \operatorname{top}_{k}\bigl(|S_{\ell}|\bigr)",
         symbols=r"$\theta_{\mathrm{pro}}$: the prototype's weights (adapter, prefix or LoRA); $S_{\ell}$: trained "
         r"scores of layer $\ell$, of the prototype's shape; $M_{\ell}$: their binary mask, with $k$ entries kept in "
-        r"each tensor. With several tasks, the mask is $M_{\ell}\lor M_t$ for a row of task $t$.",
+        r"each tensor. With several tasks, the mask is $\max(M_{\ell}, M_t)$ for a row of task $t$.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
         trains="The prototype and the scores of every layer; stored are the prototype and one bit a score.",
         count="(L + 1) * 2 * d * bottleneck + bottleneck + d if form == 'adapter' else "

@@ -58,6 +58,21 @@ def test_a_failing_run_is_recorded_apart_and_does_not_stop_the_sweep(tmp_path):
     assert store.has(good) and not store.has(bad)
 
 
+def test_ray_does_the_same_runs(tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra: pip install peftlib[ray]")
+    store = experiments.Store(tmp_path)
+    bad = experiments.run_spec("smoke", "smoke", "lora", options={"targets": ["nowhere"]})
+    spec = specs()[0]
+    assert experiments.sweep([bad, spec], store, executor="ray", workers=2, progress=False) == {
+        "there": 0,
+        "done": 1,
+        "failed": 1,
+    }
+    (record,) = store.records("smoke")
+    assert record["metrics"] == experiments.execute(spec)["metrics"]
+    assert experiments.sweep([spec], store, executor="ray", progress=False)["there"] == 1
+
+
 def test_unknown_executor_is_named(tmp_path):
     with pytest.raises(UnknownNameError, match="slurm"):
         experiments.sweep([], experiments.Store(tmp_path), executor="slurm")

@@ -16,7 +16,7 @@ class HeadConfig(MethodConfig):
 
 class Head(Method):
     Config = HeadConfig
-    learning_rate = 5e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         if not host.anatomy.head:

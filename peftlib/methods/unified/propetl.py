@@ -108,7 +108,7 @@ class ProPETLConfig(MethodConfig):
 
 class ProPETL(Method):
     Config = ProPETLConfig
-    learning_rate = 5e-4
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         host.tasks.count = self.config.tasks if self.config.tasks > 1 else None

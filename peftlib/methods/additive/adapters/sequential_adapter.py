@@ -55,7 +55,7 @@ class SequentialAdapterConfig(MethodConfig):
 
 class SequentialAdapter(Method):
     Config = SequentialAdapterConfig
-    learning_rate = 3e-4
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

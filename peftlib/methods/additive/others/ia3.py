@@ -31,7 +31,7 @@ class IA3Config(MethodConfig):
 
 class IA3(Method):
     Config = IA3Config
-    learning_rate = 3e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

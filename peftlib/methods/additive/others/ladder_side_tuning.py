@@ -58,7 +58,7 @@ class LadderSideTuningConfig(MethodConfig):
 
 class LadderSideTuning(Method):
     Config = LadderSideTuningConfig
-    learning_rate = 3e-3
+    learning_rate = 5e-4
 
     def __init__(self, config: LadderSideTuningConfig):
         super().__init__(config)

@@ -62,7 +62,7 @@ class PrefixTuningConfig(MethodConfig):
 
 class PrefixTuning(Method):
     Config = PrefixTuningConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

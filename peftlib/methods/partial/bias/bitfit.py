@@ -32,7 +32,7 @@ class BitFitConfig(MethodConfig):
 
 class BitFit(Method):
     Config = BitFitConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         if self.config.queries_and_inner:
