@@ -149,6 +149,10 @@ def _measured(entry: Entry, sources: Sources) -> Iterator[str]:
     )
     head = ("Track", "quality", "seeds", "trained", "ms/step", "learning rate", "runs")
     yield markdown.table(head, rows, "lrrrrrl")
+    above = standings.above_head(entry.name)
+    if above is not None and entry.name != "head":
+        points = f"{100 * abs(above):.1f} points {'above' if above > 0 else 'below'}"
+        yield f"On {standings.first} it is {points} training the head alone. {entry.below_head}".strip()
 
 
 def _conformance(entry: Entry, sources: Sources) -> Iterator[str]:

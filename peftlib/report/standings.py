@@ -73,6 +73,11 @@ class Standings:
         """The main metric of a track that has runs."""
         return self.records[track][0]["metric"]
 
+    def above_head(self, method: str) -> float | None:
+        """How much higher a method's mean on the first track is than that of the head alone; None without both."""
+        means = {row["method"]: row["mean"] for row in self.rows[self.first]}
+        return means[method] - means["head"] if {method, "head"} <= means.keys() else None
+
     def of(self, method: str) -> dict[str, dict[str, Any]]:
         """Track -> the row of one method, where it has runs."""
         return {track: row for track, rows in self.rows.items() for row in rows if row["method"] == method}

@@ -76,6 +76,8 @@ class Entry:
     """What happens beside plain gradient steps."""
     original: str = ""
     """``owner/name`` of the original repository, where one is known."""
+    below_head: str = ""
+    """Why it is not better than the head alone on the measured few-shot track, where it is not."""
 
     @property
     def module(self) -> str:

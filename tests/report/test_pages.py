@@ -70,6 +70,7 @@ def test_a_card_has_the_survey_s_count_and_names_its_runs(files, sources):
     row = sources.standings.of("lora")["few-shot"]
     assert f"accuracy {row['mean']:.3f} ± {row['std']:.3f} | 3 |" in card
     assert all(f"`{key}`" in card for key in row["runs"])
+    assert "On few-shot it is 6.0 points below training the head alone." in card
 
 
 def test_a_card_says_what_is_missing(files):

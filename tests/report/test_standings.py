@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from peftlib import taxonomy
@@ -10,6 +12,8 @@ from peftlib.methods import find
 from peftlib.report import Standings
 
 from .stored import TRAINED, make, put
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -68,3 +72,17 @@ def test_an_empty_store_has_no_rows(tmp_path):
     assert standings.search == []
     assert list(standings.rates) == taxonomy.methods()
     assert standings.of("lora") == {}
+
+
+def test_a_method_that_is_not_better_than_the_head_says_why():
+    standings = Standings(Store(ROOT / "results"), "embedded")
+    for entry in taxonomy.METHODS:
+        above = standings.above_head(entry.name)
+        if above is not None and entry.name != "head":
+            assert (above <= 0) == bool(entry.below_head), f"{entry.name} is {above:+.3f} from the head alone"
+
+
+def test_default_rates_are_those_that_the_stored_search_found():
+    standings = Standings(Store(ROOT / "results"), "embedded")
+    for name in {r["spec"]["method"] for r in standings.search}:
+        assert find(name).learning_rate == standings.rates[name], name
