@@ -80,8 +80,8 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
 
     The record (JSON values only) has what ran (``spec``, ``key``, backbone and task fingerprints), what came out
     (``metrics`` on validation and test, ``history``, ``count``, ``bytes_on_disk`` of the saved adapter,
-    ``peak_memory`` in bytes above the loaded backbone, ``seconds_per_step``, ``inference_seconds_per_1000`` rows) and
-    where (``provenance``).
+    ``peak_memory`` in bytes above the loaded backbone, ``seconds_per_step``, ``calibration_seconds``,
+    ``inference_seconds_per_1000`` rows) and where (``provenance``).
     """
     s = spec.settings
     task, backbone = _build(spec)
@@ -119,6 +119,7 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
         "memory_kind": memory.kind,
         "seconds": result.seconds,
         "seconds_per_step": result.seconds_per_step,
+        "calibration_seconds": result.calibration_seconds,
         "inference_seconds_per_1000": inference,
         "provenance": provenance(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import length_hint
 
 import torch
 
@@ -77,10 +78,12 @@ class Combination(Method):
         return host.scope()
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        batches = list(batches)
-        for part in self.parts:
-            if part.calibrates:
-                part.calibrate(batches)
+        calibrating = [part for part in self.parts if part.calibrates]
+        if len(calibrating) > 1 and not length_hint(batches):
+            # A stream that can be read once.
+            batches = list(batches)
+        for part in calibrating:
+            part.calibrate(batches)
 
     def pending(self) -> tuple[int, int, int]:
         return tuple(map(sum, zip(*(part.pending() for part in self.parts))))

@@ -33,14 +33,15 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class FitResult:
     """What a training run gave. ``history`` has one entry an evaluation and one a logged step; ``metrics`` are the last
-    ones on ``evaluate_on``; times are in seconds, memory in bytes (None where it cannot be measured). There are 0
-    ``steps`` where :meth:`Adapted.calibrate` found all that there is to find."""
+    ones on ``evaluate_on``; ``seconds`` are those of training and its evaluations, ``calibration_seconds`` those of
+    :meth:`Adapted.calibrate` before it. There are 0 ``steps`` where that found all that there is to find."""
 
     steps: int
     metrics: dict[str, float]
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     seconds_per_step: float = 0.0
+    calibration_seconds: float = 0.0
 
 
 def fit(
@@ -113,8 +114,10 @@ def fit(
     )
     if evaluate_on:
         _check_labels(task, evaluate_on, tokenizer, max_length)
+    began = time.perf_counter()
     if not adapted.calibrated:
         adapted.calibrate(loader)
+    calibration = time.perf_counter() - began
 
     trained = adapted.trainable()
     if not trained and not adapted.method.searched():
@@ -128,7 +131,7 @@ def fit(
     if not trained:
         metrics = evaluate() if evaluate_on else {}
         history = [{"step": 0, **_prefixed(evaluate_on, metrics)}] if evaluate_on else []
-        return FitResult(steps=0, metrics=metrics, history=history)
+        return FitResult(steps=0, metrics=metrics, history=history, calibration_seconds=calibration)
 
     rate = adapted.method.learning_rate if learning_rate is None else learning_rate
     groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
@@ -147,7 +150,7 @@ def fit(
         total = steps if steps is not None else max(1, round(epochs * len(loader) / gradient_accumulation))
         at_least("steps", total, 1)
         scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
-        result = FitResult(steps=total, metrics={})
+        result = FitResult(steps=total, metrics={}, calibration_seconds=calibration)
         batches = _forever(loader)
 
         def forward_backward(batch: dict) -> torch.Tensor:
