@@ -98,6 +98,36 @@ def sweep(args: argparse.Namespace) -> int:
     return 1 if outcomes["failed"] else 0
 
 
+def search(args: argparse.Namespace) -> int:
+    from peftlib import experiments
+
+    track = args.track or next(iter(experiments.profile(args.profile).tracks))
+    if args.method == "s3delta":
+        specs = experiments.structure_specs(args.profile, track, [args.seed], args.trials, changes=_options(args.set))
+        outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"))
+        out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+        return 1 if outcomes["failed"] else 0
+    spec = experiments.SearchSpec(
+        args.profile,
+        track,
+        args.strategy,
+        seed=args.seed,
+        initial=args.initial,
+        learning_rate=args.lr,
+        surrogate=args.surrogate,
+        changes=_options(args.set),
+    )
+    log = experiments.search(spec, args.trials, args.results)
+    table = Table("parameters", "validation", "test", "structure", title="No other trial is better and smaller")
+    for trial in log.pareto():
+        table.add_row(
+            f"{trial['parameters']:,}", f"{trial['score']:.4f}", f"{trial['test']:.4f}", str(trial["options"])
+        )
+    out.print(table)
+    out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
+    return 0
+
+
 def results(args: argparse.Namespace) -> int:
     from peftlib import experiments
 
@@ -266,6 +296,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--default-rates", action="store_true", help="the methods' own rates, not those the search found")
     sub.add_argument("--executor", default="local", help="local (default) or ray")
     sub.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    sub = stored(command(search, "search structures; interrupt it anywhere, the same call goes on"))
+    sub.add_argument("method", choices=("autopeft", "s3delta"), help="s3delta: its search and random structures")
+    sub.add_argument("--track", help="default: the profile's first")
+    sub.add_argument("--trials", type=int, default=24, help="trainings in all (s3delta: random structures)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--lr", type=float, help="of every training of autopeft; default: the method's own")
+    sub.add_argument("--strategy", default="bayesian", choices=("bayesian", "random"), help="of autopeft")
+    sub.add_argument("--initial", type=int, default=8, help="random trials before a bayesian search's first model")
+    sub.add_argument("--surrogate", default="gp", choices=("gp", "saas"), help="a bayesian search's model")
+    sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))
     sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")

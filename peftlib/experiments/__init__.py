@@ -1,6 +1,7 @@
 """Experiments: what a run is, one run, the store of results, and sweeps that can be killed at any moment."""
 
 from peftlib.experiments.run import Trained, execute, run, train
+from peftlib.experiments.search import Log, SearchSpec, Space, logs, read_log, search, structure_specs
 from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
 from peftlib.experiments.store import TIE, Store, summarize
 from peftlib.experiments.sweep import sweep
@@ -9,16 +10,23 @@ __all__ = [
     "PROFILES",
     "SEARCH_RATES",
     "TIE",
+    "Log",
     "Profile",
     "RunSpec",
+    "SearchSpec",
+    "Space",
     "Store",
     "Track",
     "Trained",
     "execute",
+    "logs",
     "profile",
+    "read_log",
     "run",
     "run_spec",
+    "search",
     "search_specs",
+    "structure_specs",
     "summarize",
     "sweep",
     "train",

@@ -15,6 +15,7 @@ from peftlib.report.learned import (
     reliability,
     reliability_diagram,
 )
+from peftlib.report.searches import pareto_rows, search_figure, search_rows, structure_rows
 from peftlib.report.selection import budget, budget_by_layer, budget_map, masks, overlap, overlap_map
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
@@ -32,13 +33,17 @@ __all__ = [
     "masks",
     "overlap",
     "overlap_map",
+    "pareto_rows",
     "quality_against_parameters",
     "quantization_error_figure",
     "quantization_errors",
     "reliability",
     "reliability_diagram",
+    "search_figure",
+    "search_rows",
     "sites_diagram",
     "source",
+    "structure_rows",
     "table",
     "taxonomy_tree",
 ]

@@ -138,9 +138,10 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         other.calibrate([batch("bert")])
 
 
-def test_random_structures_differ_by_seed():
-    names = [{c.name for c in attached(strategy="random", seed=s).method.chosen} for s in (0, 0, 1)]
-    assert names[0] == names[1] != names[2]
+def test_random_structures_differ_by_seed_and_number():
+    made = [(0, 0), (0, 0), (1, 0), (0, 1)]
+    names = [{c.name for c in attached(strategy="random", seed=s, draw=n).method.chosen} for s, n in made]
+    assert names[0] == names[1] != names[2] != names[3] != names[0]
 
 
 def test_a_file_holds_the_structure(tmp_path):

@@ -52,7 +52,7 @@ class S3DeltaConfig(MethodConfig):
     """``budget``: share of the parameters below the task head that trains at most; ``steps`` of the search, at
     ``search_rate`` of the weights and ``gate_rate`` of alpha; ``beta`` of the gates; ``kinds`` of candidates; ``rank``
     of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the adapters' inner width, and their
-    ``activation``; ``strategy``: "search", or "random" for a random structure."""
+    ``activation``; ``strategy``: "search", or "random" for a random structure, the one of number ``draw``."""
 
     budget: float = 0.001
     steps: int = 100
@@ -65,6 +65,7 @@ class S3DeltaConfig(MethodConfig):
     reduction: int = 32
     activation: str = "gelu_new"
     strategy: Literal["search", "random"] = "search"
+    draw: int = 0
 
     def __post_init__(self):
         between("budget", self.budget, 0, 1)
@@ -72,6 +73,7 @@ class S3DeltaConfig(MethodConfig):
             between(name, getattr(self, name), 0, float("inf"))
         for name in ("steps", "rank", "reduction"):
             at_least(name, getattr(self, name), 1)
+        at_least("draw", self.draw, 0)
         check_activation(self.activation)
         one_of("strategy", self.strategy, ("search", "random"))
         if not self.kinds:
@@ -169,7 +171,8 @@ class S3Delta(Method):
             if sum(sizes) <= self.budget:
                 order = range(len(sizes))
             elif self.config.strategy == "random":
-                order = torch.randperm(len(sizes)).tolist()
+                drawn = torch.Generator().manual_seed(self.seed + self.config.draw)
+                order = torch.randperm(len(sizes), generator=drawn).tolist()
             else:
                 order = self._search(sizes, batches)
             self._keep([self.candidates[i] for i in fitting(order, sizes, self.budget)])

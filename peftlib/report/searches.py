@@ -1,0 +1,119 @@
+"""Stored searches over structures, as tables and figures: the Pareto set, and what a search is worth against chance."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from peftlib.experiments import Log
+from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED
+
+_COLOURS = {"bayesian": TOUCHED, "random": ADDED}
+
+
+def pareto_rows(log: Log) -> list[dict[str, Any]]:
+    """The Pareto set of a search with its configurations, one row a structure, by rising size."""
+    return [
+        {
+            "parameters": f"{trial['parameters']:,}",
+            "validation": f"{trial['score']:.3f}",
+            "test": f"{trial['test']:.3f}",
+            **{name: trial["options"][name] for name in ("serial", "parallel", "length")},
+            "layers": "".join(str(bit) for bit in trial["options"]["layers"]),
+            "trial": n + 1,
+        }
+        for trial in log.pareto()
+        for n in [log.trials.index(trial)]
+    ]
+
+
+def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
+    """Strategy by seed: the share of outcomes that the search dominates on validation and test data, and its cost."""
+    return [
+        {
+            "strategy": log.spec.strategy,
+            "seed": log.spec.seed,
+            "trainings": len(log.trials),
+            "hypervolume, validation": f"{log.hypervolume():.3f}",
+            "hypervolume, test": f"{log.hypervolume(split='test'):.3f}",
+            "best validation": f"{max(t['score'] for t in log.trials):.3f}",
+            "training, s": f"{sum(t['seconds'] for t in log.trials):.0f}",
+            "proposing, s": f"{sum(t['proposal_seconds'] for t in log.trials):.0f}",
+        }
+        for log in logs
+    ]
+
+
+def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """S3Delta against random structures of its budget, by seed: of those, the best on validation data (ties: the lower
+    validation loss), and the mean of all."""
+    rows = []
+    for seed in sorted({r["spec"]["seed"] for r in records}):
+        mine = [r for r in records if r["spec"]["seed"] == seed]
+        searched, drawn = (
+            [r for r in mine if r["spec"]["options"]["strategy"] == strategy] for strategy in ("search", "random")
+        )
+        metric = mine[0]["metric"]
+
+        def value(record: dict[str, Any], split: str, metric: str = metric) -> float:
+            return record["metrics"][split][metric]
+
+        best = sorted(drawn, key=lambda r: (-value(r, "validation"), r["metrics"]["validation"]["loss"]))[:1]
+        for name, chosen in (
+            ("search", searched),
+            (f"best of {len(drawn)} random structures", best),
+            ("a random structure, mean", drawn),
+        ):
+            if chosen:
+                rows.append(
+                    {
+                        "seed": seed,
+                        "structure": name,
+                        "validation": f"{statistics.mean(value(r, 'validation') for r in chosen):.3f}",
+                        "test": f"{statistics.mean(value(r, 'test') for r in chosen):.3f}",
+                        "parameters": f"{max(r['count']['trained'] - r['count']['head'] for r in chosen):,}",
+                    }
+                )
+    return rows
+
+
+def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:
+    """Left: every trial and the Pareto set of each search, score on validation data against parameters. Right: the
+    share of outcomes that is dominated after so many trainings, a thin line a search and the mean of each strategy.
+    Without searches the figure says that there are none."""
+    with plt.rc_context(STYLE):
+        if not logs:
+            figure, axes = plt.subplots(figsize=(9.2, 3.8))
+            axes.text(0.5, 0.5, "no stored searches", ha="center", va="center", fontsize=13)
+            axes.axis("off")
+            plt.close(figure)
+            return figure
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8))
+        for strategy, colour in _COLOURS.items():
+            mine = [log for log in logs if log.spec.strategy == strategy]
+            for n, log in enumerate(mine):
+                front, label = log.pareto(), strategy if not n else None
+                sizes, scores = ([t[key] for t in log.trials] for key in ("parameters", "score"))
+                left.plot(sizes, scores, "o", color=colour, markersize=3, alpha=0.35)
+                steps = ([t[key] for t in front] for key in ("parameters", "score"))
+                left.step(*steps, where="post", color=colour, marker="o", markersize=5, linewidth=1.4, label=label)
+                volumes = [log.hypervolume(k) for k in range(1, len(log.trials) + 1)]
+                right.plot(range(1, len(volumes) + 1), volumes, color=colour, linewidth=0.8, alpha=0.5)
+            if mine:
+                most = min(len(log.trials) for log in mine)
+                means = [statistics.mean(log.hypervolume(k) for log in mine) for k in range(1, most + 1)]
+                right.plot(range(1, most + 1), means, color=colour, linewidth=2, label=f"{strategy}, {len(mine)} seeds")
+        initial = min(log.spec.initial for log in logs)
+        right.axvline(initial + 0.5, color=PLAIN, linewidth=0.8, linestyle=":")
+        right.text(initial + 0.7, 0.02, "first model", color=INK, fontsize=8, transform=right.get_xaxis_transform())
+        left.set(xscale="log", xlabel="trained parameters, task head not included", ylabel=f"validation {metric}")
+        right.set(xlabel="trainings", ylabel="dominated share of outcomes")
+        left.legend(fontsize=8.5)
+        right.legend(fontsize=8.5)
+        figure.tight_layout()
+    plt.close(figure)
+    return figure
