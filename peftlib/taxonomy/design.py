@@ -119,7 +119,7 @@ DESIGNS: dict[str, Design] = {
     "compacter": _row("bottleneck + tensors", "sequential + in place", "added + replaced"),
     "unipelt": _row("low-rank + attention + bottleneck", "parallel + sequential", "scaled + gated"),
     "autopeft": _row("attention + bottleneck", "parallel + sequential", "gated + added"),
-    "s3delta": _row("low-rank + bottleneck + tensors", "parallel + sequential + in place", "gated + replaced"),
+    "s3delta": _row("low-rank + bottleneck + vector", "parallel + sequential", "scaled + added + multiplied"),
     "s4": _row(
         "low-rank + attention + bottleneck + tensors",
         "parallel + sequential + in place",
