@@ -52,7 +52,7 @@ class FishMaskConfig(MethodConfig):
 
 class FishMask(ChosenEntries):
     Config = FishMaskConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
         self.total = sum(p.numel() for p in host.model.parameters())

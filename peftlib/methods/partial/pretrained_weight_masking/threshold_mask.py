@@ -50,7 +50,7 @@ class ThresholdMaskConfig(MethodConfig):
 
 class ThresholdMask(Method):
     Config = ThresholdMaskConfig
-    learning_rate = 1e-2
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         self.masks: dict[str, StraightThroughMask] = {}

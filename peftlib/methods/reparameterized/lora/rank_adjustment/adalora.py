@@ -81,7 +81,7 @@ _WEIGHTS, _KINDS = ("singular", "P", "Q"), ("sensitivity", "uncertainty")
 
 class AdaLoRA(Method):
     Config = AdaLoRAConfig
-    learning_rate = 2e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config
