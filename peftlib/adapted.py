@@ -200,6 +200,7 @@ class Adapted:
             head=tuple(sorted(self._head)),
             backbone=self._identity,
             sources=self.method.sources,
+            notes=self.method.notes(),
         )
 
     def save(self, folder: str | os.PathLike) -> Path:

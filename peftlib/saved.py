@@ -43,6 +43,8 @@ def write(saved: SavedAdapter, folder: str | os.PathLike) -> Path:
     try:
         save_file(saved.state, scratch / WEIGHTS, metadata={"format": "pt"})
         document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
+        if saved.notes:
+            document["notes"] = saved.notes
         if saved.sources:
             document["sources"] = [{"name": source.name, **_described(source)} for source in saved.sources]
         document["sha256"] = _sha256(scratch / WEIGHTS, document)
@@ -88,6 +90,7 @@ def read(folder: str | os.PathLike) -> SavedAdapter:
         head=tuple(document["head"]),
         backbone=document["backbone"],
         sources=sources,
+        notes=document.get("notes", {}),
     )
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from peftlib.anatomy.families import FAMILIES, Family, Stack
 from peftlib.errors import TargetError, UnsupportedError
 
-__all__ = ["Anatomy", "Layer", "Site", "families", "of"]
+__all__ = ["Anatomy", "Layer", "Site", "families", "of", "runs"]
 
 _PART = re.compile(r"^(?P<path>.*)\[(?P<index>\d+)/(?P<of>\d+)\]$")
 
@@ -318,16 +318,20 @@ class Anatomy:
         raise TargetError(f"{type(module).__name__} is not part of {type(self.model).__name__}")
 
 
+def runs(indices: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` as "0-2, 5"."""
+    found: list[list[int]] = []
+    for index in indices:
+        if found and index == found[-1][-1] + 1:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
+
+
 def _layers(indices: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` as "layers 0-2, 5"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"layer{'s' if len(indices) > 1 else ''} {text}"
+    return f"layer{'s' if len(indices) > 1 else ''} {runs(indices)}"
 
 
 def _first(module: nn.Module, paths: str) -> nn.Module | None:

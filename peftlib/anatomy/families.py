@@ -32,6 +32,10 @@ class Stack:
     positions: str = ""
     """The module that turns position ids into embeddings or rotations, relative to the base model; empty where there
     are no ids, or one for each stack."""
+    sizes: tuple[str, ...] = ()
+    """Attributes of an attention module that are in proportion to its number of heads."""
+    shares_bias: bool = False
+    """Whether the layers hand each other one position bias with a row for every head."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def _bert(name: str, *model_types: str, **options) -> Family:
                 },
                 norms={"attention": "attention.output.LayerNorm", "ffn": "output.LayerNorm"},
                 positions="embeddings.position_embeddings",
+                sizes=("num_attention_heads", "all_head_size"),
             )
         },
         **options,
@@ -109,6 +114,7 @@ def _t5_stack(name: str, ffn: int, cross: dict[str, str]) -> Stack:
         inputs=name,
         pre_norm=True,
         final_norm=f"{name}.final_layer_norm",
+        shares_bias=True,
     )
 
 
@@ -138,6 +144,7 @@ def _bart_stack(name: str, cross: bool) -> Stack:
         },
         embeddings=f"{name}.embed_tokens",
         inputs=name,
+        sizes=("num_heads",),
     )
 
 
@@ -162,6 +169,7 @@ FAMILIES: tuple[Family, ...] = (
                 },
                 norms={"attention": "sa_layer_norm", "ffn": "output_layer_norm"},
                 positions="embeddings.position_embeddings",
+                sizes=("n_heads",),
             )
         },
         inner="hidden_dim",
@@ -185,6 +193,7 @@ FAMILIES: tuple[Family, ...] = (
                 pre_norm=True,
                 final_norm="ln_f",
                 positions="wpe",
+                sizes=("num_heads", "split_size"),
             )
         },
         inner="n_inner",
@@ -202,6 +211,7 @@ FAMILIES: tuple[Family, ...] = (
                 pre_norm=True,
                 final_norm="decoder.final_layer_norm",
                 positions="decoder.embed_positions",
+                sizes=("num_heads",),
             )
         },
         inner="ffn_dim",

@@ -100,6 +100,34 @@ def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Mod
     return child
 
 
+def keep_heads_of_bias(host: Host, module: nn.Module, name: str, heads: torch.Tensor) -> None:
+    """Let an attention module that has lost heads see the rows of its position bias that belong to those left, and
+    hand the whole bias on. A merge leaves this in place: the module does not compute without it."""
+    model = host.model
+    before = model.config._attn_implementation
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+        host.on_remove(partial(model.set_attn_implementation, before), restores=True)
+    module.add_module(name, _HeadsOfBias(heads))
+    module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), name)
+    host.on_remove(partial(_take_out, module, name), restores=True)
+
+
+class _HeadsOfBias(nn.Module):
+    def __init__(self, heads: torch.Tensor):
+        super().__init__()
+        # Not in the state dict, so that a merged model's has the names of a plain one's.
+        self.register_buffer("heads", heads, persistent=False)
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        return replace(inputs, position_bias=inputs.position_bias.index_select(1, self.heads))
+
+
+def _take_out(module: nn.Module, name: str) -> None:
+    _forget(module, name)
+    delattr(module, name)
+
+
 def _forget(module: nn.Module, name: str) -> None:
     left = tuple(n for n in module.peftlib_attention if n != name)
     if left:

@@ -381,6 +381,24 @@ class Host:
         self.root._anatomy = None  # looked up when it is next asked for
         return module
 
+    def swap(self, module: nn.Module, name: str, values: torch.Tensor) -> None:
+        """Put a frozen parameter of these values, of any shape, in the place of one of a module's.
+
+        The old one waits on the CPU; a merge leaves the new one where it is.
+        """
+        old = module._parameters[name]
+        module._parameters[name] = nn.Parameter(values.detach(), requires_grad=False)
+        if self.keep_original:
+            old.data = old.data.cpu()
+            self.on_remove(partial(_put_parameter, module, name, old), restores=True)
+        else:
+            self.root.can_restore = False
+
+    def set(self, module: nn.Module, name: str, value: object) -> None:
+        """Change an attribute of a module; a merge leaves it changed."""
+        self.on_remove(partial(setattr, module, name, getattr(module, name)), restores=True)
+        setattr(module, name, value)
+
     def on_remove(self, function: Callable[[], None], restores: bool = False) -> None:
         """Call ``function`` when the method leaves, in reverse order of registration; one that ``restores`` old values
         of the backbone is left out of a merge.
@@ -541,6 +559,12 @@ def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
     present = owner._modules[name]
     device = next((tensor.device for tensor in (*present.parameters(), *present.buffers())), None)
     owner._modules[name] = module if device is None else module.to(device)
+
+
+def _put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    present = module._parameters[name]
+    parameter.data = parameter.data.to(present.device, present.dtype)
+    module._parameters[name] = parameter
 
 
 def _unparametrize(module: nn.Module, name: str, order: list[str]) -> None:

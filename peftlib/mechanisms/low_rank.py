@@ -95,6 +95,14 @@ class LowRank(nn.Module):
         x = cast(self.dropout(x), self.A).flatten(0, -2)
         return update(y, F.linear(x, self.A), self.B, self.scale)
 
+    def select(self, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+        """Keep these outputs (rows) or inputs (columns) only. An optimizer from before knows the old factors."""
+        if rows is not None:
+            B = thin(len(rows), self.B.shape[1]).to(self.B).copy_(self.B.detach()[rows])
+            self.B = nn.Parameter(B, requires_grad=self.B.requires_grad)
+        if columns is not None:
+            self.A = nn.Parameter(self.A.detach()[:, columns], requires_grad=self.A.requires_grad)
+
     @property
     def delta_dtype(self) -> torch.dtype:
         return torch.promote_types(self.A.dtype, torch.float32)

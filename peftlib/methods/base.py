@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,8 @@ class SavedAdapter:
 
     ``state`` (by name in the model, task head included) is None for the source of an adapter that was itself loaded:
     its file holds what it took from its sources, so only their configs are needed. ``backbone`` is the identity of the
-    model it was made for, ``sources`` are the adapters it was built on.
+    model it was made for, ``sources`` are the adapters it was built on, ``notes`` is what the config file
+    tells its reader.
     """
 
     name: str
@@ -61,6 +62,7 @@ class SavedAdapter:
     head: tuple[str, ...] = ()
     backbone: dict[str, Any] | None = None
     sources: tuple[SavedAdapter, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def own(self) -> dict[str, torch.Tensor]:
@@ -175,6 +177,10 @@ class Method:
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Write a stored state back; raises LoadError where it does not fit."""
         self.host.load_state(state)
+
+    def notes(self) -> dict[str, Any]:
+        """What a saved adapter's config file tells its reader of the result, as JSON; loading does not need it."""
+        return {}
 
     def memory(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside the model's tensors, by name, for a checkpoint that training resumes from."""

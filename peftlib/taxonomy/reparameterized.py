@@ -230,15 +230,16 @@ METHODS = (
         "leaves a smaller and faster model.",
         equation=r"\frac{\partial \mathcal{L}}{\partial W} \approx g_B A + B g_A - g_B g_A,\qquad "
         r"s = \Bigl|\widehat{\frac{\partial \mathcal{L}}{\partial W}} \odot (W + B A)\Bigr|",
-        symbols=r"$g_A, g_B$: gradients of the factors; $s$: importance of a weight, summed over a head or a channel "
-        r"and smoothed over steps.",
+        symbols=r"$g_A, g_B$: gradients of LoRA's factors $A, B$; $s$: importance of a weight, summed over a head or a "
+        r"channel, of unit norm a matrix, and smoothed over steps.",
         sites=("attention.heads", *_LINEARS),
         trains="LoRA's factors on all linear maps, before the cut.",
         count="L * rank * (8 * d + 2 * (d + f))",
         start="identity",
         start_note="B starts at zero and nothing is pruned yet.",
         merge="exact",
-        merge_note="The product is added to the weight, then the masked heads and channels are cut away.",
+        merge_note="Masked heads and channels are cut away and the products are added to what is left, a smaller "
+        "model.",
         life=(
             "on_gradients: importance of heads and channels",
             "on_step_end: mask more of them along a cubic schedule",

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict] = {
     "autopeft": {"serial": 8, "parallel": 8, "length": 8},  # adapters wider than the whole backbone otherwise
     "s3delta": {"budget": 0.0285, "steps": 1},  # 0.1 % is one candidate; no sum of sizes is 2.85 %; attached often
     "unipelt": {"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
+    "lora_prune": {"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
     "spot": {"probe_steps": 2},  # it is attached hundreds of times
 }
 
