@@ -19,6 +19,16 @@ from peftlib.report.searches import pareto_rows, search_figure, search_rows, str
 from peftlib.report.selection import budget, budget_by_layer, budget_map, masks, overlap, overlap_map
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
+from peftlib.report.updates import (
+    mixture_figure,
+    mixture_weights,
+    rank_figure,
+    ranks_over_time,
+    score_by_rank_figure,
+    scores_by_rank,
+    singular_value_figure,
+    singular_values,
+)
 
 __all__ = [
     "Standings",
@@ -31,16 +41,24 @@ __all__ = [
     "learning_rate_search",
     "loss_curves",
     "masks",
+    "mixture_figure",
+    "mixture_weights",
     "overlap",
     "overlap_map",
     "pareto_rows",
     "quality_against_parameters",
     "quantization_error_figure",
     "quantization_errors",
+    "rank_figure",
+    "ranks_over_time",
     "reliability",
     "reliability_diagram",
+    "score_by_rank_figure",
+    "scores_by_rank",
     "search_figure",
     "search_rows",
+    "singular_value_figure",
+    "singular_values",
     "sites_diagram",
     "source",
     "structure_rows",

@@ -86,12 +86,15 @@ class AdaLoRA(Method):
     def attach(self, host: Host) -> None:
         c = self.config
         self.updates: dict = {}
+        self.trace: list[tuple[int, dict[str, int]]] = []
         self.smooth: dict[Triplets, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.fixed = False
         for site in host.anatomy.sites(c.targets):
             check_rank(c.rank, site)
             update = Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
             self.updates[site] = host.after(site, "adalora", update)
+
+    # ``trace`` is the history of ranks: from each of its steps on, these triplets were not zero.
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its triplets count."""
@@ -127,9 +130,9 @@ class AdaLoRA(Method):
                 for update, kept in zip(self.updates.values(), self._most_important(budget)):
                     update.kept.copy_(kept)
                 self.fixed = True
-            self._prune([update.kept for update in self.updates.values()])
+            self._prune([update.kept for update in self.updates.values()], step)
         elif budget < initial and step % self.config.interval == 0:
-            self._prune(self._most_important(budget))
+            self._prune(self._most_important(budget), step)
 
     def on_train_end(self) -> None:
         self.smooth.clear()
@@ -153,6 +156,7 @@ class AdaLoRA(Method):
         self.smooth.clear()
         for update in self.updates.values():
             update.kept.fill_(True)
+        self.trace = [(0, self.ranks())]
 
     def _most_important(self, budget: int) -> list[torch.Tensor]:
         """For each matrix a mask of its triplets; ``budget`` of all are true, the first ones where scores are equal."""
@@ -166,9 +170,12 @@ class AdaLoRA(Method):
         return list(kept.split([len(score) for score in scores]))
 
     @torch.no_grad()
-    def _prune(self, kept: list[torch.Tensor]) -> None:
+    def _prune(self, kept: list[torch.Tensor], step: int) -> None:
         for update, mask in zip(self.updates.values(), kept):
             update.singular.masked_fill_(~mask, 0)
+        ranks = dict(zip(map(str, self.updates), torch.stack([mask.sum() for mask in kept]).tolist()))
+        if not self.trace or ranks != self.trace[-1][1]:
+            self.trace.append((step, ranks))
 
     def state(self) -> dict[str, torch.Tensor]:
         return kept_state(self.host)
