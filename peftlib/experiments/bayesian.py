@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from botorch.models.map_saas import AdditiveMapSaasSingleTaskGP
 from botorch.models.model import ModelList
 from botorch.optim import optimize_acqf_discrete_local_search
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.warnings import NumericalWarning
 
 SURROGATES = {"gp": SingleTaskGP, "saas": AdditiveMapSaasSingleTaskGP}
 
@@ -45,7 +47,9 @@ def batch(
     scale = torch.tensor(levels, dtype=torch.float64) - 1
     x = torch.tensor(points, dtype=torch.float64) / scale
     y = torch.tensor(scores, dtype=torch.float64)[:, None]
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        # Kernels of points that lie close together get a small constant on their diagonal.
+        warnings.simplefilter("ignore", NumericalWarning)
         torch.manual_seed(seed)
         score = SURROGATES[surrogate](x, y)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(score.likelihood, score))

@@ -236,6 +236,12 @@ class Host:
     def device(self) -> torch.device:
         return self.anatomy.embeddings.weight.device
 
+    @property
+    def size(self) -> int:
+        """How many parameters the backbone has below its task head, without what was added to it."""
+        added = {id(p) for part in self.root._parts() for _, _, child in part.children for p in child.parameters()}
+        return sum(p.numel() for p in self.anatomy.named_parameters().values() if id(p) not in added)
+
     # The seams
 
     def add(self, module: nn.Module, name: str, child: nn.Module) -> nn.Module:

@@ -33,6 +33,10 @@ def make_parts(configs: Iterable[dict]) -> list[Method]:
     return [registry.resolve(c["method"], **{k: v for k, v in c.items() if k != "method"}) for c in configs]
 
 
+class _Conflict(UnsupportedError):
+    """Two parts want the same place; the cause says which."""
+
+
 class Combination(Method):
     """Attaches its parts in order, those that calibrate last. Counts add up; the moments run part by part; it merges if
     every part does."""
@@ -48,6 +52,7 @@ class Combination(Method):
         self.parts = make_parts(self.part_configs())
         self.calibrates = any(part.calibrates for part in self.parts)
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
+        self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         """Each part that builds on sources gets those of its kinds."""
@@ -61,11 +66,13 @@ class Combination(Method):
             part.host = self.scope(host, part)
             try:
                 part.attach(part.host)
-            except StateError as error:
-                names = " + ".join(p.name for p in self.parts)
-                raise UnsupportedError(
-                    f"{names} cannot be combined: {part.name} wants a place that is taken ({error})"
-                ) from error
+            except (StateError, _Conflict) as error:
+                names, taken = " + ".join(p.name for p in self.parts), error
+                if isinstance(error, _Conflict):  # inside of a part that is a combination itself
+                    taken = error.__cause__
+                raise _Conflict(
+                    f"{names} cannot be combined: {part.name} wants a place that is taken ({taken})"
+                ) from taken
         self.classifies = any(part.classifies for part in self.parts)
 
     def head(self, head: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
@@ -87,6 +94,9 @@ class Combination(Method):
 
     def pending(self) -> tuple[int, int, int]:
         return tuple(map(sum, zip(*(part.pending() for part in self.parts))))
+
+    def searched(self) -> int:
+        return sum(part.searched() for part in self.parts)
 
     def moments(self) -> tuple[str, ...]:
         taken = {moment for part in self.parts for moment in part.moments()}

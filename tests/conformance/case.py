@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict] = {
     "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
     "u_mam": {"length": 8, "bottleneck": 32, "steps": 4},  # wider than the whole backbone otherwise
     "s4": {"budget": 0.1, "groups": (1, 0, 0, 1)},  # two layers with all four methods; 0.5 % is less than their biases
-    "autopeft": {"serial": 8, "parallel": 8, "length": 8},  # adapters wider than the whole backbone otherwise
+    "autopeft": {"serial": 32, "parallel": 32, "length": 8},  # adapters wider than the whole backbone otherwise
     "s3delta": {"budget": 0.0285, "steps": 1},  # 0.1 % is one candidate; no sum of sizes is 2.85 %; attached often
     "unipelt": {"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
     "lora_prune": {"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles

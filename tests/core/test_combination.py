@@ -7,8 +7,9 @@ import torch
 
 import peftlib
 from peftlib.errors import LoadError, MergeError, StateError, UnknownNameError, UnsupportedError
-from tests.conformance.case import Case, backbone, batch, inputs, logits, train
+from tests.conformance.case import Case, backbone, batch, inputs, logits, sources, train
 from tests.conformance.checks import _assert_same_structure, _structure
+from tests.methods.helpers import perturb
 
 PAIRS = [
     ("lora", "bitfit"),
@@ -69,6 +70,37 @@ def test_it_trains_saves_loads_and_leaves(pair, tmp_path):
     loaded.detach()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     _assert_same_structure(_structure(model), structure)
+
+
+WITHIN = ("mam_adapter", "u_mam", "autopeft")
+"""The methods that have a parallel adapter beside the feed-forward block themselves."""
+
+
+@pytest.mark.parametrize("name", peftlib.methods())
+def test_any_method_combines_with_another_or_says_why_not(name):
+    partner = "bitfit" if name == "parallel_adapter" else "parallel_adapter"
+    model, given = backbone("bert"), sources(name, "bert", "classification", 2)
+    structure, both = _structure(model), peftlib.combine(*parts((name, partner)))
+    if name in WITHIN:
+        match = rf"(?s){name} \+ {partner} cannot be combined: \S+ wants a place that is taken \(.*'{partner}'"
+        with pytest.raises(UnsupportedError, match=match):
+            peftlib.attach(model, both, sources=given)
+        _assert_same_structure(_structure(model), structure)
+        return
+    both = peftlib.attach(model, both, sources=given)
+    alone = [Case(n, "bert").start() for n in (name, partner)]
+    names = [set(a.trainable()) - set(a.head_names) for a in alone]
+    assert set(both.trainable()) - set(both.head_names) == names[0] | names[1]
+    if name != "fish_mask":  # chooses a share of all parameters, the adapter's too
+        shared = sum(both.trainable()[n].numel() for n in names[0] & names[1])
+        assert both.count().method == sum(a.count().method for a in alone) - shared
+    if both.method.calibrates:
+        return
+    perturb(both, std=0.01)
+    other = backbone("bert")
+    loaded = peftlib.load(other, both.snapshot())
+    assert loaded.config == both.config
+    assert torch.equal(logits(other, **inputs("bert")), logits(model, **inputs("bert")))
 
 
 def test_the_moments_are_those_of_the_parts(pair):

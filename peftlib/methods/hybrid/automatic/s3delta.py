@@ -109,7 +109,7 @@ class S3Delta(Method):
 
     def attach(self, host: Host) -> None:
         self.seed = int(torch.randint(2**31, (), device="cpu"))
-        self.budget = int(self.config.budget * sum(p.numel() for p in host.anatomy.named_parameters().values()))
+        self.budget = int(self.config.budget * host.size)
         self.candidates = self._candidates(host)
         self.chosen: list[Candidate] | None = None
         self.probabilities: dict[str, float] = {}

@@ -62,7 +62,7 @@ class S4(Combination):
 
     def attach(self, host: Host) -> None:
         self.parts, self.layers = [], {}
-        share = self.config.budget * sum(p.numel() for p in host.anatomy.named_parameters().values())
+        share = self.config.budget * host.size
         for names, layers in self._groups(host):
             for part in make_parts(self._set(host, names, layers[0], share / host.anatomy.num_layers)):
                 self.parts.append(part)
