@@ -6,8 +6,13 @@ and the other has not is refused with its name, never dropped.
 
 What differs by nature: a prompt is part of HF peft's causal loss (its last position predicts the first token) and not
 of ours. Beside a prompt, HF peft's classifiers on decoders read the last position, be it padding, ours the last token.
-HF peft's prefixes for encoder-decoder backbones reach the decoder alone, with keys and values of other layers, and
-count as tokens of a relative bias; they are refused both ways.
+
+HF peft's prefixes for encoder-decoder backbones reach the decoder's self-attention alone: it drops what it makes for
+cross-attention and has none for the encoder. On T5 that is ``prefix_tuning`` with ``attentions=("decoder",)`` and
+``relative_bias=True``, and goes both ways. It takes keys and values of layer i from the places 4i and 4i + 1 of a row
+that holds 2 for a layer, twice; with an even number of layers half of the row is thus used twice and half of it never.
+What is written therefore says twice the number of layers, so that each layer has places of its own. BART's decoder
+counts a prefix among its absolute positions, where ours leaves the text's alone: refused.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from torch import nn
 
 from peftlib import anatomy
 from peftlib.adapted import Adapted, attach
-from peftlib.anatomy import Anatomy, Site
+from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.methods import config as method_config
 from peftlib.methods.base import MethodConfig
@@ -239,7 +244,8 @@ def _prompt(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[Meth
 
 def _prefix(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
     embeddings = _embeddings(tensors, folder)
-    _one_stack(parts, "peftlib's prefixes stand in every attention")
+    if len(parts.stacks) > 1:
+        return _decoder_prefix(settings, embeddings, parts, folder)
     shape = (len(embeddings), parts.num_layers, 2, parts.kv_heads, parts.head_dim)
     if embeddings.numel() != torch.Size(shape).numel():
         raise LoadError(
@@ -254,6 +260,33 @@ def _prefix(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[Meth
             _copy(layer.attention.prefix.value, value, "prompt_embeddings")
 
     return method_config("prefix_tuning", length=len(embeddings), reparametrize=False), fill
+
+
+def _decoder_prefix(settings: dict, embeddings: torch.Tensor, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+    """Of an encoder-decoder backbone, where ``num_transformer_submodules`` of 2 repeat the row of keys and values."""
+    _counts_by_bias(parts)
+    if settings.get("num_transformer_submodules") != 2:
+        raise UnsupportedError(
+            f"{folder} has prefixes with num_transformer_submodules={settings.get('num_transformer_submodules')}, with "
+            f"which HF peft itself does not run {type(parts.model).__name__}; 2 is its own choice for SEQ_2_SEQ_LM"
+        )
+    length, heads, p = len(embeddings), parts.heads, parts.head_dim
+    layers = _decoder(parts)
+    if embeddings.shape[1] % (2 * heads * p) or embeddings.shape[1] // (2 * heads * p) < len(layers):
+        raise LoadError(
+            f"{folder} has prefixes of shape {tuple(embeddings.shape)}; this backbone's decoder has {len(layers)} "
+            f"layers of {heads} key heads of size {p}"
+        )
+    row = embeddings.view(length, -1, heads, p).permute(1, 2, 0, 3)
+    row = torch.cat([row, row])
+
+    def fill(adapted: Adapted) -> None:
+        for i, layer in enumerate(_decoder(adapted.host.anatomy)):
+            _copy(layer.attention.prefix.key, row[4 * i], "prompt_embeddings")
+            _copy(layer.attention.prefix.value, row[4 * i + 1], "prompt_embeddings")
+
+    options = {"attentions": ("decoder",), "relative_bias": True}
+    return method_config("prefix_tuning", length=length, reparametrize=False, **options), fill
 
 
 def _embeddings(tensors: dict, folder) -> torch.Tensor:
@@ -284,12 +317,23 @@ def _task(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
 
 
-def _one_stack(parts: Anatomy, ours: str) -> None:
-    if len(parts.stacks) > 1:
+def _counts_by_bias(parts: Anatomy) -> None:
+    """Raise UnsupportedError for an encoder-decoder backbone on which HF peft's prefixes do what ours cannot."""
+    name = type(parts.model).__name__
+    if not parts.family.stacks["decoder"].shares_bias:
         raise UnsupportedError(
-            f"HF peft's prefixes for encoder-decoder backbones such as {type(parts.model).__name__} reach the decoder "
-            f"alone, with keys and values of other layers; {ours}, so that one cannot stand for the other"
+            f"HF peft's prefixes shift the positions of {name}'s decoder, whose text keeps its own beside peftlib's; "
+            "those of T5, whose positions are relative, go both ways"
         )
+    if _task(parts.model) != "SEQ_2_SEQ_LM":
+        raise UnsupportedError(
+            f"HF peft hands prefixes to a model as its cache, and {name} takes none; it can with a model for "
+            "conditional generation"
+        )
+
+
+def _decoder(parts: Anatomy) -> list[Layer]:
+    return [layer for layer in parts.layers if layer.stack == "decoder"]
 
 
 def _targets(model: nn.Module, paths: list[str]) -> list[str]:
@@ -389,10 +433,35 @@ def _write_prompt(adapted: Adapted) -> tuple[dict, dict]:
 
 def _write_prefix(adapted: Adapted) -> tuple[dict, dict]:
     parts = adapted.host.anatomy
-    _one_stack(parts, "peftlib's stand in every attention")
+    if len(parts.stacks) > 1:
+        return _write_decoder_prefix(adapted)
     if not adapted.config.shift_positions:
         raise UnsupportedError("HF peft's prefixes shift the text's positions; shift_positions=False cannot be written")
     with torch.no_grad():
         pairs = torch.stack([torch.stack(layer.attention.prefix.pair()) for layer in parts.layers])
     settings = _virtual_tokens(adapted) | {"prefix_projection": False}
     return settings, {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).flatten(1)}
+
+
+def _write_decoder_prefix(adapted: Adapted) -> tuple[dict, dict]:
+    c, parts = adapted.config, adapted.host.anatomy
+    _counts_by_bias(parts)
+    if set(c.attentions) != {"decoder"} or not c.relative_bias:
+        raise UnsupportedError(
+            f"HF peft's prefixes for {type(parts.model).__name__} stand in the decoder's self-attention alone and its "
+            f"relative bias counts them; attentions={c.attentions!r} with relative_bias={c.relative_bias} cannot be "
+            "written. Attach prefix_tuning with attentions=('decoder',) and relative_bias=True"
+        )
+    layers = _decoder(parts)
+    places = 2 * len(layers)  # pairs a row: as many layers as HF peft is told of
+    with torch.no_grad():
+        pairs = [layer.attention.prefix.pair() for layer in layers]
+        row = pairs[0][0].new_zeros(2 * places, *pairs[0][0].shape)
+        for i, pair in enumerate(pairs):
+            row[4 * i], row[4 * i + 1] = pair
+    settings = _virtual_tokens(adapted) | {
+        "num_layers": places,
+        "num_transformer_submodules": 2,
+        "prefix_projection": False,
+    }
+    return settings, {"prompt_embeddings": row.permute(2, 0, 1, 3).flatten(1)}

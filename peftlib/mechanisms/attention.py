@@ -40,24 +40,25 @@ class Inputs:
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     given: Any = None
 
-    def prepend(self, key: torch.Tensor, value: torch.Tensor) -> Inputs:
-        """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees."""
+    def prepend(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None) -> Inputs:
+        """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees; where there is a
+        position bias, with ``bias`` (1 or B, H, q, m) as theirs, or none."""
         m, q, k = key.shape[2], self.query.shape[2], self.key.shape[2]
-        mask, bias = self.mask, self.position_bias
+        mask, whole = self.mask, self.position_bias
         if mask is None and self.causal and q > 1:
             rows = torch.arange(k - q, k, device=key.device)[:, None]
             mask = (torch.arange(k, device=key.device)[None, :] <= rows)[None, None]
         if mask is not None:
             seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
             mask = torch.cat([seen(*mask.shape[:-1], m), mask], dim=-1)
-        if bias is not None:
-            bias = torch.cat([bias.new_zeros(*bias.shape[:-1], m), bias], dim=-1)
+        if whole is not None:
+            whole = torch.cat([whole.new_zeros(*whole.shape[:-1], m) if bias is None else bias, whole], dim=-1)
         return replace(
             self,
             key=torch.cat([key.to(self.key.dtype), self.key], dim=2),
             value=torch.cat([value.to(self.value.dtype), self.value], dim=2),
             mask=mask,
-            position_bias=bias,
+            position_bias=whole,
         )
 
 

@@ -34,12 +34,25 @@ class Maker(nn.Module):
 
 class Prefix(nn.Module):
     """m keys and values in front of the others, ``key`` and ``value`` (H_kv, m, p): trained themselves, N(0, std) at
-    the start, or those of ``maker() -> (m, 2 H_kv p)`` until :meth:`keep` turns them into parameters."""
+    the start, or those of ``maker() -> (m, 2 H_kv p)`` until :meth:`keep` turns them into parameters.
 
-    def __init__(self, heads: int, length: int, head_dim: int, std: float = 0.02, maker: nn.Module | None = None):
+    ``counted_by``: the attention module that makes its stack's relative position bias, and then makes the prefix's, as
+    that of m tokens before the text; without it a prefix has none.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        length: int,
+        head_dim: int,
+        std: float = 0.02,
+        maker: nn.Module | None = None,
+        counted_by: nn.Module | None = None,
+    ):
         super().__init__()
         self.shape = (heads, length, head_dim)
         self.maker = maker
+        self._counted_by = (counted_by,)  # in a tuple, so that it does not become a part of this module
         if maker is None:
             self.key = nn.Parameter(torch.empty(self.shape).normal_(std=std))
             self.value = nn.Parameter(torch.empty(self.shape).normal_(std=std))
@@ -62,4 +75,11 @@ class Prefix(nn.Module):
 
     def forward(self, inputs: Inputs) -> Inputs:
         batch = inputs.query.shape[0]
-        return inputs.prepend(*(t.expand(batch, -1, -1, -1) for t in self.pair()))
+        return inputs.prepend(*(t.expand(batch, -1, -1, -1) for t in self.pair()), self._bias(inputs))
+
+    def _bias(self, inputs: Inputs) -> torch.Tensor | None:
+        (owner,) = self._counted_by
+        if owner is None:
+            return None
+        m, q, k = self.shape[1], inputs.query.shape[2], inputs.key.shape[2]
+        return owner.compute_bias(q, m + k, inputs.query.device, past_seen_tokens=m + k - q)[..., :m]

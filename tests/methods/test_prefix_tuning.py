@@ -68,12 +68,9 @@ def test_the_same_prefix_gives_hf_pefts_logits_loss_and_count(family, head, task
 
 def test_t5s_decoder_alone_gives_hf_pefts_logits():
     """HF peft's split of its tensor gives decoder layer i the keys and values of layer 2i (modulo the layers) and drops
-    what is meant for cross-attention; it counts the prefix as tokens, which a relative bias of 0 does not show."""
+    what is meant for cross-attention; its relative bias counts the prefix."""
     model = backbone("t5", "seq2seq")
-    with torch.no_grad():
-        for stack in (model.encoder, model.decoder):
-            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.zero_()
-    ours, prefixes = attached(copy.deepcopy(model), attentions=("decoder",))
+    ours, prefixes = attached(copy.deepcopy(model), attentions=("decoder",), relative_bias=True)
     # HF peft keeps a method of the model that transformers 5 no longer has, for its own generate().
     model._prepare_encoder_decoder_kwargs_for_generation = None
     theirs = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)).eval()
@@ -207,6 +204,26 @@ def test_encoder_decoders_have_prefixes_in_three_attentions_with_an_mlp_each():
         assert len(prefixes) == 2
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_a_relative_bias_counts_a_prefix_as_tokens_before_the_text(family):
+    """A decoder's prefix that is the keys and values of a text then stands for that text, also beside a cache."""
+    model, first, text = backbone(family, "seq2seq"), (7, 30, 51, 12), torch.tensor([[9, 40, 22, 63, 8]])
+    ids = torch.tensor([first])
+    whole = logits(model, input_ids=ids, decoder_input_ids=torch.cat([ids, text], 1))[:, 4:]
+    options = {"length": 4, "init_token_ids": first, "attentions": ("decoder",)}
+    ours, _ = attached(model, relative_bias=True, **options)
+    torch.testing.assert_close(logits(model, input_ids=ids, decoder_input_ids=text), whole, rtol=1e-5, atol=1e-5)
+    before = model(input_ids=ids, decoder_input_ids=text[:, :3], use_cache=True)
+    cached = logits(model, input_ids=ids, decoder_input_ids=text[:, 3:], past_key_values=before.past_key_values)
+    torch.testing.assert_close(cached, whole[:, 3:], rtol=1e-5, atol=1e-5)
+    model = copy.deepcopy(model)  # its prefixes ask its own bias
+    twin = model.peftlib_adapted
+    assert {id(p._counted_by[0]) for p in twin.host.paths().values()} <= {id(m) for m in model.modules()}
+    ours.detach()
+    attached(ours.model, **options)
+    assert not torch.allclose(logits(ours.model, input_ids=ids, decoder_input_ids=text), whole, atol=1e-2)
+
+
 def test_grouped_keys_and_values_have_grouped_prefixes():
     _, prefixes = attached(backbone("llama"))
     assert prefixes[0].key.shape == (2, 5, 8)
@@ -227,3 +244,7 @@ def test_what_cannot_be_is_refused():
         peftlib.config("prefix_tuning", attentions=("decodr",))
     with pytest.raises(TargetError, match="it has encoder"):
         attached(backbone("bert"), attentions=("cross",))
+    with pytest.raises(TargetError, match=r"relative_bias=True .* finds no relative position bias in BertFor"):
+        attached(backbone("bert"), relative_bias=True)
+    with pytest.raises(TargetError, match=r"attentions=\('cross',\) finds no relative position bias"):
+        attached(backbone("t5"), attentions=("cross",), relative_bias=True)

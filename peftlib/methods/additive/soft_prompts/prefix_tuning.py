@@ -9,8 +9,9 @@ prefix draws attention from the first step on, and what it adds depends on the q
 
 Encoder-decoder backbones have prefixes in encoder, decoder and cross-attention, an MLP each, as in the paper. The text
 of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft; that of two
-stacks stays where it is, and T5 gives prefixes no relative bias. HF peft counts them as tokens there, and of its
-prefixes for encoder-decoder backbones only the decoder's come to act.
+stacks stays where it is, and T5's relative bias leaves prefixes out. HF peft counts them there, and of its prefixes for
+encoder-decoder backbones only the decoder's self-attention gets some: what it does on T5 is ``relative_bias=True`` with
+``attentions=("decoder",)``.
 
 Source: Li & Liang 2021, arXiv:2101.00190, whose h is 512 (800 for summarization). Without the MLP they start at
 N(0, 1) or, as ``init_token_ids`` does, from the keys and values of a text; N(0, 0.02) is from He et al. 2022.
@@ -35,7 +36,8 @@ ROLES = ("encoder", "decoder", "cross")
 @dataclass(frozen=True)
 class PrefixTuningConfig(MethodConfig):
     """``length`` m; ``reparametrize`` by an MLP of ``hidden`` units; ``attentions``: which of "encoder", "decoder" and
-    "cross" have prefixes, where the backbone has them; ``shift_positions`` of the text by m (one-stack backbones).
+    "cross" have prefixes, where the backbone has them; ``shift_positions`` of the text by m (one-stack backbones);
+    ``relative_bias``: T5's counts the prefix of a self-attention as the tokens before the text.
     Without the MLP, ``std`` of the start, or ``init_token_ids``: the tokens of a text, repeated or cut to m, whose keys
     and values are the start."""
 
@@ -44,6 +46,7 @@ class PrefixTuningConfig(MethodConfig):
     hidden: int = 512
     attentions: tuple[str, ...] = ROLES
     shift_positions: bool = True
+    relative_bias: bool = False
     std: float = 0.02
     init_token_ids: tuple[int, ...] = ()
 
@@ -66,6 +69,7 @@ class PrefixTuning(Method):
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy
+        owners = self._owners(host)
         places = [
             (role, module, site.out_features // parts.head_dim)
             for layer in parts.layers
@@ -84,7 +88,7 @@ class PrefixTuning(Method):
         trunks = {role: Trunk(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
         for i, (role, module, heads) in enumerate(places):
             maker = Maker(trunks[role], heads * parts.head_dim) if c.reparametrize else None
-            prefix = Prefix(heads, c.length, parts.head_dim, c.std, maker)
+            prefix = Prefix(heads, c.length, parts.head_dim, c.std, maker, owners.get(role))
             if seen:
                 with torch.no_grad():
                     prefix.key.copy_(seen[i].key[0])
@@ -92,6 +96,20 @@ class PrefixTuning(Method):
             attention.attach(host, module, "prefix", prefix)
         if c.shift_positions:
             positions.shift(host, c.length)
+
+    def _owners(self, host: Host) -> dict[str, nn.Module]:
+        """Role -> the attention module that makes the relative bias which counts prefixes."""
+        if not self.config.relative_bias:
+            return {}
+        stacks = host.anatomy.family.stacks
+        first = {layer.stack: layer.attention for layer in reversed(host.anatomy.layers)}
+        owners = {stack: module for stack, module in first.items() if stacks[stack].shares_bias}
+        if not owners.keys() & set(self.config.attentions):
+            raise TargetError(
+                f"relative_bias=True with attentions={self.config.attentions!r} finds no relative position bias in "
+                f"{type(host.model).__name__}; only self-attentions of T5 have one"
+            )
+        return owners
 
     def _see_text(self, host: Host, modules: list[nn.Module]) -> list[attention.Inputs]:
         c = self.config
