@@ -103,7 +103,9 @@ def search(args: argparse.Namespace) -> int:
 
     track = args.track or next(iter(experiments.profile(args.profile).tracks))
     if args.method == "s3delta":
-        specs = experiments.structure_specs(args.profile, track, [args.seed], args.trials, changes=_options(args.set))
+        specs = experiments.structure_specs(
+            args.profile, track, [args.seed], args.trials, options=_options(args.option), changes=_options(args.set)
+        )
         outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"))
         out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
         return 1 if outcomes["failed"] else 0
@@ -113,6 +115,7 @@ def search(args: argparse.Namespace) -> int:
         args.strategy,
         seed=args.seed,
         initial=args.initial,
+        batch=args.batch,
         learning_rate=args.lr,
         surrogate=args.surrogate,
         changes=_options(args.set),
@@ -304,7 +307,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lr", type=float, help="of every training of autopeft; default: the method's own")
     sub.add_argument("--strategy", default="bayesian", choices=("bayesian", "random"), help="of autopeft")
     sub.add_argument("--initial", type=int, default=8, help="random trials before a bayesian search's first model")
+    sub.add_argument("--batch", type=int, default=2, help="trials that a bayesian search proposes together")
     sub.add_argument("--surrogate", default="gp", choices=("gp", "saas"), help="a bayesian search's model")
+    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of s3delta")
     sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))

@@ -328,10 +328,18 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def _lock(path: Path) -> Path:
+    """Where the lock of a search lies, beside those of the runs."""
+    track = path.parent
+    folder = track.parent.parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{track.parent.name}-{track.name}-{path.stem}.lock"
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
+    lock = FileLock(_lock(path))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -192,7 +192,10 @@ def test_a_log_is_of_one_search(tmp_path):
     with pytest.raises(StateError, match="other settings"):
         search(spec(learning_rate=0.5), 3, tmp_path, progress=False, evaluate=fake)
     path = tmp_path / log.spec.path
-    with FileLock(path.with_suffix(".lock")), pytest.raises(StateError, match="another process"):
+    with (
+        FileLock(tmp_path / "search" / ".locks" / "smoke-smoke-autopeft-random-0.lock"),
+        pytest.raises(StateError, match="another process"),
+    ):
         search(spec(), 3, tmp_path, progress=False, evaluate=fake)
     path.write_text("{}\n")
     with pytest.raises(DataError, match="not the log of a search"):
