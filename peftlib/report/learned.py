@@ -27,13 +27,22 @@ def quantization_errors(adapted: Adapted) -> pd.DataFrame:
 
 def quantization_error_figure(adapted: Adapted) -> Figure:
     """LoftQ: :func:`quantization_errors` as thin lines, and their mean over the maps."""
-    table = quantization_errors(adapted)
+    return lines_and_mean(
+        quantization_errors(adapted),
+        of="maps",
+        xlabel="iteration (0: plain quantization)",
+        ylabel="error of the weight, relative",
+    )
+
+
+def lines_and_mean(table: pd.DataFrame, *, of: str, xlabel: str, ylabel: str) -> Figure:
+    """Each row of a table as a thin line over its columns, and the mean over the rows, which are of these things."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.5))
         for _, row in table.iterrows():
             axes.plot(table.columns, row, color=PLAIN, linewidth=0.6, alpha=0.6)
-        axes.plot(table.columns, table.mean(), color=ADDED, marker="o", label="mean over the maps")
-        axes.set(xlabel="iteration (0: plain quantization)", ylabel="error of the weight, relative", ylim=(0, None))
+        axes.plot(table.columns, table.mean(), color=ADDED, marker="o", label=f"mean over the {of}")
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         figure.tight_layout()

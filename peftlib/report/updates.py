@@ -18,7 +18,8 @@ from peftlib.adapted import Adapted
 from peftlib.anatomy import Site
 from peftlib.errors import StateError, UnsupportedError
 from peftlib.mechanisms.experts import Experts
-from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED
+from peftlib.report.figures import ADDED, INK, STYLE, TOUCHED
+from peftlib.report.learned import lines_and_mean
 
 By = Literal["matrix", "layer", "site"]
 
@@ -117,19 +118,11 @@ def singular_values(adapted: Adapted) -> pd.DataFrame:
     return table.iloc[:, : max(1, used)].rename_axis(index="matrix", columns="number")
 
 
-@mpl.rc_context(STYLE)
 def singular_value_figure(adapted: Adapted) -> Figure:
     """:func:`singular_values` as thin lines, and their mean over the matrices."""
-    table = singular_values(adapted)
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for _, row in table.iterrows():
-        axes.plot(table.columns, row, color=PLAIN, linewidth=0.6, alpha=0.6)
-    axes.plot(table.columns, table.mean(), color=ADDED, marker="o", label="mean over the matrices")
-    axes.set(xlabel="number", ylabel="singular value of the update", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    figure.tight_layout()
-    return figure
+    return lines_and_mean(
+        singular_values(adapted), of="matrices", xlabel="number", ylabel="singular value of the update"
+    )
 
 
 def mixture_weights(adapted: Adapted) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The methods made for decoders, on one: SmolLM2-135M learns four sentences with each and answers the same from a file."""
+"""Methods made for decoders, on one: SmolLM2-135M learns four sentences with each and answers alike from a file."""
 
 import copy
 
