@@ -28,44 +28,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import pruning
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.biases import SearchConfig, SearchedBiases
 
 
 @dataclass(frozen=True)
-class SBitFitConfig(MethodConfig):
+class SBitFitConfig(SearchConfig):
     """``density`` of the biases' entries that is kept, in whole vectors; the search takes ``epochs`` over the
     calibration batches, or ``steps``, at ``search_rate``, and scores on at most ``batches``."""
 
-    density: float = 0.5
-    epochs: float = 1.0
-    steps: int | None = None
-    search_rate: float = 1e-3
-    batches: int | None = None
 
-    def __post_init__(self):
-        between("density", self.density, 0, 1)
-        between("epochs", self.epochs, 0, float("inf"))
-        between("search_rate", self.search_rate, 0, float("inf"))
-        for name in ("steps", "batches"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-
-
-class SBitFit(ChosenEntries):
+class SBitFit(SearchedBiases):
     Config = SBitFitConfig
     learning_rate = 1e-3
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        biases = {n: p for n, p in host.anatomy.biases.items() if not p.requires_grad}
-        if not biases:
-            raise UnsupportedError(
-                f"s_bitfit prunes biases, and {type(host.model).__name__} (family {host.anatomy.family.name}) has none "
-                "that it could train. Methods of about this size that need no biases: ia3, lora of rank 1."
-            )
+        biases = super().choices(host)
         parts = {id(site.module.bias): site.part[1] for site in host.anatomy.sites() if site.part}
         self.vectors = []
         for index, bias in enumerate(biases.values()):
@@ -79,22 +58,7 @@ class SBitFit(ChosenEntries):
         return pruning.reachable(sizes, int(self.config.density * self.entries))
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        c = self.config
-        masks = pruning.search(
-            self.host.model,
-            self.candidates.values(),
-            batches,
-            self.k,
-            self._choose,
-            rate=c.search_rate,
-            epochs=c.epochs,
-            steps=c.steps,
-            limit=c.batches,
-            beside=self.trained_head().values(),
-            seed=self.seed,
-            what="s_bitfit: searching vectors",
-        )
-        self.train(mask.nonzero().flatten() for mask in masks)
+        self.search(batches, self._choose, "vectors")
 
     def _choose(self, scores: list[torch.Tensor], masks: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
         sums = [float(scores[index][start:stop].double().sum().abs()) for index, start, stop in self.vectors]

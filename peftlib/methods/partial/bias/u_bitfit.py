@@ -26,64 +26,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import pruning
-from peftlib.mechanisms.host import Host
-from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.base import at_least
+from peftlib.methods.biases import SearchConfig, SearchedBiases
 
 
 @dataclass(frozen=True)
-class UBitFitConfig(MethodConfig):
+class UBitFitConfig(SearchConfig):
     """``density`` of the biases' entries that is kept; the search takes ``epochs`` over the calibration batches, or
     ``steps``, at ``search_rate``, prunes in ``rounds`` and scores on at most ``batches`` (None: all)."""
 
-    density: float = 0.5
-    epochs: float = 1.0
-    steps: int | None = None
-    search_rate: float = 1e-3
     rounds: int = 1
-    batches: int | None = None
 
     def __post_init__(self):
-        between("density", self.density, 0, 1)
-        between("epochs", self.epochs, 0, float("inf"))
-        between("search_rate", self.search_rate, 0, float("inf"))
+        super().__post_init__()
         at_least("rounds", self.rounds, 1)
-        for name in ("steps", "batches"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
 
 
-class UBitFit(ChosenEntries):
+class UBitFit(SearchedBiases):
     Config = UBitFitConfig
     learning_rate = 1e-3
 
-    def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        if not (biases := host.anatomy.biases):
-            raise UnsupportedError(
-                f"u_bitfit prunes biases, and {type(host.model).__name__} (family {host.anatomy.family.name}) has none "
-                "that it could train. Methods of about this size that need no biases: ia3, lora of rank 1."
-            )
-        return {n: p for n, p in biases.items() if not p.requires_grad}
-
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        c = self.config
-        masks = pruning.search(
-            self.host.model,
-            self.candidates.values(),
-            batches,
-            self.k,
-            pruning.entries,
-            rate=c.search_rate,
-            epochs=c.epochs,
-            steps=c.steps,
-            rounds=c.rounds,
-            limit=c.batches,
-            beside=self.trained_head().values(),
-            seed=self.seed,
-            what="u_bitfit: searching entries",
-        )
-        self.train(mask.flatten().nonzero().flatten() for mask in masks)
+        self.search(batches, pruning.entries, "entries", self.config.rounds)
