@@ -76,7 +76,7 @@ class Droppable(Bottleneck):
 
 class AdapterDrop(Method):
     Config = AdapterDropConfig
-    learning_rate = 1e-4
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c, layers = self.config, host.anatomy.layers

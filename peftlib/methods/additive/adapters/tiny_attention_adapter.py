@@ -49,7 +49,7 @@ class TinyAttentionAdapterConfig(MethodConfig):
 
 class TinyAttentionAdapter(Method):
     Config = TinyAttentionAdapterConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

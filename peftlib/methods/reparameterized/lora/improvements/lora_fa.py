@@ -42,7 +42,7 @@ class LoRAFAConfig(MethodConfig):
 
 class LoRAFA(Method):
     Config = LoRAFAConfig
-    learning_rate = 2e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -46,7 +46,7 @@ class QLoRAConfig(MethodConfig):
 
 class QLoRA(Method):
     Config = QLoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config
