@@ -161,6 +161,11 @@ def run_spec(
     )
 
 
+def with_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a stored run; those that its method got later are at their defaults."""
+    return json.loads(json.dumps(method_config(method).as_dict())) | options
+
+
 def track_settings(profile_name: str, track_name: str, method: str) -> dict[str, Any]:
     """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters."""
     chosen = profile(profile_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peftlib.errors import DataError
-from peftlib.experiments.spec import RunSpec
+from peftlib.experiments.spec import RunSpec, with_defaults
 
 RESULTS = Path("results")
 
@@ -45,7 +46,15 @@ class Store:
         return self.root / spec.profile / spec.track / f"{spec.method}-{spec.seed}-{spec.key}.json"
 
     def has(self, spec: RunSpec) -> bool:
-        return self.path(spec).is_file()
+        """Whether the run is there, also from before its method got options that the run leaves at their defaults."""
+        if self.path(spec).is_file():
+            return True
+        asked = dataclasses.asdict(spec)
+        return any(
+            r["spec"] | {"options": with_defaults(spec.method, r["spec"]["options"])} == asked
+            for r in self.records(spec.profile, spec.track, spec.method)
+            if r["spec"]["options"].keys() < spec.options.keys()
+        )
 
     def write(self, spec: RunSpec, record: dict[str, Any], *, failed: bool = False) -> Path:
         """Write a record. A failed one goes to ``failed/`` and never replaces a result."""

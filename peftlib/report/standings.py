@@ -8,8 +8,8 @@ from typing import Any
 
 from peftlib import taxonomy
 from peftlib.experiments import SEARCH_RATES, Store, profile, summarize
-from peftlib.experiments.spec import track_settings
-from peftlib.methods import config, find
+from peftlib.experiments.spec import track_settings, with_defaults
+from peftlib.methods import find
 
 Record = dict[str, Any]
 
@@ -29,13 +29,12 @@ class Standings:
     @cached_property
     def records(self) -> dict[str, list[Record]]:
         """Track -> its comparable runs, at every learning rate."""
-        defaults = {name: _json(config(name).as_dict()) for name in taxonomy.methods()}
+        defaults = {name: with_defaults(name, {}) for name in taxonomy.methods()}
         return {
             track: [
                 r
-                for r in self.store.records(self.profile.name, track)
-                if r["spec"]["method"] in defaults
-                and r["spec"]["options"] == defaults[r["spec"]["method"]]
+                for r in map(_completed, self.store.records(self.profile.name, track))
+                if r["spec"]["options"] == defaults.get(r["spec"]["method"])
                 and r["spec"]["settings"] == _json(track_settings(self.profile.name, track, r["spec"]["method"]))
             ]
             for track in self.profile.tracks
@@ -81,6 +80,14 @@ class Standings:
     def of(self, method: str) -> dict[str, dict[str, Any]]:
         """Track -> the row of one method, where it has runs."""
         return {track: row for track, rows in self.rows.items() for row in rows if row["method"] == method}
+
+
+def _completed(record: Record) -> Record:
+    """The record with all options of its method, where peftlib has the method."""
+    spec = record["spec"]
+    if spec["method"] not in taxonomy.methods():
+        return record
+    return record | {"spec": spec | {"options": with_defaults(spec["method"], spec["options"])}}
 
 
 def _json(value: Any) -> Any:

@@ -294,9 +294,9 @@ METHODS = (
         merge="no",
         merge_note=_PROMPT_STAYS,
         original="google-research/prompt-tuning",
-        below_head="Prompts learn slowly: the paper trains them for 30,000 steps at a rate of 0.3, the track has 80 steps "
-        "and rates up to 0.01, of which the largest is the best; and the paper finds prompts behind other methods on "
-        "small models.",
+        below_head="Prompts learn slowly: the paper trains them for 30,000 steps at a rate of 0.3, the track has 80 "
+        "steps and rates up to 0.01, of which the largest is the best; and the paper finds prompts behind other "
+        "methods on small models.",
     ),
     Entry(
         name="prefix_tuning",

@@ -53,6 +53,17 @@ def test_an_interrupted_write_leaves_the_old_record(store, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_run_from_before_an_option_is_the_run_at_its_default(store):
+    old = record(spec())
+    del old["spec"]["options"]["dropout"]
+    path = store.write(spec(), old)
+    path.rename(path.with_name("lora-0-0123456789ab.json"))
+    assert store.has(spec())
+    other = experiments.run_spec("smoke", "smoke", "lora", options={"dropout": 0.1})
+    assert not store.has(other)
+    assert not store.has(spec(seed=1))
+
+
 def test_failures_stand_apart(store):
     done = store.write(spec(), record(spec()))
     failed = store.write(spec(), {"spec": {}, "metrics": {}, "error": "boom"}, failed=True)
