@@ -104,12 +104,17 @@ def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:
                 volumes = [log.hypervolume(k) for k in range(1, len(log.trials) + 1)]
                 right.plot(range(1, len(volumes) + 1), volumes, color=colour, linewidth=0.8, alpha=0.5)
             if mine:
-                most = min(len(log.trials) for log in mine)
+                most, label = (
+                    min(len(log.trials) for log in mine),
+                    f"{strategy}, {len(mine)} seed{'s'[: len(mine) - 1]}",
+                )
                 means = [statistics.mean(log.hypervolume(k) for log in mine) for k in range(1, most + 1)]
-                right.plot(range(1, most + 1), means, color=colour, linewidth=2, label=f"{strategy}, {len(mine)} seeds")
+                right.plot(range(1, most + 1), means, color=colour, linewidth=2, label=label)
         initial = min(log.spec.initial for log in logs)
         right.axvline(initial + 0.5, color=PLAIN, linewidth=0.8, linestyle=":")
-        right.text(initial + 0.7, 0.02, "first model", color=INK, fontsize=8, transform=right.get_xaxis_transform())
+        right.text(
+            initial + 0.7, 0.97, "first model", va="top", color=INK, fontsize=8, transform=right.get_xaxis_transform()
+        )
         left.set(xscale="log", xlabel="trained parameters, task head not included", ylabel=f"validation {metric}")
         right.set(xlabel="trainings", ylabel="dominated share of outcomes")
         left.legend(fontsize=8.5)
