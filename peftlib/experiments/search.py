@@ -22,8 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftlib import anatomy, backbones
 from peftlib.errors import DataError, StateError, UnsupportedError
@@ -31,6 +29,7 @@ from peftlib.experiments.provenance import provenance
 from peftlib.experiments.run import execute
 from peftlib.experiments.spec import RunSpec, run_spec
 from peftlib.experiments.store import RESULTS
+from peftlib.experiments.sweep import progress_bar
 from peftlib.methods import find
 from peftlib.methods.base import at_least, one_of
 
@@ -219,8 +218,7 @@ def search(
         known = {trial["run"]: trial for other in logs(root) for trial in other.trials}
         if spec.strategy == "bayesian":
             _bayesian()  # takes seconds to import, which are no cost of a proposal
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:
+        with progress_bar(progress) as bar:
             shown = bar.add_task(f"{spec.strategy} search", total=trials, completed=min(trials, len(log.trials)))
             while len(log.trials) < trials:
                 began = time.perf_counter()

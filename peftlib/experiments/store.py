@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from peftlib import taxonomy
 from peftlib.errors import DataError
 from peftlib.experiments.spec import RunSpec, with_defaults
 
@@ -29,6 +30,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "spec" not in record or "metrics" not in record:
         raise DataError(f"{path} is not a run record; records have 'spec' and 'metrics'")
     return record
+
+
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with all options of its method, where peftlib has the method."""
+    spec = record["spec"]
+    if spec["method"] not in taxonomy.methods():
+        return record
+    return record | {"spec": spec | {"options": with_defaults(spec["method"], spec["options"])}}
 
 
 TIE = 0.03
@@ -50,11 +59,7 @@ class Store:
         if self.path(spec).is_file():
             return True
         asked = dataclasses.asdict(spec)
-        return any(
-            r["spec"] | {"options": with_defaults(spec.method, r["spec"]["options"])} == asked
-            for r in self.records(spec.profile, spec.track, spec.method)
-            if r["spec"]["options"].keys() < spec.options.keys()
-        )
+        return any(r["spec"] == asked for r in self.records(spec.profile, spec.track, spec.method))
 
     def write(self, spec: RunSpec, record: dict[str, Any], *, failed: bool = False) -> Path:
         """Write a record. A failed one goes to ``failed/`` and never replaces a result."""
@@ -95,10 +100,11 @@ class Store:
             lock.release()
 
     def records(self, profile: str, track: str | None = None, method: str | None = None) -> list[dict[str, Any]]:
-        """All finished runs that match, in the order of their paths."""
+        """All finished runs that match, in the order of their paths; options that a method got later are at their
+        defaults."""
         pattern = f"{track or '*'}/{method or '*'}-*-*.json"
         found = [read(path) for path in sorted((self.root / profile).glob(pattern))]
-        return [r for r in found if method is None or r["spec"]["method"] == method]
+        return [_completed(r) for r in found if method is None or r["spec"]["method"] == method]
 
     def best_rate(self, profile: str, track: str, method: str, metric: str, seed: int = 0) -> float | None:
         """The learning rate with the best validation metric at one seed; None without runs.

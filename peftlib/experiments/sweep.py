@@ -61,6 +61,18 @@ def on_ray(specs: Sequence[RunSpec], store: Store, workers: int = 1) -> Iterator
 EXECUTORS: dict[str, Callable[..., Iterator[Outcome]]] = {"local": local, "ray": on_ray}
 
 
+def progress_bar(shown: bool) -> Progress:
+    """A bar on the standard error: how many are done, and for how long it went and will go."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
 def sweep(
     specs: Iterable[RunSpec],
     store: Store | None = None,
@@ -81,15 +93,7 @@ def sweep(
     specs = _unique(specs)
     todo = [spec for spec in specs if not store.has(spec)]
     outcomes = Counter(there=len(specs) - len(todo))
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not progress) as bar:
+    with progress_bar(progress) as bar:
         shown = bar.add_task("sweep", total=len(specs), completed=len(specs) - len(todo))
         for spec, outcome in EXECUTORS[executor](todo, store, workers):
             if outcome == "there" and not store.has(spec):

@@ -23,8 +23,11 @@ class TaskGate(nn.Module):
         self.embedding = nn.Parameter(torch.randn(tasks, dim))
         self.linear = nn.Linear(dim, experts, bias=False)
 
+    def __len__(self) -> int:
+        return len(self.embedding)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weights()[ids if len(self.embedding) > 1 else torch.zeros_like(ids)]
+        return self.weights()[ids if len(self) > 1 else torch.zeros_like(ids)]
 
     def weights(self) -> torch.Tensor:
         """The weights of all tasks, (tasks, experts)."""

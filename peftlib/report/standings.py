@@ -33,7 +33,7 @@ class Standings:
         return {
             track: [
                 r
-                for r in map(_completed, self.store.records(self.profile.name, track))
+                for r in self.store.records(self.profile.name, track)
                 if r["spec"]["options"] == defaults.get(r["spec"]["method"])
                 and r["spec"]["settings"] == _json(track_settings(self.profile.name, track, r["spec"]["method"]))
             ]
@@ -80,14 +80,6 @@ class Standings:
     def of(self, method: str) -> dict[str, dict[str, Any]]:
         """Track -> the row of one method, where it has runs."""
         return {track: row for track, rows in self.rows.items() for row in rows if row["method"] == method}
-
-
-def _completed(record: Record) -> Record:
-    """The record with all options of its method, where peftlib has the method."""
-    spec = record["spec"]
-    if spec["method"] not in taxonomy.methods():
-        return record
-    return record | {"spec": spec | {"options": with_defaults(spec["method"], spec["options"])}}
 
 
 def _json(value: Any) -> Any:

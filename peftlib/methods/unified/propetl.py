@@ -32,7 +32,7 @@ the scores at 10 times the rate. Masks of tasks for the prefix and LoRA forms ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from peftlib.anatomy import Layer
-from peftlib.errors import LoadError, MergeError, UnknownNameError
+from peftlib.errors import LoadError, UnknownNameError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
@@ -57,7 +57,8 @@ from peftlib.mechanisms.masking import (
     TopMask,
 )
 from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between
+from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.per_task import PerTask
 
 KEEP = {"adapter": 0.5, "prefix": 0.1, "lora": 0.1}
 MASK_RATE = {"adapter": 30.0, "prefix": 1.0, "lora": 300.0}
@@ -106,8 +107,9 @@ class ProPETLConfig(MethodConfig):
         return KEEP[self.form] if self.keep is None else self.keep
 
 
-class ProPETL(Method):
+class ProPETL(PerTask):
     Config = ProPETLConfig
+    each_task_has = "a mask"
     learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
@@ -129,19 +131,8 @@ class ProPETL(Method):
             self.task_masks[key] = TaskMasks(c.tasks, c.share, c.combine, shapes)
         return kind(prototype, c.share, shapes, self.task_masks.get(key), host.tasks)
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks it serves now."""
-        return len(next(iter(self.task_masks.values()))) if self.task_masks else 1
-
-    def keep(self, task: int) -> None:
-        """Forget every other task, for good: every row then belongs to this one. Do it after training: an optimizer
-        knows the old parameters."""
-        if task not in range(self.tasks):
-            raise ConfigError(f"task {task!r} is not here; choose one from 0 to {self.tasks - 1}")
-        for masks in self.task_masks.values():
-            masks.keep(task)
-        self.host.tasks.count, self.host.tasks.default = None, 0
+    def task_parts(self) -> Iterable[TaskMasks]:
+        return self.task_masks.values()
 
     def _adapters(self, host: Host) -> None:
         for layer in host.anatomy.layers:
@@ -230,12 +221,8 @@ class ProPETL(Method):
 
     def check_mergeable(self) -> None:
         if self.config.form != "lora":
-            super().check_mergeable()
-        if self.tasks > 1:
-            raise MergeError(
-                f"propetl has a mask for each of its {self.tasks} tasks, and a merged weight serves one: call "
-                "adapted.method.keep(task) first"
-            )
+            Method.check_mergeable(self)
+        super().check_mergeable()
 
     def merge(self) -> None:
         for site, masked in self.updates.items():

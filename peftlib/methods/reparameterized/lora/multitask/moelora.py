@@ -21,15 +21,16 @@ there are tasks, which nothing reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from peftlib.errors import MergeError
 from peftlib.mechanisms.experts import Experts, TaskGate
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.base import ConfigError, MethodConfig, at_least
+from peftlib.methods.per_task import PerTask
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class MOELoRAConfig(MethodConfig):
             raise ConfigError(f"rank={self.rank} is not a multiple of experts={self.experts}; it is shared among them")
 
 
-class MOELoRA(Method):
+class MOELoRA(PerTask):
     Config = MOELoRAConfig
+    each_task_has = "an update"
     learning_rate = 2e-4
 
     def attach(self, host: Host) -> None:
@@ -85,32 +87,14 @@ class MOELoRA(Method):
         """Each gate's weights of the experts, (tasks, N)."""
         return {name: gate.weights() for name, gate in self.gates.items()}
 
-    def keep(self, task: int) -> None:
-        """Forget every other task, for good: every row then belongs to this one. Do it after training: an optimizer
-        knows the old parameters."""
-        if task not in range(self.tasks):
-            raise ConfigError(f"task {task!r} is not here; choose one from 0 to {self.tasks - 1}")
-        for gate in self.gates.values():
-            gate.keep(task)
-        self.host.tasks.count, self.host.tasks.default = None, 0
-
-    @property
-    def tasks(self) -> int:
-        """How many tasks it serves now."""
-        return len(next(iter(self.gates.values())).embedding)
+    def task_parts(self) -> Iterable[TaskGate]:
+        return self.gates.values()
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         stored = {len(tensor) for name, tensor in state.items() if name.endswith("gate.embedding")}
         if stored == {1} and self.tasks > 1:
             self.keep(0)
         self.host.load_state(state)
-
-    def check_mergeable(self) -> None:
-        if self.tasks > 1:
-            raise MergeError(
-                f"moelora has an update for each of its {self.tasks} tasks, and a merged weight serves one: call "
-                "adapted.method.keep(task) first"
-            )
 
     def merge(self) -> None:
         for site, update in self.updates.items():

@@ -87,14 +87,13 @@ class AdaLoRA(Method):
         c = self.config
         self.updates: dict = {}
         self.trace: list[tuple[int, dict[str, int]]] = []
+        """The history of ranks: from each of its steps on, these triplets were not zero."""
         self.smooth: dict[Triplets, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.fixed = False
         for site in host.anatomy.sites(c.targets):
             check_rank(c.rank, site)
             update = Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
             self.updates[site] = host.after(site, "adalora", update)
-
-    # ``trace`` is the history of ranks: from each of its steps on, these triplets were not zero.
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its triplets count."""
