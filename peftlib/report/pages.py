@@ -1,4 +1,4 @@
-"""The generated pages: taxonomy, one card a method, leaderboard, conformance; with the figures that they show.
+"""The generated pages: taxonomy, one card a method, leaderboard, searches, conformance; with the figures they show.
 
 Everything comes from the taxonomy, the attached methods, the store of results and the conformance file: the same
 inputs give the same bytes.
@@ -7,16 +7,17 @@ inputs give the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import yaml
 from matplotlib.figure import Figure
 
 from peftlib import tasks, taxonomy
-from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Store
-from peftlib.report import cards, conformance, figures, markdown, notebooks
+from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs
+from peftlib.report import cards, conformance, figures, markdown, notebooks, searches
 from peftlib.report.counts import counts
 from peftlib.report.standings import Standings
 from peftlib.taxonomy import design
@@ -29,6 +30,12 @@ def generate(root: Path) -> dict[str, str | bytes]:
     """All generated files, by their path below the Sphinx source."""
     standings = Standings(Store(root / "results"), MEASURED)
     matrix = conformance.read(root)
+    found = [log for log in logs(root / "results") if log.spec.profile == MEASURED]
+    structures = [
+        record
+        for track in standings.profile.tracks
+        for record in Store(root / "results/search").records(MEASURED, track)
+    ]
     sources = cards.Sources(
         counts=counts(root),
         standings=standings,
@@ -40,11 +47,13 @@ def generate(root: Path) -> dict[str, str | bytes]:
         "taxonomy.md": taxonomy_page(sources),
         "design-space.md": design_page(),
         "leaderboard.md": leaderboard_page(standings),
+        "searches.md": searches_page(found, structures),
         "conformance.md": conformance_page(matrix),
         "tables/profiles.md": profiles_table(),
         "tables/tracks.md": tracks_table(standings),
         "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
         "figures/design-space.svg": svg(figures.design_space()),
+        "figures/searches.svg": svg(searches.search_figure(found)),
     }
     drawn: dict[frozenset[str], bytes] = {}
     for entry in taxonomy.METHODS:
@@ -311,6 +320,57 @@ def _marked(value: float | None, best: bool) -> str:
     if value is None:
         return ""
     return f"**{value:.3f}**" if best else f"{value:.3f}"
+
+
+# Searches over structures
+
+
+def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) -> str:
+    """What AutoPEFT's and S3Delta's searches found, beside chance at equal cost."""
+    parts = [
+        "# Searches",
+        "Two methods of the review look for the structure that they then train. Both stand here beside chance: random "
+        "structures from the same space that cost as much. Searches look at validation data only; test data are shown.",
+        "## AutoPEFT",
+        "[AutoPEFT](cards/autopeft.md) chooses three sizes (serial and parallel bottleneck, prefix length) and the "
+        "layers that have them. Its outcomes are a pair, quality and number of trained parameters, so a search finds a "
+        "Pareto set: the structures that no other trial beats in both. The dominated share of outcomes "
+        "(hypervolume, from the score of chance to 1 and, on a log scale, from the largest structure to the smallest) "
+        "puts a set into one number.",
+        markdown.figure(
+            "figures/searches.svg",
+            "Left: trials and Pareto sets; right: dominated share of outcomes by trainings",
+            "Left: every trial, and the Pareto set of each search. Right: how the dominated share grows with the "
+            "number of trainings; both strategies share their first, random trials.",
+        ),
+    ]
+    if found:
+        parts.append(_dicts(searches.search_rows(found)))
+        best = max(found, key=lambda log: (log.spec.strategy == "bayesian", log.hypervolume()))
+        parts += [
+            f"The Pareto set of the {best.spec.strategy} search with seed {best.spec.seed}, with its configurations "
+            "(a digit a layer, from the first):",
+            _dicts(searches.pareto_rows(best)),
+        ]
+        parts.append("Files: " + ", ".join(f"`results/{log.spec.path}`" for log in found) + ".")
+    else:
+        parts.append("No stored searches. `peftlib search autopeft` makes them.")
+    parts += [
+        "## S3Delta",
+        "[S3Delta](cards/s3delta.md) trains gates on candidate changes while they compete for a fixed budget of "
+        "parameters, keeps those with the highest gates and trains them anew. Random structures fill the same budget.",
+    ]
+    if structures:
+        parts.append(_dicts(searches.structure_rows(structures)))
+        files = ", ".join(f"`{r['key']}`" for r in structures)
+        parts.append(f"Runs in `results/search/{MEASURED}/`: {files}.")
+    else:
+        parts.append("No stored searches. `peftlib search s3delta` makes them.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _dicts(rows: Sequence[Mapping[str, Any]]) -> str:
+    return markdown.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 # Tables that prose pages include

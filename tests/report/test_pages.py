@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from peftlib import taxonomy
-from peftlib.experiments import Store
+from peftlib.experiments import Store, logs
 from peftlib.report import Standings, cards, conformance, counts, pages
 
 from ..project import ROOT
@@ -71,6 +71,16 @@ def test_a_card_has_the_survey_s_count_and_names_its_runs(files, sources):
     assert f"accuracy {row['mean']:.3f} ± {row['std']:.3f} | 3 |" in card
     assert all(f"`{key}`" in card for key in row["runs"])
     assert "On few-shot it is 6.0 points below training the head alone." in card
+
+
+def test_the_searches_page_shows_what_is_stored():
+    stored = Store(ROOT / "results/search").records("embedded", "few-shot")
+    page = pages.searches_page(logs(ROOT / "results"), stored)
+    for log in logs(ROOT / "results"):
+        assert f"`results/{log.spec.path}`" in page
+        assert f"| {log.spec.strategy} | {log.spec.seed} | {len(log.trials)} | {log.hypervolume():.3f} |" in page
+    assert all(f"`{record['key']}`" in page for record in stored)
+    assert pages.searches_page([], []).count("No stored searches.") == 2
 
 
 def test_a_card_says_what_is_missing(files):
