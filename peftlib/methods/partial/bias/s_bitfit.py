@@ -41,7 +41,7 @@ class SBitFitConfig(SearchConfig):
 
 class SBitFit(SearchedBiases):
     Config = SBitFitConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         biases = super().choices(host)

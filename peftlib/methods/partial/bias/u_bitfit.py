@@ -46,7 +46,7 @@ class UBitFitConfig(SearchConfig):
 
 class UBitFit(SearchedBiases):
     Config = UBitFitConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         self.search(batches, pruning.entries, "entries", self.config.rounds)

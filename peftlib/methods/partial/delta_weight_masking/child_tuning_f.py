@@ -39,7 +39,7 @@ class ChildTuningFConfig(MethodConfig):
 
 class ChildTuningF(Method):
     Config = ChildTuningFConfig
-    learning_rate = 5e-5
+    learning_rate = 1e-4
 
     def attach(self, host: Host) -> None:
         self.seed = int(torch.randint(2**31, (), device="cpu"))

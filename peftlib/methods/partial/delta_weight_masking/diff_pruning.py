@@ -70,7 +70,7 @@ class DiffPruningConfig(MethodConfig):
 
 class DiffPruning(ChosenEntries):
     Config = DiffPruningConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         c = self.config

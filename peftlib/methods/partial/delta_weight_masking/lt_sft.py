@@ -55,7 +55,7 @@ class LTSFTConfig(MethodConfig):
 
 class LTSFT(ChosenEntries):
     Config = LTSFTConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         c, head = self.config, self.trained_head()
