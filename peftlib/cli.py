@@ -187,13 +187,17 @@ def book(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from peftlib.efficiency import bench as source
+    from peftlib import experiments
+    from peftlib.efficiency import bench as speed
     from peftlib.efficiency import memory
 
-    if args.memory:
-        Console().print(memory.compare(args.methods or memory.COMPARED, backbone=args.backbone))
-        return 0
-    return source.main(args.methods, backbone=args.backbone)
+    kind = "memory" if args.memory else "step"
+    measured = memory if args.memory else speed
+    rows = measured.compare(args.methods or (memory.COMPARED if args.memory else ()), backbone=args.backbone)
+    out.print(measured.table(rows))
+    if args.store:
+        out.print(f"stored in {experiments.write_costs(kind, args.backbone, rows, args.results)}")
+    return 0
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -335,6 +339,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command(bench, "speed and memory of the methods on this machine")
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all; with --memory a few")
     sub.add_argument("--memory", action="store_true", help="peak memory of calibration and training, instead of time")
+    sub.add_argument("--store", action="store_true", help="keep what was measured, for the book's page of costs")
+    sub.add_argument("--results", default="results", help="folder to keep it in (default: results)")
     sub.add_argument("--backbone", default="minilm-l6", metavar="NAME", help="default: minilm-l6")
     sub = command(plan, "the memory that a training step will take, from shapes alone")
     sub.add_argument("backbone", help="a published model, such as llama-7b or roberta-base, or any hub name or folder")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -130,20 +129,18 @@ def table(rows: Iterable[Row]) -> Table:
     return shown
 
 
-def main(methods: Iterable[str] = (), *, threads: int = 1, **options) -> int:
-    """Measure and print; ``methods`` are names (default: all of :func:`cases`), ``options`` those of :func:`row`.
+def compare(methods: Iterable[str] = (), *, threads: int = 1, **options) -> list[Row]:
+    """Measure methods (default: all of :func:`cases`) one after the other; ``options`` are those of :func:`row`.
 
     One thread by default: with more, what other processes do on the machine shows in the times.
     """
-    out, wanted, before = Console(), set(methods), torch.get_num_threads()
+    wanted, before = {config(name).method for name in methods}, torch.get_num_threads()
     chosen = [case for case in cases() if not wanted or case[1].method in wanted]
     torch.set_num_threads(threads)
     try:
-        shown = track(chosen, "measuring", console=out, transient=True)
-        out.print(table([row(name, method, **options) for name, method in shown]))
+        return [row(name, method, **options) for name, method in track(chosen, "measuring", transient=True)]
     finally:
         torch.set_num_threads(before)
-    return 0
 
 
 def _mb(step: Step) -> str:

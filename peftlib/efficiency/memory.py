@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -141,12 +142,9 @@ def measure(
     )
 
 
-def compare(
-    methods: Iterable[str] = ("full", "lora", "fish_mask", "sam", "lt_sft", "diff_pruning"), **options
-) -> Table:
-    """Methods with their defaults, measured one after the other, as a table for a terminal; ``options`` are those of
-    :func:`measure`."""
-    return table(measure(name, config(name), **options) for name in methods)
+def compare(methods: Iterable[str] = COMPARED, **options) -> list[Memory]:
+    """Measure methods with their defaults, one after the other; ``options`` are those of :func:`measure`."""
+    return [measure(name, config(name), **options) for name in track(list(methods), "measuring", transient=True)]
 
 
 def table(rows: Iterable[Memory]) -> Table:

@@ -1,5 +1,6 @@
 """Experiments: what a run is, one run, the store of results, and sweeps that can be killed at any moment."""
 
+from peftlib.experiments.costs import read_costs, write_costs
 from peftlib.experiments.run import Trained, execute, run, train
 from peftlib.experiments.search import Log, SearchSpec, Space, logs, read_log, search, structure_specs
 from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
@@ -21,6 +22,7 @@ __all__ = [
     "execute",
     "logs",
     "profile",
+    "read_costs",
     "read_log",
     "run",
     "run_spec",
@@ -30,4 +32,5 @@ __all__ = [
     "summarize",
     "sweep",
     "train",
+    "write_costs",
 ]

@@ -45,6 +45,22 @@ TIE = 0.03
 0.7 on the few-shot track's 256 rows is 0.03."""
 
 
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document as one step: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(document, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
 class Store:
     """Runs below one folder: ``<profile>/<track>/<method>-<seed>-<key>.json``; failures in ``failed/`` beside them."""
 
@@ -66,18 +82,7 @@ class Store:
         path = self.path(spec)
         if failed:
             path = self.root / "failed" / path.relative_to(self.root)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(record, file, indent=1, sort_keys=True)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        write_json(path, record)
         return path
 
     @contextmanager

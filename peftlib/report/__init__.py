@@ -1,5 +1,6 @@
 """What readers see: executed notebooks, generated pages, figures and tables, the book."""
 
+from peftlib.report.costs import cost_figure, memory_rows, step_rows
 from peftlib.report.counts import count
 from peftlib.report.figures import (
     learning_rate_search,
@@ -37,10 +38,12 @@ __all__ = [
     "budget_map",
     "calibration_error",
     "comparison",
+    "cost_figure",
     "count",
     "learning_rate_search",
     "loss_curves",
     "masks",
+    "memory_rows",
     "mixture_figure",
     "mixture_weights",
     "overlap",
@@ -61,6 +64,7 @@ __all__ = [
     "singular_values",
     "sites_diagram",
     "source",
+    "step_rows",
     "structure_rows",
     "table",
     "taxonomy_tree",

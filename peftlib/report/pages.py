@@ -16,8 +16,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from peftlib import tasks, taxonomy
-from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs
-from peftlib.report import cards, conformance, figures, markdown, notebooks, searches
+from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs, read_costs
+from peftlib.report import cards, conformance, costs, figures, markdown, notebooks, searches
 from peftlib.report.counts import counts
 from peftlib.report.standings import Standings
 from peftlib.taxonomy import design
@@ -36,6 +36,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
         for track in standings.profile.tracks
         for record in Store(root / "results/search").records(MEASURED, track)
     ]
+    memory, step = (read_costs(kind, PROFILES[MEASURED].backbone, root / "results") for kind in ("memory", "step"))
     sources = cards.Sources(
         counts=counts(root),
         standings=standings,
@@ -47,12 +48,14 @@ def generate(root: Path) -> dict[str, str | bytes]:
         "taxonomy.md": taxonomy_page(sources),
         "design-space.md": design_page(),
         "leaderboard.md": leaderboard_page(standings),
+        "costs.md": costs_page(memory, step),
         "searches.md": searches_page(found, structures),
         "conformance.md": conformance_page(matrix),
         "tables/profiles.md": profiles_table(),
         "tables/tracks.md": tracks_table(standings),
         "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
         "figures/design-space.svg": svg(figures.design_space()),
+        "figures/costs.svg": svg(costs.cost_figure(memory, step)),
         "figures/searches.svg": svg(searches.search_figure(found)),
     }
     drawn: dict[frozenset[str], bytes] = {}
@@ -320,6 +323,56 @@ def _marked(value: float | None, best: bool) -> str:
     if value is None:
         return ""
     return f"**{value:.3f}**" if best else f"{value:.3f}"
+
+
+# Costs
+
+
+def costs_page(memory: costs.Costs, step: costs.Costs) -> str:
+    """What a training step takes, from stored measurements."""
+    settings = "on MiniLM-L6, batches of 8 rows of 64 tokens, float32"
+    parts = [
+        "# Costs",
+        f"What training with each method takes, {settings}. The runs of the leaderboard shared their machine; these "
+        "numbers are counted, or are ratios of steps that took turns, so other work on the machine does not move them. "
+        "`make bench` measures them on yours.",
+        markdown.figure(
+            "figures/costs.svg",
+            "Left: memory of training by method; right: time of a step beside the floor",
+            "Left: memory of training (bar) and of what comes before it, such as calibration or a first phase (mark). "
+            "Right: time of a forward and backward pass beside the floor (filled) and HF peft's (hollow).",
+        ),
+        "## Memory",
+        "The peak of all tensors that are alive at once, in MB beside the loaded backbone: before training, where "
+        "something is calibrated or trained first, and in training (forward, backward and AdamW's step). Of that peak, "
+        "gradients of trained parameters and AdamW's states have a column each. Methods that keep a few entries of "
+        "frozen tensors have states for these entries only.",
+        *_measured(costs.memory_rows(memory), memory),
+        "## Time",
+        "A frozen backbone that carries gradients to its embeddings, and computes none for its weights, is the floor "
+        "of every method that trains something below the first layer. Time is given as a multiple of that floor, the "
+        "median over turns. MB kept is what autograd holds between forward and backward, parameters not counted.",
+        *_measured(costs.step_rows(step), step),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], stored: costs.Costs) -> Iterator[str]:
+    if not rows:
+        yield "No stored measurements."
+        return
+    yield markdown.table(
+        tuple(rows[0]),
+        [(_card(row["method"]), *list(row.values())[1:]) for row in rows],
+        "l" + "r" * (len(rows[0]) - 1),
+        name="sortable",
+    )
+    seen = sorted({(p["processor"], p["versions"]["torch"]) for p in (cost["provenance"] for cost in stored.values())})
+    yield " ".join(f"Measured on {processor}, torch {version}." for processor, version in seen)
+
+
+def _card(name: str) -> str:
+    return f"[{name}](cards/{name.partition(',')[0]}.md)"
 
 
 # Searches over structures

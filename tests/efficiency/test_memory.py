@@ -58,7 +58,7 @@ def test_training_k_values_takes_states_and_gradients_of_k_values(name):
 
 
 def test_the_table_names_what_was_measured():
-    shown = memory.compare(("full", "lora"), **OPTIONS)
+    shown = memory.table(memory.compare(("full", "lora"), **OPTIONS))
     assert list(shown.columns[0].cells) == ["full", "lora"]
     assert "cpu" in shown.caption
 
