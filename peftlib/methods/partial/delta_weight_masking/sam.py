@@ -48,7 +48,7 @@ class SAMConfig(MethodConfig):
 
 class SAM(ChosenEntries):
     Config = SAMConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         scores = importance.accumulated(self.host.model, self.candidates.values(), batches, self.config.batches)
