@@ -47,7 +47,7 @@ def step_rows(costs: Costs) -> list[dict[str, str]]:
 @mpl.rc_context(STYLE)
 def cost_figure(memory: Costs, step: Costs) -> Figure:
     """Left: MB of training (bar) and of what comes before it (mark). Right: time of a step beside the floor (filled),
-    and HF peft's (hollow). Without measurements the figure says that there are none."""
+    and HF peft's (hollow). Where there are no measurements the figure says so."""
     names = [name for name, _ in _ordered({**step, **memory})]
     if not names:
         figure, axes = plt.subplots(figsize=(9.2, 3.8))
@@ -68,6 +68,8 @@ def cost_figure(memory: Costs, step: Costs) -> Figure:
             right.plot(cost["ours"]["ratio"], place, "o", color=colour, markersize=5)
             if cost["peft"]:
                 right.plot(cost["peft"]["ratio"], place, "o", color=colour, markersize=6, markerfacecolor="none")
+    for axes in (axes for axes, measured in ((left, memory), (right, step)) if not measured):
+        axes.text(0.5, 0.5, "no stored measurements", ha="center", va="center", transform=axes.transAxes)
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="MB beside the backbone")
     left.tick_params(axis="y", labelsize=8, length=0)
     left.invert_yaxis()

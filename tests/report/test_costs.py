@@ -37,6 +37,7 @@ def test_the_figure_shows_each_measurement(stored):
     assert [label.get_text() for label in left.get_yticklabels()] == ["fish_mask", "lora", "lora, all linear", "full"]
     assert len([line for line in right.lines if line.get_marker() == "o"]) == 4
     assert "no stored measurements" in cost_figure({}, {}).axes[0].texts[0].get_text()
+    assert [len(axes.texts) for axes in cost_figure(stored[0], {}).axes] == [0, 1]
 
 
 def test_the_page_links_cards_and_says_what_is_missing(stored):
