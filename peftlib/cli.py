@@ -191,9 +191,8 @@ def bench(args: argparse.Namespace) -> int:
     from peftlib.efficiency import bench as speed
     from peftlib.efficiency import memory
 
-    kind = "memory" if args.memory else "step"
-    measured = memory if args.memory else speed
-    rows = measured.compare(args.methods or (memory.COMPARED if args.memory else ()), backbone=args.backbone)
+    kind, measured = ("memory", memory) if args.memory else ("step", speed)
+    rows = measured.compare(args.methods, backbone=args.backbone)
     out.print(measured.table(rows))
     if args.store:
         out.print(f"stored in {experiments.write_costs(kind, args.backbone, rows, args.results)}")

@@ -142,9 +142,11 @@ def measure(
     )
 
 
-def compare(methods: Iterable[str] = COMPARED, **options) -> list[Memory]:
-    """Measure methods with their defaults, one after the other; ``options`` are those of :func:`measure`."""
-    return [measure(name, config(name), **options) for name in track(list(methods), "measuring", transient=True)]
+def compare(methods: Iterable[str] = (), **options) -> list[Memory]:
+    """Measure methods (default: ``COMPARED``) with their defaults, one after the other; ``options`` are those of
+    :func:`measure`."""
+    chosen = list(methods) or COMPARED
+    return [measure(name, config(name), **options) for name in track(chosen, "measuring", transient=True)]
 
 
 def table(rows: Iterable[Memory]) -> Table:

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from peftlib import taxonomy
-from peftlib.report.figures import CLASSES, INK, PLAIN, STYLE
+from peftlib.report.figures import CLASSES, INK, PLAIN, STYLE, nothing
 
 Costs = Mapping[str, Mapping[str, Any]]
 """Measurements by name, as ``experiments.read_costs`` gives them."""
@@ -50,11 +50,7 @@ def cost_figure(memory: Costs, step: Costs) -> Figure:
     and HF peft's (hollow). Where there are no measurements the figure says so."""
     names = [name for name, _ in _ordered({**step, **memory})]
     if not names:
-        figure, axes = plt.subplots(figsize=(9.2, 3.8))
-        axes.text(0.5, 0.5, "no stored measurements", ha="center", va="center", fontsize=13)
-        axes.axis("off")
-        plt.close(figure)
-        return figure
+        return nothing("no stored measurements")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 1.2 + 0.2 * len(names)), sharey=True)
     for place, name in enumerate(names):
         colour = CLASSES[_category(name)]
@@ -91,12 +87,13 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
 def _ordered(costs: Costs) -> list[tuple[str, Mapping[str, Any]]]:
     """In the taxonomy's order; a variant, such as "lora, all linear", behind its method."""
     order = taxonomy.methods()
-    return sorted(costs.items(), key=lambda item: (order.index(_method(item[0])), item[0]))
+    return sorted(costs.items(), key=lambda item: (order.index(method_of(item[0])), item[0]))
 
 
-def _method(name: str) -> str:
+def method_of(name: str) -> str:
+    """The method of a measurement, which may be of a variant of it."""
     return name.partition(",")[0]
 
 
 def _category(name: str) -> str:
-    return taxonomy.entry(_method(name)).category.partition("/")[0]
+    return taxonomy.entry(method_of(name)).category.partition("/")[0]

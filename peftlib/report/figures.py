@@ -49,6 +49,16 @@ def _figure(width: float, height: float, **more) -> tuple[Figure, Any]:
     return plt.subplots(figsize=(width, height), **more)
 
 
+@mpl.rc_context(STYLE)
+def nothing(what: str, width: float = 9.2, height: float = 3.8) -> Figure:
+    """A figure without data, which says so: ``what`` there is none of."""
+    figure, axes = _figure(width, height)
+    axes.text(0.5, 0.5, what, ha="center", va="center", fontsize=13)
+    axes.axis("off")
+    plt.close(figure)
+    return figure
+
+
 #: The parts of a model with one layer drawn: site -> (x, y, width, height, label), in units of the drawing.
 _BOXES: dict[str, tuple[float, float, float, float, str]] = {
     "embeddings": (0.0, 1.1, 1.25, 0.8, "embeddings"),
@@ -235,12 +245,9 @@ def quality_against_parameters(rows: Sequence[dict[str, Any]], metric: str = "ac
     ``rows`` are those of ``experiments.summarize``; without rows the figure says that there are no runs. ``full`` and
     ``head`` are drawn as reference lines.
     """
-    figure, axes = _figure(8.2, 4.8)
     if not rows:
-        axes.text(0.5, 0.5, "no stored runs", ha="center", va="center", fontsize=13)
-        axes.axis("off")
-        plt.close(figure)
-        return figure
+        return nothing("no stored runs", 8.2, 4.8)
+    figure, axes = _figure(8.2, 4.8)
     spread = any(len(row["seeds"]) > 1 for row in rows)
     for row in rows:
         colour = CLASSES[taxonomy.entry(row["method"]).category.split("/")[0]]

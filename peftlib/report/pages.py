@@ -334,7 +334,7 @@ def costs_page(memory: costs.Costs, step: costs.Costs) -> str:
     parts = [
         "# Costs",
         f"What training with each method takes, {settings}. The runs of the leaderboard shared their machine; these "
-        "numbers are counted, or are ratios of steps that took turns, so other work on the machine does not move them. "
+        "numbers are counted, or are ratios of steps that took turns, which other work on the machine moves little. "
         "`make bench` measures them on yours.",
         markdown.figure(
             "figures/costs.svg",
@@ -372,7 +372,7 @@ def _measured(rows: Sequence[Mapping[str, Any]], stored: costs.Costs) -> Iterato
 
 
 def _card(name: str) -> str:
-    return f"[{name}](cards/{name.partition(',')[0]}.md)"
+    return f"[{name}](cards/{costs.method_of(name)}.md)"
 
 
 # Searches over structures
@@ -383,7 +383,7 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     parts = [
         "# Searches",
         "Two methods of the review look for the structure that they then train. Both stand here beside chance: random "
-        "structures from the same space that cost as much. Searches look at validation data only; test data are shown.",
+        "structures from the same space. Searches look at validation data only; test data are shown.",
         "## AutoPEFT",
         "[AutoPEFT](cards/autopeft.md) chooses three sizes (serial and parallel bottleneck, prefix length) and the "
         "layers that have them. Its outcomes are a pair, quality and number of trained parameters, so a search finds a "

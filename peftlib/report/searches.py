@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from peftlib.experiments import Log
-from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED
+from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED, nothing
 
 _COLOURS = {"bayesian": TOUCHED, "random": ADDED}
 
@@ -87,11 +87,7 @@ def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:
     Without searches the figure says that there are none."""
     with plt.rc_context(STYLE):
         if not logs:
-            figure, axes = plt.subplots(figsize=(9.2, 3.8))
-            axes.text(0.5, 0.5, "no stored searches", ha="center", va="center", fontsize=13)
-            axes.axis("off")
-            plt.close(figure)
-            return figure
+            return nothing("no stored searches")
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8))
         for strategy, colour in _COLOURS.items():
             mine = [log for log in logs if log.spec.strategy == strategy]

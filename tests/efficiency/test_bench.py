@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import peftlib
+from peftlib import cli
 from peftlib.efficiency import bench
 from tests.methods.helpers import backbone, inputs
 
@@ -62,3 +63,10 @@ def test_the_chosen_methods_are_measured(one_thread):
     options = {"backbone": "tiny-bert", "batch_size": 2, "length": 8, "turns": 1, "device": "cpu"}
     assert [row.name for row in bench.compare(["lora"], **options)] == ["lora", "lora, all linear"]
     assert torch.get_num_threads() == 1
+
+
+def test_command_prints_the_chosen_methods(capsys, one_thread):
+    assert cli.main(["bench", "lora", "--backbone", "tiny-bert"]) == 0
+    printed = capsys.readouterr().out
+    assert "lora" in printed
+    assert "ladder" not in printed

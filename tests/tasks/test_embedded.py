@@ -178,6 +178,7 @@ def test_coherence_passes_second_halves_round(loaded):
     labels = np.array(rows["label"])
     assert not real[labels == 0].any()
     assert real[labels == 1].all()
+    assert len(set(rows["text_pair"])) == len(rows)
     longer = [len(b.split()) - len(a.split()) for a, b in zip(rows["text"], rows["text_pair"])]
     assert set(longer) == {0, 1}
 
