@@ -1,5 +1,6 @@
 """Settings that every test runs under. They are read at import time by torch and transformers, so they stand first."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,3 +14,11 @@ def pytest_configure(config):
     from tests.conformance.plugin import Collector
 
     config.pluginmanager.register(Collector(), "conformance")
+
+
+def pytest_collection_finish():
+    # Trainer and torch.compile collect garbage again and again, and would each time look through the imported modules
+    # and the thousands of tests, which stay.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -13,13 +14,8 @@ from peftlib.mechanisms.precision import without_autocast
 _BLOCK = 6
 """Bits of an index that are transformed at once, as a product with a Hadamard matrix of 2^6 rows: few passes over the
 memory, and products that a CPU or GPU is fast at."""
-
-
-def _hadamard(bits: int, like: torch.Tensor) -> torch.Tensor:
-    matrix = like.new_ones(1, 1)
-    for _ in range(bits):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+_HADAMARD = torch.from_numpy(scipy.linalg.hadamard(1 << _BLOCK, dtype="int8"))
+"""Its first 2^k rows and columns are the matrix for k bits."""
 
 
 class _Transform(torch.autograd.Function):
@@ -42,7 +38,7 @@ def _transform(vector: torch.Tensor) -> torch.Tensor:
     while left > 1:
         bits = min(_BLOCK, left.bit_length() - 1)
         left >>= bits
-        matrix = _hadamard(bits, vector)
+        matrix = _HADAMARD[: 1 << bits, : 1 << bits].to(vector)
         pieces = vector.reshape(left, 1 << bits, right)
         vector = pieces.squeeze(-1) @ matrix if right == 1 else matrix @ pieces
         right <<= bits

@@ -83,15 +83,16 @@ def test_one_task_is_cut_out_saved_and_merged(shared_gate, tmp_path):
         adapted.merge()
 
     adapted.method.keep(1)
-    assert torch.equal(logits(adapted.model, **data), expected)
-    assert torch.equal(logits(adapted.model, **data, task_ids=torch.tensor([1, 0, 2])), expected)
+    torch.testing.assert_close(logits(adapted.model, **data), expected, atol=1e-6, rtol=1e-6)
+    kept = logits(adapted.model, **data, task_ids=torch.tensor([1, 0, 2]))
+    torch.testing.assert_close(kept, expected, atol=1e-6, rtol=1e-6)
     alone = adapted.save(tmp_path / "one")
     merged = adapted.merge()
     torch.testing.assert_close(logits(merged, **data), expected, atol=1e-5, rtol=1e-5)
 
     one = peftlib.load(backbone("bert"), alone)
     assert one.method.tasks == 1
-    assert torch.equal(logits(one.model, **data), expected)
+    torch.testing.assert_close(logits(one.model, **data), expected, atol=1e-6, rtol=1e-6)
     every = peftlib.load(backbone("bert"), folder)
     with every.task(1):
         assert torch.equal(logits(every.model, **data), expected)

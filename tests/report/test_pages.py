@@ -24,6 +24,9 @@ def root(tmp_path_factory):
     """A repository with a store and one chapter."""
     path = tmp_path_factory.mktemp("root")
     shutil.copy(ROOT / "_config.yml", path)
+    counts.counts(ROOT)
+    (path / counts.CACHE).parent.mkdir()
+    shutil.copy(ROOT / counts.CACHE, path / counts.CACHE)  # they are the book's own, which it takes a while to count
     (path / "notebooks").mkdir()
     (path / "notebooks" / f"{CHAPTER}.ipynb").write_text(TEXT)
     make(path)
