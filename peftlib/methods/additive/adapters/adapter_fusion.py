@@ -74,7 +74,7 @@ class FusedAdapters(nn.Module):
 
 class AdapterFusion(Method):
     Config = AdapterFusionConfig
-    learning_rate = 5e-5
+    learning_rate = 5e-4
     source_methods = ("adapter_drop", "sequential_adapter", "parallel_adapter", "residual_adapter")
 
     def attach(self, host: Host) -> None:

@@ -72,7 +72,7 @@ class CODAConfig(MethodConfig):
 
 class CODA(Method):
     Config = CODAConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
     exceptions: ClassVar[dict[str, str]] = {
         "moves on bert": "Behind the last layer only the pooled token counts, which is nearly the same in every text: "
         "while it is not chosen, or its gate is exactly 1, no gradient reaches that layer's router."

@@ -60,7 +60,7 @@ class HyperformerPPConfig(MethodConfig):
 
 class HyperformerPP(Method):
     Config = HyperformerPPConfig
-    learning_rate = 3e-4
+    learning_rate = 1e-4
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

@@ -61,7 +61,7 @@ class MerAConfig(MethodConfig):
 
 class MerA(Method):
     Config = MerAConfig
-    learning_rate = 1e-4
+    learning_rate = 5e-4
     source_methods = ("adapter_drop", "parallel_adapter", "residual_adapter", "sequential_adapter")
 
     def __init__(self, config: MerAConfig):

@@ -69,7 +69,7 @@ class WarpConfig(MethodConfig):
 
 class Warp(Method):
     Config = WarpConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     exceptions = {  # noqa: RUF012
         "overfits": "The check keeps the class vectors frozen. Prompts alone act through attention, which random "
         "weights spread evenly, and norms behind the blocks bound what is left."
