@@ -5,6 +5,7 @@ Colours are readable on a light and on a dark page; text takes a mid grey that b
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
+from matplotlib.transforms import Bbox
 
 from peftlib import taxonomy
 from peftlib.taxonomy import design
@@ -135,7 +137,7 @@ def sites_diagram(method: str, title: bool = True) -> Figure:
         axes.add_patch(Circle((x, 1.5), 0.13, fill=False, edgecolor=PLAIN, linewidth=1))
         axes.text(x, 1.49, "+", ha="center", va="center", fontsize=9)
         axes.plot([source, source, x], [1.5, 2.8, 2.8], color=PLAIN, linewidth=1)
-        axes.annotate("", xy=(x, 1.63), xytext=(x, 2.8), arrowprops={**arrow, "shrinkA": 0})
+        axes.annotate("", xy=(x, 1.63), xytext=(x, 2.8), arrowprops={**arrow})
     for name, (x, y, width, height, label) in _BOXES.items():
         hit = name in touched
         axes.add_patch(
@@ -247,7 +249,8 @@ def quality_against_parameters(rows: Sequence[dict[str, Any]], metric: str = "ac
     """
     if not rows:
         return nothing("no stored runs", 8.2, 4.8)
-    figure, axes = _figure(8.2, 4.8)
+    # The more names there are, the more room they need.
+    figure, axes = _figure(8.2, 4.8 + 0.06 * max(0, len(rows) - 20))
     spread = any(len(row["seeds"]) > 1 for row in rows)
     for row in rows:
         colour = CLASSES[taxonomy.entry(row["method"]).category.split("/")[0]]
@@ -292,17 +295,18 @@ def _label(axes, points: Sequence[tuple[float, float, float, str]], lines: Seque
         taken += [_Box(px - 4 * unit, py - 4 * unit, 8 * unit, 8 * unit), _Box(px - unit, low, 2 * unit, high - low)]
     for x, y, _, name in sorted(points, key=lambda p: -p[1]):
         px, py = pixels(x, y)
-        width = 0.62 * size * unit * len(name)
-        places = [
-            (px + dx, py + step * height)
-            for step in sorted(range(-14, 15), key=abs)
-            for dx in (7 * unit, -7 * unit - width)
-            if px + dx > frame.x0 and px + dx + width < frame.x1 + 40 * unit
-        ]
+        width = 0.62 * size * unit * (len(name) + 1)
+        offsets = sorted(
+            ((step * height, gap * unit) for step in range(-16, 17) for gap in (7, 30, 60, 90)),
+            key=lambda offset: math.hypot(*offset),
+        )
+        places = [(px + dx, py + up) for up, gap in offsets for dx in (gap, -gap - width)]
         boxes = [_Box(left, middle - height / 2, width, height) for left, middle in places]
+        boxes = [box for box in boxes if box.inside(frame)] or boxes
         box = next((box for box in boxes if not any(box.meets(other) for other in taken)), boxes[0])
         taken.append(box)
-        far = abs(box.y + height / 2 - py) > height
+        near = max(box.x - px, px - box.x - width) < 10 * unit
+        far = abs(box.y + height / 2 - py) > height or not near
         axes.annotate(
             name,
             xy=(x, y),
@@ -322,6 +326,10 @@ class _Box:
     y: float
     width: float
     height: float
+
+    def inside(self, frame: Bbox) -> bool:
+        across = frame.x0 < self.x and self.x + self.width < frame.x1
+        return across and frame.y0 < self.y and self.y + self.height < frame.y1
 
     def meets(self, other: _Box) -> bool:
         return (
