@@ -493,6 +493,9 @@ OVERFIT_RATE: dict[str, float] = {
     "head": 0.003,
     "hadamard_adapter": 0.05,
     "pasta": 0.3,
+    "adapter_fusion": 0.001,
+    "p_tuning": 0.01,
+    "spot": 0.05,
 }
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
