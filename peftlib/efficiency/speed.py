@@ -1,6 +1,6 @@
 """What a choice within a method does to speed: FLOPs by torch's counter, and time, variant beside variant.
 
->>> variants = {f"k = {k}": peftlib.config("adapter_drop", dropped=k, bottleneck=48) for k in range(7)}
+>>> variants = {f"k = {k}": peftlib.config("adapter_drop", dropped=k, robust=False, bottleneck=48) for k in range(6)}
 >>> print(speed.table(speed.compare(variants)))
 
 As in :mod:`peftlib.efficiency.bench` the variants take turns, and ratios are medians over the turns.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -23,15 +24,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftlib import backbones
 from peftlib.adapted import attach
 from peftlib.efficiency.bench import random_batch, take_turns
+from peftlib.errors import UnknownNameError
+from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapter_drop": {f"k = {k}": {"dropped": k, "robust": False, "bottleneck": 48} for k in range(6)},
+    "coda": {f"n/k = {ratio}": {"reduction": float(ratio)} for ratio in (1, 2, 3, 5)},
+}
+"""Methods with an option that is there to save time: options by label, the slowest first."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One variant: ``flops`` of a pass, median ``seconds``, median ``ratio`` to the first variant of the same turn."""
+    """One variant: ``flops`` of a pass and their ratio to the first variant's, median ``seconds``, median ``ratio`` to
+    the first variant of the same turn."""
 
     name: str
     flops: int
+    flops_ratio: float
     seconds: float
     ratio: float
 
@@ -66,10 +77,10 @@ def compare(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     runs: dict[str, Callable[[], object]] = {}
     with ExitStack() as stack:
-        for name, config in variants.items():
+        for name, chosen in variants.items():
             model = backbones.load(backbone, dropout=0.0).model.to(device)
             batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
-            adapted = attach(model, config)
+            adapted = attach(model, chosen)
             adapted.calibrate([batch])
             model.train(train)
             if train:
@@ -77,23 +88,44 @@ def compare(
             runs[name] = partial(_pass, model, batch, train)
         flops = {name: count_flops(run) for name, run in runs.items()}
         seconds = take_turns(runs, turns, device)
-    first = seconds[next(iter(runs))]
+    first = next(iter(runs))
     return [
-        Speed(name, flops[name], statistics.median(taken), statistics.median(a / b for a, b in zip(taken, first)))
+        Speed(
+            name,
+            flops=flops[name],
+            flops_ratio=flops[name] / flops[first],
+            seconds=statistics.median(taken),
+            ratio=statistics.median(a / b for a, b in zip(taken, seconds[first])),
+        )
         for name, taken in seconds.items()
     ]
+
+
+def compare_known(methods: Iterable[str] = (), **settings) -> list[Speed]:
+    """The variants of ``VARIANTS``, of the named methods or all, as :func:`compare` measures them, each beside its
+    method's first: a forward pass, "method, label", and a training step, "method, training, label". Raises
+    UnknownNameError."""
+    rows = []
+    for method in methods or VARIANTS:
+        if method not in VARIANTS:
+            raise UnknownNameError("method with variants", method, VARIANTS)
+        for train, prefix in ((False, method), (True, f"{method}, training")):
+            variants = {f"{prefix}, {label}": config(method, **options) for label, options in VARIANTS[method].items()}
+            rows += compare(variants, train=train, **settings)
+    return rows
 
 
 def table(rows: Iterable[Speed]) -> Table:
     """The variants as a table for a terminal (``rich``)."""
     rows = list(rows)
-    shown = Table(title=f"Variants beside {rows[0].name}")
+    shown = Table(title="Variants beside the first of their method")
     shown.add_column("variant", no_wrap=True)
     for heading in ("GFLOPs", "x", "ms", "x"):
         shown.add_column(heading, justify="right")
     for r in rows:
-        share = r.flops / rows[0].flops
-        shown.add_row(r.name, f"{r.flops / 1e9:.2f}", f"{share:.2f}", f"{1e3 * r.seconds:.1f}", f"{r.ratio:.2f}")
+        shown.add_row(
+            r.name, f"{r.flops / 1e9:.2f}", f"{r.flops_ratio:.2f}", f"{1e3 * r.seconds:.1f}", f"{r.ratio:.2f}"
+        )
     return shown
 
 

@@ -11,18 +11,22 @@ from typing import Any
 
 from peftlib.efficiency.bench import Row
 from peftlib.efficiency.memory import Memory
+from peftlib.efficiency.speed import Speed
 from peftlib.errors import DataError
 from peftlib.experiments.provenance import provenance
 from peftlib.experiments.store import RESULTS, write_json
 
 
 def costs_path(kind: str, backbone: str, root: str | os.PathLike = RESULTS) -> Path:
-    """Where measurements lie; ``kind`` is "step" (time) or "memory"."""
+    """Where measurements lie; ``kind`` is "step" (time), "memory" or "variants" (of a method: FLOPs and time)."""
     return Path(root) / "costs" / f"{kind}-{backbone.replace('/', '-')}.json"
 
 
 def write_costs(
-    kind: str, backbone: str, rows: Iterable[Row] | Iterable[Memory], root: str | os.PathLike = RESULTS
+    kind: str,
+    backbone: str,
+    rows: Iterable[Row | Memory | Speed],
+    root: str | os.PathLike = RESULTS,
 ) -> Path:
     """Store measurements, each with where it comes from; those of other methods stay."""
     path = costs_path(kind, backbone, root)

@@ -1,6 +1,6 @@
 """What readers see: executed notebooks, generated pages, figures and tables, the book."""
 
-from peftlib.report.costs import cost_figure, memory_rows, step_rows
+from peftlib.report.costs import cost_figure, memory_rows, step_rows, variant_rows
 from peftlib.report.counts import count
 from peftlib.report.figures import (
     learning_rate_search,
@@ -68,4 +68,5 @@ __all__ = [
     "structure_rows",
     "table",
     "taxonomy_tree",
+    "variant_rows",
 ]

@@ -44,6 +44,19 @@ def step_rows(costs: Costs) -> list[dict[str, str]]:
     ]
 
 
+def variant_rows(costs: Costs) -> list[dict[str, str]]:
+    """FLOPs and time as ratios to the first variant of the same method and pass, one row a variant."""
+    return [
+        {
+            "method": name,
+            "GFLOPs": f"{cost['flops'] / 1e9:.2f}",
+            "x FLOPs": f"{cost['flops_ratio']:.2f}",
+            "x time": f"{cost['ratio']:.2f}",
+        }
+        for name, cost in _ordered(costs)
+    ]
+
+
 @mpl.rc_context(STYLE)
 def cost_figure(memory: Costs, step: Costs) -> Figure:
     """Left: MB of training (bar) and of what comes before it (mark). Right: time of a step beside the floor (filled),

@@ -36,7 +36,9 @@ def generate(root: Path) -> dict[str, str | bytes]:
         for track in standings.profile.tracks
         for record in Store(root / "results/search").records(MEASURED, track)
     ]
-    memory, step = (read_costs(kind, PROFILES[MEASURED].backbone, root / "results") for kind in ("memory", "step"))
+    memory, step, variants = (
+        read_costs(kind, PROFILES[MEASURED].backbone, root / "results") for kind in ("memory", "step", "variants")
+    )
     sources = cards.Sources(
         counts=counts(root),
         standings=standings,
@@ -48,7 +50,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
         "taxonomy.md": taxonomy_page(sources),
         "design-space.md": design_page(),
         "leaderboard.md": leaderboard_page(standings),
-        "costs.md": costs_page(memory, step),
+        "costs.md": costs_page(memory, step, variants),
         "searches.md": searches_page(found, structures),
         "conformance.md": conformance_page(matrix),
         "tables/profiles.md": profiles_table(),
@@ -328,7 +330,7 @@ def _marked(value: float | None, best: bool) -> str:
 # Costs
 
 
-def costs_page(memory: costs.Costs, step: costs.Costs) -> str:
+def costs_page(memory: costs.Costs, step: costs.Costs, variants: costs.Costs) -> str:
     """What a training step takes, from stored measurements."""
     settings = "on MiniLM-L6, batches of 8 rows of 64 tokens, float32"
     parts = [
@@ -353,6 +355,12 @@ def costs_page(memory: costs.Costs, step: costs.Costs) -> str:
         "of every method that trains something below the first layer. Time is given as a multiple of that floor, the "
         "median over turns. MB kept is what autograd holds between forward and backward, parameters not counted.",
         *_measured(costs.step_rows(step), step),
+        "## Computing less",
+        "AdapterDrop leaves out the adapters of the first k layers, which in training spares the backward pass through "
+        "these layers; CODA lets one of n/k tokens pass each layer. Measured are a forward pass without gradients and, "
+        "in rows that say training, forward and backward, on 8 rows of 128 tokens: FLOPs of matrix products by torch's "
+        "counter, and the median time over turns, both beside the first variant.",
+        *_measured(costs.variant_rows(variants), variants),
     ]
     return "\n\n".join(parts) + "\n"
 

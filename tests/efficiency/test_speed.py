@@ -1,7 +1,10 @@
 """Variants of a method beside each other: what is counted, and the table."""
 
+import pytest
+
 import peftlib
 from peftlib.efficiency import speed
+from peftlib.errors import UnknownNameError
 
 
 def test_variants_side_by_side():
@@ -18,3 +21,8 @@ def test_variants_side_by_side():
         else:
             assert rows[0].flops - rows[1].flops == forward
         assert speed.table(rows).row_count == 2
+
+
+def test_a_method_without_variants_is_an_error_that_lists_those_that_have_some():
+    with pytest.raises(UnknownNameError, match="adapter_drop"):
+        speed.compare_known(["lora"])

@@ -3,9 +3,9 @@
 import pytest
 
 import peftlib
-from peftlib.efficiency import bench, memory
+from peftlib.efficiency import bench, memory, speed
 from peftlib.experiments import read_costs, write_costs
-from peftlib.report import cost_figure, memory_rows, pages, step_rows
+from peftlib.report import cost_figure, memory_rows, pages, step_rows, variant_rows
 
 OPTIONS = {"backbone": "tiny-bert", "batch_size": 2, "length": 8, "device": "cpu"}
 
@@ -16,6 +16,13 @@ def stored(tmp_path_factory):
     write_costs("memory", "tiny-bert", memory.compare(("lora", "fish_mask", "full"), **OPTIONS), root)
     write_costs("step", "tiny-bert", bench.compare(("lora",), turns=1, **OPTIONS), root)
     return read_costs("memory", "tiny-bert", root), read_costs("step", "tiny-bert", root)
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    root = tmp_path_factory.mktemp("variants")
+    write_costs("variants", "tiny-bert", speed.compare_known(["coda"], turns=1, **OPTIONS), root)
+    return read_costs("variants", "tiny-bert", root)
 
 
 def test_rows_are_in_the_taxonomy_s_order_and_say_what_was_measured(stored):
@@ -40,8 +47,19 @@ def test_the_figure_shows_each_measurement(stored):
     assert [len(axes.texts) for axes in cost_figure(stored[0], {}).axes] == [0, 1]
 
 
-def test_the_page_links_cards_and_says_what_is_missing(stored):
-    page = pages.costs_page(*stored)
+def test_variants_stand_beside_the_first_of_their_method(variants):
+    rows = variant_rows(variants)
+    for names, mine in (("coda", rows[:4]), ("coda, training", rows[4:])):
+        assert [row["method"] for row in mine] == [f"{names}, n/k = {ratio}" for ratio in (1, 2, 3, 5)]
+        assert mine[0]["x FLOPs"] == mine[0]["x time"] == "1.00"
+        shares = [float(row["x FLOPs"]) for row in mine]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[-1] < 0.6
+
+
+def test_the_page_links_cards_and_says_what_is_missing(stored, variants):
+    page = pages.costs_page(*stored, variants)
+    assert "| [coda, n/k = 3](cards/coda.md) |" in page
     assert "| [lora, all linear](cards/lora.md) |" in page
     assert f"| {memory_rows(stored[0])[0]['training']} |" in page
-    assert pages.costs_page({}, {}).count("No stored measurements.") == 2
+    assert pages.costs_page({}, {}, {}).count("No stored measurements.") == 3
