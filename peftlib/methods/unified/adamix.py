@@ -68,7 +68,7 @@ class AdaMixConfig(MethodConfig):
 
 class AdaMix(Method):
     Config = AdaMixConfig
-    learning_rate = 4e-4
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c, d = self.config, host.anatomy.d

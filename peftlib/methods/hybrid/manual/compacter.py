@@ -51,7 +51,7 @@ class CompacterConfig(MethodConfig):
 
 class Compacter(Method):
     Config = CompacterConfig
-    learning_rate = 3e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -52,7 +52,7 @@ class UMAMConfig(MethodConfig):
 
 class UMAM(PrunedCombination):
     Config = UMAMConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config

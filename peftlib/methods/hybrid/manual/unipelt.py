@@ -53,7 +53,7 @@ class UniPELTConfig(MethodConfig):
 
 class UniPELT(Combination):
     Config = UniPELTConfig
-    learning_rate = 5e-4
+    learning_rate = 2e-3
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config
