@@ -191,15 +191,15 @@ def bench(args: argparse.Namespace) -> int:
     from peftlib.efficiency import bench as step
     from peftlib.efficiency import memory, speed
 
-    if args.variants:
-        kind, rows, table = "variants", speed.compare_known(args.methods, backbone=args.backbone), speed.table
-    elif args.memory:
-        kind, rows, table = "memory", memory.compare(args.methods, backbone=args.backbone), memory.table
-    else:
-        kind, rows, table = "step", step.compare(args.methods, backbone=args.backbone), step.table
+    compare, table = {
+        "step": (step.compare, step.table),
+        "memory": (memory.compare, memory.table),
+        "variants": (speed.compare_known, speed.table),
+    }[args.kind]
+    rows = compare(args.methods, backbone=args.backbone)
     out.print(table(rows))
     if args.store:
-        out.print(f"stored in {experiments.write_costs(kind, args.backbone, rows, args.results)}")
+        out.print(f"stored in {experiments.write_costs(args.kind, args.backbone, rows, args.results)}")
     return 0
 
 
@@ -341,11 +341,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-execute", action="store_true", help="take executed notebooks as they are")
     sub = command(bench, "speed and memory of the methods on this machine")
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all that are measured; with --memory a few")
-    what = sub.add_mutually_exclusive_group()
-    what.add_argument("--memory", action="store_true", help="peak memory of calibration and training, instead of time")
-    what.add_argument(
-        "--variants", action="store_true", help="FLOPs and time of methods with an option that is there to save time"
-    )
+    kinds = sub.add_mutually_exclusive_group()
+    for kind, text in (
+        ("memory", "peak memory of calibration and training, instead of time"),
+        ("variants", "FLOPs and time of methods with an option that is there to save time"),
+    ):
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, default="step", help=text)
     sub.add_argument("--store", action="store_true", help="keep what was measured, for the book's page of costs")
     sub.add_argument("--results", default="results", help="folder to keep it in (default: results)")
     sub.add_argument("--backbone", default="minilm-l6", metavar="NAME", help="default: minilm-l6")

@@ -1,7 +1,7 @@
 """What a choice within a method does to speed: FLOPs by torch's counter, and time, variant beside variant.
 
->>> variants = {f"k = {k}": peftlib.config("adapter_drop", dropped=k, robust=False, bottleneck=48) for k in range(6)}
->>> print(speed.table(speed.compare(variants)))
+>>> rich.print(speed.table(speed.compare_known(["adapter_drop"])))
+>>> speed.compare({f"r = {rank}": peftlib.LoRAConfig(rank=rank) for rank in (1, 8, 64)})
 
 As in :mod:`peftlib.efficiency.bench` the variants take turns, and ratios are medians over the turns.
 """

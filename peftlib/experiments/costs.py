@@ -23,10 +23,7 @@ def costs_path(kind: str, backbone: str, root: str | os.PathLike = RESULTS) -> P
 
 
 def write_costs(
-    kind: str,
-    backbone: str,
-    rows: Iterable[Row | Memory | Speed],
-    root: str | os.PathLike = RESULTS,
+    kind: str, backbone: str, rows: Iterable[Row | Memory | Speed], root: str | os.PathLike = RESULTS
 ) -> Path:
     """Store measurements, each with where it comes from; those of other methods stay."""
     path = costs_path(kind, backbone, root)

@@ -137,7 +137,7 @@ def sites_diagram(method: str, title: bool = True) -> Figure:
         axes.add_patch(Circle((x, 1.5), 0.13, fill=False, edgecolor=PLAIN, linewidth=1))
         axes.text(x, 1.49, "+", ha="center", va="center", fontsize=9)
         axes.plot([source, source, x], [1.5, 2.8, 2.8], color=PLAIN, linewidth=1)
-        axes.annotate("", xy=(x, 1.63), xytext=(x, 2.8), arrowprops={**arrow})
+        axes.annotate("", xy=(x, 1.63), xytext=(x, 2.8), arrowprops={**arrow, "shrinkA": 0})
     for name, (x, y, width, height, label) in _BOXES.items():
         hit = name in touched
         axes.add_patch(
@@ -293,13 +293,13 @@ def _label(axes, points: Sequence[tuple[float, float, float, str]], lines: Seque
     for x, y, spread, _ in points:
         (px, py), (_, low), (_, high) = pixels(x, y), pixels(x, y - spread), pixels(x, y + spread)
         taken += [_Box(px - 4 * unit, py - 4 * unit, 8 * unit, 8 * unit), _Box(px - unit, low, 2 * unit, high - low)]
+    offsets = sorted(
+        ((step * height, gap * unit) for step in range(-16, 17) for gap in (7, 30, 60, 90)),
+        key=lambda offset: math.hypot(*offset),
+    )
     for x, y, _, name in sorted(points, key=lambda p: -p[1]):
         px, py = pixels(x, y)
         width = 0.62 * size * unit * (len(name) + 1)
-        offsets = sorted(
-            ((step * height, gap * unit) for step in range(-16, 17) for gap in (7, 30, 60, 90)),
-            key=lambda offset: math.hypot(*offset),
-        )
         places = [(px + dx, py + up) for up, gap in offsets for dx in (gap, -gap - width)]
         boxes = [_Box(left, middle - height / 2, width, height) for left, middle in places]
         boxes = [box for box in boxes if box.inside(frame)] or boxes

@@ -342,7 +342,7 @@ METHODS = (
         life=("on_train_end: the prompt becomes plain embeddings, and the encoder is gone",),
         original="THUDM/P-tuning",
         below_head="A prompt changes what the frozen network computes from the first step on, and 80 steps do not find "
-        "one that helps; the largest rate of the search was the best.",
+        "one that helps; of the rates within the search's tie the largest had the lowest loss.",
     ),
     Entry(
         name="spot",
