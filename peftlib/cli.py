@@ -196,10 +196,14 @@ def bench(args: argparse.Namespace) -> int:
         "memory": (memory.compare, memory.table),
         "variants": (speed.compare_known, speed.table),
     }[args.kind]
-    rows = compare(args.methods, backbone=args.backbone)
+    rows = []
+    for row in compare(args.methods, backbone=args.backbone):
+        rows.append(row)
+        if args.store:
+            path = experiments.write_costs(args.kind, args.backbone, [row], args.results)
     out.print(table(rows))
     if args.store:
-        out.print(f"stored in {experiments.write_costs(args.kind, args.backbone, rows, args.results)}")
+        out.print(f"stored in {path}")
     return 0
 
 

@@ -15,8 +15,7 @@ from pybtex.plugin import find_plugin
 import peftlib
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
-from peftlib.methods import find
-from peftlib.report.counts import stand_ins
+from peftlib.methods import find, stand_ins
 from peftlib.taxonomy import CATEGORIES, METHODS, Entry
 
 PACKAGE = Path(peftlib.__file__).parent

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ from torch import nn
 
 from peftlib import backbones, taxonomy
 from peftlib.adapted import Adapted, attach
-from peftlib.methods import config
-from peftlib.methods.base import MethodConfig
+from peftlib.methods import config, stand_ins
+from peftlib.methods.base import MethodConfig, SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def row(
 
     model = load()
     batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
-    adapted = attach(model, method)
+    adapted = attach(model, method, sources=untrained_sources(method.method, load))
     adapted.calibrate([batch])
     adapted.model.train()
     models = {"floor": _floor(load()), "ours": model}
@@ -100,6 +100,11 @@ def row(
         for who, taken in seconds.items()
     }
     return Row(name, adapted.count().trained, steps["ours"], steps["floor"], steps.get("peft"))
+
+
+def untrained_sources(method: str, load: Callable[[], nn.Module]) -> list[SavedAdapter]:
+    """As many fresh adapters as the method has to build on."""
+    return [attach(load(), source.config).snapshot() for source in stand_ins(method)]
 
 
 def random_batch(model: nn.Module, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -129,18 +134,21 @@ def table(rows: Iterable[Row]) -> Table:
     return shown
 
 
-def compare(methods: Iterable[str] = (), *, threads: int = 1, **options) -> list[Row]:
+def compare(methods: Iterable[str] = (), *, threads: int = 1, **options) -> Iterator[Row]:
     """Measure methods (default: all of :func:`cases`) one after the other; ``options`` are those of :func:`row`.
 
     One thread by default: with more, what other processes do on the machine shows in the times.
     """
-    wanted, before = {config(name).method for name in methods}, torch.get_num_threads()
+    wanted = {config(name).method for name in methods}
     chosen = [case for case in cases() if not wanted or case[1].method in wanted]
-    torch.set_num_threads(threads)
-    try:
-        return [row(name, method, **options) for name, method in track(chosen, "measuring", transient=True)]
-    finally:
-        torch.set_num_threads(before)
+    for name, method in track(chosen, "measuring", transient=True):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            measured = row(name, method, **options)
+        finally:
+            torch.set_num_threads(before)
+        yield measured
 
 
 def _mb(step: Step) -> str:

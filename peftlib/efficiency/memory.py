@@ -7,18 +7,19 @@ alike on every machine; what kernels use inside themselves is not in it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftlib import backbones
 from peftlib.adapted import attach
-from peftlib.efficiency.bench import random_batch
+from peftlib.efficiency.bench import random_batch, untrained_sources
 from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
 
@@ -115,11 +116,15 @@ def measure(
         device: default: CUDA where there is one, else the CPU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = backbones.load(backbone, dropout=0.0).model.to(device).train()
+
+    def load() -> nn.Module:
+        return backbones.load(backbone, dropout=0.0).model.to(device).train()
+
+    model, sources = load(), untrained_sources(method.method, load)
     generator = torch.Generator().manual_seed(0)
     data = [random_batch(model, batch_size, length, generator) for _ in range(batches)]
     with _Allocated() if device.type == "cuda" else LiveTensors() as meter:
-        adapted = attach(model, method, keep_original=False)
+        adapted = attach(model, method, sources=sources, keep_original=False)
         meter.restart()
         adapted.calibrate(data)
         calibration = meter.restart() if adapted.method.calibrates else 0
@@ -142,11 +147,12 @@ def measure(
     )
 
 
-def compare(methods: Iterable[str] = (), **options) -> list[Memory]:
+def compare(methods: Iterable[str] = (), **options) -> Iterator[Memory]:
     """Measure methods (default: ``COMPARED``) with their defaults, one after the other; ``options`` are those of
     :func:`measure`."""
     chosen = list(methods) or COMPARED
-    return [measure(name, config(name), **options) for name in track(chosen, "measuring", transient=True)]
+    for name in track(chosen, "measuring", transient=True):
+        yield measure(name, config(name), **options)
 
 
 def table(rows: Iterable[Memory]) -> Table:

@@ -9,7 +9,7 @@ As in :mod:`peftlib.efficiency.bench` the variants take turns, and ratios are me
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -101,18 +101,18 @@ def compare(
     ]
 
 
-def compare_known(methods: Iterable[str] = (), **settings) -> list[Speed]:
+def compare_known(methods: Iterable[str] = (), **settings) -> Iterator[Speed]:
     """The variants of ``VARIANTS``, of the named methods or all, as :func:`compare` measures them, each beside its
     method's first: a forward pass, "method, label", and a training step, "method, training, label". Raises
     UnknownNameError."""
-    rows = []
-    for method in methods or VARIANTS:
+    methods = list(methods) or VARIANTS
+    for method in methods:
         if method not in VARIANTS:
             raise UnknownNameError("method with variants", method, VARIANTS)
+    for method in methods:
         for train, prefix in ((False, method), (True, f"{method}, training")):
             variants = {f"{prefix}, {label}": config(method, **options) for label, options in VARIANTS[method].items()}
-            rows += compare(variants, train=train, **settings)
-    return rows
+            yield from compare(variants, train=train, **settings)
 
 
 def table(rows: Iterable[Speed]) -> Table:

@@ -7,10 +7,10 @@ import inspect
 
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, SavedAdapter
 from peftlib.methods.combination import Combination
 
-__all__ = ["ConfigError", "Method", "MethodConfig", "Progress", "config", "find", "resolve"]
+__all__ = ["ConfigError", "Method", "MethodConfig", "Progress", "config", "find", "resolve", "stand_ins"]
 
 
 def find(name: str) -> type[Method]:
@@ -58,3 +58,11 @@ def resolve(method: str | MethodConfig, **options) -> Method:
     else:
         chosen = config(method, **options)
     return find(chosen.method)(chosen)
+
+
+def stand_ins(name: str) -> list[SavedAdapter]:
+    """As many adapters as a method has to build on, of the first kind that it can: what they are, without tensors.
+    They suffice to count."""
+    cls = find(name)
+    kinds = cls.source_methods[:1] * cls.fewest_sources
+    return [SavedAdapter(f"source {i + 1}", config(kind)) for i, kind in enumerate(kinds)]

@@ -11,8 +11,7 @@ from typing import Any
 from peftlib import backbones, taxonomy
 from peftlib.adapted import attach
 from peftlib.errors import StateError, UnsupportedError
-from peftlib.methods import config, find
-from peftlib.methods.base import SavedAdapter
+from peftlib.methods import stand_ins
 
 BACKBONES = {
     "roberta-base": ("RoBERTa-base, 2 classes", "classification"),
@@ -70,13 +69,6 @@ def _counts(methods: list[tuple[str, dict]], backbone: str) -> dict[str, dict[st
         except StateError:
             model = None
     return found
-
-
-def stand_ins(method: str) -> list[SavedAdapter]:
-    """Stand-ins for the adapters that a method builds on: what they are, without tensors."""
-    cls = find(method)
-    kinds = cls.source_methods[:1] * cls.fewest_sources
-    return [SavedAdapter(f"source {i + 1}", config(kind)) for i, kind in enumerate(kinds)]
 
 
 def _fingerprint() -> str:

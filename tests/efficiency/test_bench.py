@@ -6,7 +6,11 @@ import torch
 import peftlib
 from peftlib import cli
 from peftlib.efficiency import bench
+from peftlib.experiments import read_costs
+from peftlib.methods import stand_ins
 from tests.methods.helpers import backbone, inputs
+
+OPTIONS = {"backbone": "tiny-bert", "batch_size": 2, "length": 8, "turns": 1, "device": "cpu"}
 
 
 @pytest.fixture
@@ -60,9 +64,29 @@ def test_every_method_is_a_case():
 
 
 def test_the_chosen_methods_are_measured(one_thread):
-    options = {"backbone": "tiny-bert", "batch_size": 2, "length": 8, "turns": 1, "device": "cpu"}
-    assert [row.name for row in bench.compare(["lora"], **options)] == ["lora", "lora, all linear"]
+    assert [row.name for row in bench.compare(["lora"], **OPTIONS)] == ["lora", "lora, all linear"]
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("name", [name for name in peftlib.methods() if stand_ins(name)])
+def test_a_method_that_builds_on_others_is_measured_on_fresh_ones(name):
+    row = bench.row(name, peftlib.config(name), **OPTIONS)
+    assert row.trained > 0
+    assert row.ours.seconds > 0
+
+
+def test_an_interrupted_command_keeps_what_it_measured(monkeypatch, tmp_path, one_thread):
+    measure = bench.row
+
+    def first_only(name, method, **options):
+        if name != "lora":
+            raise KeyboardInterrupt
+        return measure(name, method, **(options | OPTIONS))
+
+    monkeypatch.setattr(bench, "row", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "lora", "--store", "--backbone", "tiny-bert", "--results", str(tmp_path)])
+    assert list(read_costs("step", "tiny-bert", tmp_path)) == ["lora"]
 
 
 def test_command_prints_the_chosen_methods(capsys, one_thread):

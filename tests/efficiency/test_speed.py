@@ -25,4 +25,4 @@ def test_variants_side_by_side():
 
 def test_a_method_without_variants_is_an_error_that_lists_those_that_have_some():
     with pytest.raises(UnknownNameError, match="adapter_drop"):
-        speed.compare_known(["lora"])
+        list(speed.compare_known(["lora"]))
