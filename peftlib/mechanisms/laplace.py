@@ -65,9 +65,11 @@ def look(model: nn.Module, updates: Iterable[LowRank], batch: Batch) -> tuple[to
             "use a classification head with two labels or more"
         )
     outputs = [kept[update][1] for update in updates]
+    with torch.enable_grad():
+        sums = logits.sum(0).unbind()
     found = [
-        torch.autograd.grad(logits[:, c].sum(), outputs, retain_graph=c + 1 < logits.shape[1], allow_unused=True)
-        for c in range(logits.shape[1])
+        torch.autograd.grad(one, outputs, retain_graph=c + 1 < len(sums), allow_unused=True)
+        for c, one in enumerate(sums)
     ]
     seen = []
     for i, (update, output) in enumerate(zip(updates, outputs)):

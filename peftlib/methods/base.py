@@ -91,6 +91,8 @@ class Method:
     """How many sources it needs at least, where it takes any."""
     classifies: bool = False
     """Whether a model without a classification head answers with the logits of classes while this is attached."""
+    fitted: bool = False
+    """Whether :meth:`predict` answers in the model's place."""
     exceptions: ClassVar[dict[str, str]] = {}
     """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
     The suite sees to it that a check named here really fails."""
@@ -163,6 +165,13 @@ class Method:
 
     def on_train_end(self) -> None:
         """After the last step."""
+
+    def fit(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Look at training batches of a classification task once training is over, as :func:`peftlib.fit` does."""
+
+    def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Class probabilities (N, C) that are not the softmax of the model's logits, where ``fitted``."""
+        raise NotImplementedError
 
     def learning_rates(self) -> dict[str, float]:
         """Factors of the learning rate for parameters that do not train at 1 times it, by name in the model."""

@@ -122,6 +122,17 @@ class Combination(Method):
         for part in self.parts:
             part.on_train_end()
 
+    @property
+    def fitted(self) -> bool:
+        return any(part.fitted for part in self.parts)
+
+    def fit(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        for part in self.parts:
+            part.fit(batches)
+
+    def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return next(part for part in self.parts if part.fitted).predict(batch)
+
     def learning_rates(self) -> dict[str, float]:
         return {name: factor for part in self.parts for name, factor in part.learning_rates().items()}
 

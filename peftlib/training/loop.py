@@ -33,8 +33,9 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class FitResult:
     """What a training run gave. ``history`` has one entry an evaluation and one a logged step; ``metrics`` are the last
-    ones on ``evaluate_on``; ``seconds`` are those of training and its evaluations, ``calibration_seconds`` those of
-    :meth:`Adapted.calibrate` before it. There are 0 ``steps`` where that found all that there is to find."""
+    ones on ``evaluate_on``; ``seconds`` are those of training, of what the method fits after it and of evaluations,
+    ``calibration_seconds`` those of :meth:`Adapted.calibrate` before it. There are 0 ``steps`` where that found all
+    that there is to find."""
 
     steps: int
     metrics: dict[str, float]
@@ -146,12 +147,12 @@ def fit(
         disable=not progress or not accelerator.is_main_process,
     )
     start, spent = time.perf_counter(), 0.0
-    with _prepared(accelerator, model, optimizer, loader) as (wrapped, optimizer, loader):
-        total = steps if steps is not None else max(1, round(epochs * len(loader) / gradient_accumulation))
+    with _prepared(accelerator, model, optimizer, loader) as (wrapped, optimizer, prepared):
+        total = steps if steps is not None else max(1, round(epochs * len(prepared) / gradient_accumulation))
         at_least("steps", total, 1)
         scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
         result = FitResult(steps=total, metrics={}, calibration_seconds=calibration)
-        batches = _forever(loader)
+        batches = _forever(prepared)
 
         def forward_backward(batch: dict) -> torch.Tensor:
             with accelerator.accumulate(wrapped):
@@ -181,6 +182,8 @@ def fit(
                 if evaluate_on and evaluate_every and not last and (step + 1) % evaluate_every == 0:
                     result.history.append({"step": step + 1, **_prefixed(evaluate_on, evaluate())})
     result.seconds_per_step = spent / total
+    if task.kind == "classification":
+        adapted.method.fit(loader)
     if evaluate_on:
         result.metrics = evaluate()
         result.history.append({"step": total, **_prefixed(evaluate_on, result.metrics)})
@@ -199,7 +202,8 @@ def evaluate_task(
     max_length: int | None = None,
     precision: Precision = "no",
 ) -> dict[str, float]:
-    """The task's metrics of a model on one split, and its mean ``loss``, under the precision's autocast.
+    """The task's metrics of a model on one split, and its mean ``loss``, under the precision's autocast. A method that
+    is ``fitted`` answers in its model's place.
 
     Leaves the model in evaluation mode. Raises DataError for a split that is empty or has no labels.
     """
@@ -214,7 +218,7 @@ def evaluate_task(
     for batch in loader:
         batch = {k: v.to(device) for k, v in batch.items()}
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-            answer, asked, loss = _answer(model, task, batch, tokenizer)
+            answer, asked, loss = _answer(adapted, task, batch, tokenizer)
         logits.append(answer.float().cpu())
         labels.append(asked.cpu())
         losses.append(float(loss))
@@ -231,9 +235,12 @@ def evaluate_task(
     return {**metrics, "loss": sum(n * x for n, x in zip(weights, losses)) / sum(weights)}
 
 
-def _answer(model, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _answer(adapted: Adapted, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is compared, (n, classes) or (n, V), its labels (n,), and their mean loss: n rows or, for text, n tokens."""
-    labels = batch["labels"]
+    model, labels = adapted.model, batch["labels"]
+    if task.kind == "classification" and adapted.method.fitted:
+        logs = adapted.method.predict(batch).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return logs, labels, F.nll_loss(logs, labels)
     if task.kind == "multiple_choice":
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         choices = task.choice_logits(model(**inputs).logits, batch["attention_mask"], tokenizer)

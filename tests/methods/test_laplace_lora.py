@@ -13,7 +13,7 @@ import peftlib
 from peftlib import report
 from peftlib.errors import DataError, PeftlibError, StateError, UnsupportedError
 from peftlib.mechanisms.laplace import softmax_curvature_root
-from tests.conformance.case import batch, train
+from tests.conformance.case import batch, tokenizer, train
 from tests.methods.helpers import backbone, inputs, perturb
 
 OPTIONS = {"rank": 2, "targets": ("attention.value",), "samples": 2000}
@@ -173,6 +173,39 @@ def test_after_training_predictions_are_less_sure_and_the_model_is_as_it_was(tmp
         loaded.method.predict(inputs("bert"))
     loaded.method.fit([data])
     torch.testing.assert_close(loaded.method.predict(inputs("bert")), got)
+
+
+@pytest.mark.parametrize(
+    "method", ["laplace_lora", peftlib.combine("bitfit", "laplace_lora")], ids=["alone", "combined"]
+)
+def test_the_loop_fits_it_on_the_training_data_and_evaluations_use_it(method):
+    adapted = peftlib.attach(backbone("bert"), method)
+    task = peftlib.tasks.load("smoke")
+    result = peftlib.fit(adapted, task, tokenizer=tokenizer("bert"), steps=60, learning_rate=2e-2, progress=False)
+    laplace = getattr(adapted.method, "parts", [adapted.method])[-1]
+    fitted = laplace.posterior.precision
+    nll = own = rows = 0.0
+    for data in task.loader("validation", tokenizer("bert"), batch_size=32):
+        own += float(F.cross_entropy(adapted.model(**data).logits.detach(), data["labels"], reduction="sum"))
+        probabilities = adapted.method.predict(data)
+        nll -= float(probabilities.gather(1, data["labels"][:, None]).log().sum())
+        rows += len(data["labels"])
+    # Draws are seeded, but a row's come from its place in the batch, and evaluation sorts by length.
+    assert result.metrics["nll"] == pytest.approx(nll / rows, abs=2e-3)
+    assert abs(result.metrics["nll"] - own / rows) > 1e-2
+    assert result.metrics["loss"] == pytest.approx(result.metrics["nll"], abs=1e-5)
+    assert laplace.fit(task.loader("train", tokenizer("bert"), batch_size=16)) == pytest.approx(fitted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "head"),
+    [("tiny-bert", "smoke-regression", {"num_labels": 1}), ("tiny-gpt2", "smoke-lm", {"head": "causal_lm"})],
+)
+def test_the_loop_fits_nothing_where_there_are_no_classes(name, task, head):
+    loaded = peftlib.backbones.load(name, **head)
+    adapted = peftlib.attach(loaded.model, "laplace_lora")
+    peftlib.fit(adapted, peftlib.tasks.load(task), tokenizer=loaded.tokenizer, steps=2, progress=False)
+    assert not adapted.method.fitted
 
 
 def test_what_it_cannot_do():
