@@ -196,6 +196,7 @@ def leaderboard_page(standings: Standings) -> str:
     ]
     for track in standings.profile.tracks:
         parts += _track(standings, track)
+    parts += _calibration(standings)
     parts += _search(standings)
     for name, profile in PROFILES.items():
         if name in ("smoke", standings.profile.name):
@@ -289,6 +290,35 @@ def _machines(standings: Standings, track: str) -> str:
     }
     return " ".join(
         f"Measured on {device}, {threads} threads, torch {version}." for device, threads, version in sorted(seen)
+    )
+
+
+def _calibration(standings: Standings) -> Iterator[str]:
+    yield "## Calibration"
+    rows = standings.calibration
+    if not rows:
+        yield "No stored runs."
+        return
+    yield (
+        f"How well the probabilities fit on the test split of {standings.first}, means over the runs above: the "
+        "negative log-likelihood (NLL, nats a row; that of always saying one half is 0.693) and the expected "
+        "calibration error (ECE, 15 bins: how far confidence is from accuracy). "
+        "[Laplace-LoRA](cards/laplace_lora.md) answers with its Gaussian; beside LoRA at the same learning rate and "
+        "seeds it shows what that changes."
+    )
+    yield markdown.table(
+        ("method", f"test {standings.metric(standings.first)}", "NLL", "ECE"),
+        [
+            (
+                f"[{row['method']}](cards/{row['method']}.md)",
+                f"{row['accuracy']:.3f}",
+                f"{row['nll']:.3f}",
+                f"{row['ece']:.3f}",
+            )
+            for row in rows
+        ],
+        "lrrr",
+        name="sortable",
     )
 
 

@@ -50,7 +50,7 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
 
 def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """S3Delta against random structures of its budget, by seed: of those, the best on validation data (ties: the lower
-    validation loss), and the mean of all."""
+    validation loss), and the mean of all; with the seconds of search and training, of all that were trained."""
     rows = []
     for seed in sorted({r["spec"]["seed"] for r in records}):
         mine = [r for r in records if r["spec"]["seed"] == seed]
@@ -63,10 +63,10 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             return record["metrics"][split][metric]
 
         best = sorted(drawn, key=lambda r: (-value(r, "validation"), r["metrics"]["validation"]["loss"]))[:1]
-        for name, chosen in (
-            ("search", searched),
-            (f"best of {len(drawn)} random structures", best),
-            ("a random structure, mean", drawn),
+        for name, chosen, cost in (
+            ("search", searched, sum(map(_seconds, searched))),
+            (f"best of {len(drawn)} random structures", best, sum(map(_seconds, drawn))),
+            ("a random structure, mean", drawn, statistics.mean(map(_seconds, drawn or searched))),
         ):
             if chosen:
                 rows.append(
@@ -76,9 +76,15 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "validation": f"{statistics.mean(value(r, 'validation') for r in chosen):.3f}",
                         "test": f"{statistics.mean(value(r, 'test') for r in chosen):.3f}",
                         "parameters": f"{max(r['count']['trained'] - r['count']['head'] for r in chosen):,}",
+                        "s": f"{cost:.0f}",
                     }
                 )
     return rows
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """What a run took, its search and its training, without evaluations."""
+    return record["calibration_seconds"] + record["steps"] * record["seconds_per_step"]
 
 
 def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:

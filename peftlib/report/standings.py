@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +68,19 @@ class Standings:
             summary = summarize(chosen, chosen[0]["metric"]) if chosen else []
             found[track] = sorted(summary, key=lambda row: (-row["mean"], row["trained"]))
         return found
+
+    @cached_property
+    def calibration(self) -> list[dict[str, Any]]:
+        """One row a method on the first track: how well its probabilities fit, as means over the runs of ``rows``, of
+        the negative log-likelihood ``nll`` (nats) and the expected calibration error ``ece`` of the test split; lowest
+        ``nll`` first."""
+        tests = {r["key"]: r["metrics"]["test"] for r in self.records[self.first]}
+        rows = [
+            {"method": row["method"], "accuracy": row["mean"]}
+            | {name: statistics.mean(tests[key][name] for key in row["runs"]) for name in ("nll", "ece")}
+            for row in self.rows[self.first]
+        ]
+        return sorted(rows, key=lambda row: row["nll"])
 
     def metric(self, track: str) -> str:
         """The main metric of a track that has runs."""

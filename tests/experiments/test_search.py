@@ -242,7 +242,8 @@ def record(strategy, validation, test, loss=0.5, size=10):
     metrics = {"validation": {"accuracy": validation, "loss": loss}, "test": {"accuracy": test}}
     options = {"strategy": strategy}
     count = {"trained": size + 5, "head": 5}
-    return {"spec": {"seed": 0, "options": options}, "metric": "accuracy", "metrics": metrics, "count": count}
+    spent = {"calibration_seconds": 30.0 * (strategy == "search"), "steps": 20, "seconds_per_step": 0.5}
+    return {"spec": {"seed": 0, "options": options}, "metric": "accuracy", "metrics": metrics, "count": count, **spent}
 
 
 def test_the_best_random_structure_is_chosen_on_validation_data():
@@ -254,6 +255,7 @@ def test_the_best_random_structure_is_chosen_on_validation_data():
     assert (searched["validation"], searched["test"], searched["parameters"]) == ("0.700", "0.650", "10")
     assert best["structure"] == "best of 2 random structures" and best["test"] == "0.600"
     assert mean["test"] == "0.750"
+    assert [row["s"] for row in (searched, best, mean)] == ["40", "20", "10"]
 
 
 def test_tables_and_figure_show_the_logs(tmp_path):

@@ -20,7 +20,7 @@ def record(spec: RunSpec, *, test: float, validation: float) -> dict[str, Any]:
         "metric": "accuracy",
         "metrics": {
             "validation": {"accuracy": validation, "loss": 1 - validation},
-            "test": {"accuracy": test, "loss": 1 - test},
+            "test": {"accuracy": test, "loss": 1 - test, "nll": 1 - test, "ece": test / 10},
         },
         "history": [{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.5}],
         "count": {

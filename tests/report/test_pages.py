@@ -127,7 +127,7 @@ def test_taxonomy_page_is_the_tree(files):
 
 
 def test_leaderboard_is_the_store(files, sources):
-    text = files["leaderboard.md"]
+    text, _, calibration = files["leaderboard.md"].partition("\n## Calibration\n")
     rows = sources.standings.rows["few-shot"]
     lines = [line for line in text.splitlines() if line.startswith("| [")]
     assert [line.split("]")[0][3:] for line in lines] == [row["method"] for row in rows]
@@ -139,6 +139,9 @@ def test_leaderboard_is_the_store(files, sources):
     missing = next(line for line in text.splitlines() if line.startswith("Without stored runs here: "))
     assert "ia3" in missing
     assert not [name for name in TRAINED if re.search(rf"\b{name}\b", missing)]
+    best = sources.standings.calibration[0]
+    first = next(line for line in calibration.splitlines() if line.startswith("| ["))
+    assert first.split(" | ")[1:] == [f"{best['accuracy']:.3f}", f"{best['nll']:.3f}", f"{best['ece']:.3f} |"]
 
 
 def test_search_table_marks_the_chosen_rate(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -38,6 +39,14 @@ def test_rows_are_best_first_and_name_their_runs(store):
     assert [row["mean"] for row in rows] == sorted((row["mean"] for row in rows), reverse=True)
     keys = {r["key"] for r in store.records("embedded", "few-shot") if r["spec"]["learning_rate"] == 2e-3}
     assert {key for row in rows for key in row["runs"]} == keys
+
+
+def test_calibration_is_the_mean_over_the_same_runs_most_likely_first(store):
+    rows = Standings(store, "embedded").calibration
+    assert [row["method"] for row in rows] == list(TRAINED)[::-1]
+    for number, row in enumerate(rows[::-1]):
+        accuracy = 0.71 + 0.02 * number
+        assert (row["accuracy"], row["nll"], row["ece"]) == pytest.approx((accuracy, 1 - accuracy, accuracy / 10))
 
 
 def test_runs_with_other_options_or_settings_stay_out(store):
@@ -86,3 +95,22 @@ def test_default_rates_are_those_that_the_stored_search_found():
     standings = Standings(Store(ROOT / "results"), "embedded")
     for name in {r["spec"]["method"] for r in standings.search}:
         assert find(name).learning_rate == standings.rates[name], name
+
+
+def test_laplace_lora_is_better_calibrated_than_lora_at_the_same_rate_and_seeds():
+    """The claim of its paper, on the stored runs: no change of what is answered, but better probabilities."""
+    standings = Standings(Store(ROOT / "results"), "embedded")
+    rate = standings.rates["laplace_lora"]
+    tests = {
+        method: {
+            r["spec"]["seed"]: r["metrics"]["test"]
+            for r in standings.store.records("embedded", "few-shot", method)
+            if r["spec"]["learning_rate"] == rate
+        }
+        for method in ("lora", "laplace_lora")
+    }
+    seeds = tests["lora"].keys() & tests["laplace_lora"].keys()
+    assert len(seeds) >= 3
+    for metric in ("nll", "ece"):
+        plain, laplace = (mean(tests[method][seed][metric] for seed in seeds) for method in tests)
+        assert laplace < plain, metric
