@@ -50,7 +50,7 @@ class KronAConfig(MethodConfig):
 
 class KronA(Method):
     Config = KronAConfig
-    learning_rate = 5e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -71,7 +71,7 @@ class KernelMixConfig(MethodConfig):
 
 class KernelMix(Method):
     Config = KernelMixConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         self.heads: list[tuple[Site, Site | None, HeadLowRank]] = []

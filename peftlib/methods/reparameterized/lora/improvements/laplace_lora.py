@@ -51,7 +51,7 @@ class LaplaceLoRAConfig(MethodConfig):
 
 class LaplaceLoRA(Method):
     Config = LaplaceLoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

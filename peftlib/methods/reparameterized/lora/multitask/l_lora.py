@@ -54,7 +54,7 @@ class LLoRAConfig(MethodConfig):
 
 class LLoRA(Method):
     Config = LLoRAConfig
-    learning_rate = 2e-3
+    learning_rate = 1e-2
     source_methods = ("l_lora",)
     fewest_sources = 0
 

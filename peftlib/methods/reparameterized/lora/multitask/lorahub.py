@@ -66,7 +66,7 @@ class Mixture(nn.Module):
 
 class LoraHub(Method):
     Config = LoraHubConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
     calibrates = True
     source_methods = ("lora",)
 

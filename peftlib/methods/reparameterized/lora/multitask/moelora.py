@@ -59,7 +59,7 @@ class MOELoRAConfig(MethodConfig):
 class MOELoRA(PerTask):
     Config = MOELoRAConfig
     each_task_has = "an update"
-    learning_rate = 2e-4
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -56,7 +56,7 @@ class QALoRAConfig(MethodConfig):
 
 class QALoRA(Method):
     Config = QALoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -52,7 +52,7 @@ class DyLoRAConfig(MethodConfig):
 
 class DyLoRA(Method):
     Config = DyLoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

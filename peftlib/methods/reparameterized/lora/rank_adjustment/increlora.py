@@ -81,7 +81,7 @@ class IncreLoRAConfig(MethodConfig):
 
 class IncreLoRA(Method):
     Config = IncreLoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -51,7 +51,7 @@ class DeltaLoRAConfig(MethodConfig):
 
 class DeltaLoRA(Method):
     Config = DeltaLoRAConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -98,7 +98,7 @@ class LoRAPruneConfig(MethodConfig):
 
 class LoRAPrune(Method):
     Config = LoRAPruneConfig
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     exceptions = dict.fromkeys(
         ("merge on t5", "merge on mt5"),
         "The layers share one position bias with a row for every head, so attention modules that lost heads keep a "
