@@ -496,6 +496,9 @@ OVERFIT_RATE: dict[str, float] = {
     "adapter_fusion": 0.001,
     "p_tuning": 0.01,
     "spot": 0.05,
+    "increlora": 0.01,
+    "lora_prune": 0.01,
+    "qa_lora": 0.01,
 }
 """Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
