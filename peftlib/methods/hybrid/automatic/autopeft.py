@@ -49,7 +49,7 @@ class AutoPEFTConfig(MethodConfig):
 
 class AutoPEFT(Combination):
     Config = AutoPEFTConfig
-    learning_rate = 1e-3
+    learning_rate = 5e-4
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config

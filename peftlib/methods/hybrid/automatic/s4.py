@@ -55,7 +55,7 @@ class S4Config(MethodConfig):
 
 class S4(Combination):
     Config = S4Config
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def part_configs(self) -> tuple[dict, ...]:
         return ()  # they depend on the backbone
