@@ -256,9 +256,9 @@ def quality_against_parameters(rows: Sequence[dict[str, Any]], metric: str = "ac
         colour = CLASSES[taxonomy.entry(row["method"]).category.split("/")[0]]
         if row["method"] in ("full", "head"):
             axes.axhline(row["mean"], color=colour, linewidth=1, linestyle="-" if row["method"] == "full" else ":")
-        axes.errorbar(
-            row["trained"], row["mean"], yerr=row["std"], fmt="o", color=colour, capsize=2, markersize=5, elinewidth=1
-        )
+        # Faint bars: there are as many as methods, and the points are what is read.
+        bar = {"ecolor": (colour, 0.35), "elinewidth": 1}
+        axes.errorbar(row["trained"], row["mean"], yerr=row["std"], fmt="o", color=colour, markersize=5, **bar)
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.08)
     shown = dict.fromkeys(taxonomy.entry(row["method"]).category.split("/")[0] for row in rows)
