@@ -449,7 +449,9 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     parts += [
         "## S3Delta",
         "[S3Delta](cards/s3delta.md) trains gates on candidate changes while they compete for a fixed budget of "
-        "parameters, keeps those with the highest gates and trains them anew. Random structures fill the same budget.",
+        "parameters, keeps those with the highest gates and trains them anew. Random structures fill the same budget. "
+        "The last column has the seconds of search and training, of random structures those of all together: a search "
+        "costs as much as training some of them.",
     ]
     if structures:
         parts.append(_dicts(searches.structure_rows(structures)))

@@ -16,6 +16,8 @@ from peftlib.errors import DataError, StateError, UnsupportedError
 from peftlib.experiments import Log, SearchSpec, Space, read_log, search
 from peftlib.report import pareto_rows, search_figure, search_rows, structure_rows
 
+from ..project import ROOT
+
 TINY = Space(32, 2)
 
 
@@ -227,6 +229,18 @@ def test_the_command_trains_and_reports(tmp_path, capsys):
 
 
 # Structures of S3Delta, tables and figures
+
+
+def test_stored_searches_beat_chance_at_equal_cost():
+    """The claim of AutoPEFT's paper, on the stored logs."""
+    stored = {(log.spec.strategy, log.spec.seed): log for log in experiments.logs(ROOT / "results")}
+    seeds = {seed for strategy, seed in stored if strategy == "bayesian"}
+    assert len(seeds) >= 2
+    for seed in seeds:
+        searched, chance = stored["bayesian", seed], stored["random", seed]
+        assert len(searched.trials) == len(chance.trials)
+        assert searched.hypervolume() > chance.hypervolume()
+        assert searched.hypervolume(split="test") > chance.hypervolume(split="test")
 
 
 def test_searched_and_random_structures_share_all_but_the_structure():
