@@ -103,12 +103,12 @@ def svg(figure: Figure) -> bytes:
 def taxonomy_page(sources: cards.Sources) -> str:
     """The tree, one line a method."""
     survey = [e for e in taxonomy.METHODS if e.category != "baselines"]
-    there = sum(e.available for e in survey)
+    missing = [e.title for e in survey if not e.available]
+    there = f"all but {', '.join(missing)} (○)" if missing else "all of them"
     parts = [
         "# Taxonomy",
-        f"The {len(survey)} methods of the survey {{cite:p}}`xu2023survey` in its five classes; "
-        f"{there} of them are in peftlib (●), {len(survey) - there} are not yet (○). "
-        "Every method has a card; the methods in peftlib also have a chapter and code. "
+        f"The {len(survey)} methods of the survey {{cite:p}}`xu2023survey` in its five classes; {there} are in peftlib "
+        "(●). Every method has a card. "
         "The folders below `peftlib/methods/` are this tree.",
         markdown.figure(
             "figures/taxonomy.svg",
