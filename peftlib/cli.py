@@ -106,7 +106,7 @@ def search(args: argparse.Namespace) -> int:
         specs = experiments.structure_specs(
             args.profile, track, [args.seed], args.trials, options=_options(args.option), changes=_options(args.set)
         )
-        outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"))
+        outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"), workers=args.workers)
         out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
         return 1 if outcomes["failed"] else 0
     spec = experiments.SearchSpec(
@@ -320,6 +320,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--initial", type=int, default=8, help="random trials before a bayesian search's first model")
     sub.add_argument("--batch", type=int, default=2, help="trials that a bayesian search proposes together")
     sub.add_argument("--surrogate", default="gp", choices=("gp", "saas"), help="a bayesian search's model")
+    sub.add_argument("--workers", type=int, default=1, help="s3delta: runs at a time (default: 1)")
     sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of s3delta")
     sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
     sub = stored(command(results, "the stored results as tables"))

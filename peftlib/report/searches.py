@@ -49,11 +49,14 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
 
 
 def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """S3Delta against random structures of its budget, by seed: of those, the best on validation data (ties: the lower
+    """S3Delta against random structures, by budget and seed: of those, the best on validation data (ties: the lower
     validation loss), and the mean of all; with the seconds of search and training, of all that were trained."""
     rows = []
-    for seed in sorted({r["spec"]["seed"] for r in records}):
-        mine = [r for r in records if r["spec"]["seed"] == seed]
+    groups: dict[tuple[float, int], list[dict[str, Any]]] = {}
+    for record in records:
+        spec = record["spec"]
+        groups.setdefault((spec["options"]["budget"], spec["seed"]), []).append(record)
+    for (budget, seed), mine in sorted(groups.items()):
         searched, drawn = (
             [r for r in mine if r["spec"]["options"]["strategy"] == strategy] for strategy in ("search", "random")
         )
@@ -71,6 +74,7 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if chosen:
                 rows.append(
                     {
+                        "budget": f"{100 * budget:g} %",
                         "seed": seed,
                         "structure": name,
                         "validation": f"{statistics.mean(value(r, 'validation') for r in chosen):.3f}",

@@ -252,9 +252,9 @@ def test_searched_and_random_structures_share_all_but_the_structure():
     assert len({s.key for s in specs}) == 8
 
 
-def record(strategy, validation, test, loss=0.5, size=10):
+def record(strategy, validation, test, loss=0.5, size=10, budget=0.001):
     metrics = {"validation": {"accuracy": validation, "loss": loss}, "test": {"accuracy": test}}
-    options = {"strategy": strategy}
+    options = {"strategy": strategy, "budget": budget}
     count = {"trained": size + 5, "head": 5}
     spent = {"calibration_seconds": 30.0 * (strategy == "search"), "steps": 20, "seconds_per_step": 0.5}
     return {"spec": {"seed": 0, "options": options}, "metric": "accuracy", "metrics": metrics, "count": count, **spent}
@@ -270,6 +270,8 @@ def test_the_best_random_structure_is_chosen_on_validation_data():
     assert best["structure"] == "best of 2 random structures" and best["test"] == "0.600"
     assert mean["test"] == "0.750"
     assert [row["s"] for row in (searched, best, mean)] == ["40", "20", "10"]
+    rows = structure_rows([*records, record("search", 0.6, 0.55, budget=0.0002)])
+    assert [(row["budget"], row["test"]) for row in rows[:2]] == [("0.02 %", "0.550"), ("0.1 %", "0.650")]
 
 
 def test_tables_and_figure_show_the_logs(tmp_path):
