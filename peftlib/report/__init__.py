@@ -16,7 +16,7 @@ from peftlib.report.learned import (
     reliability,
     reliability_diagram,
 )
-from peftlib.report.searches import pareto_rows, search_figure, search_rows, structure_rows
+from peftlib.report.searches import pareto_rows, search_figure, search_rows, structure_means, structure_rows
 from peftlib.report.selection import budget, budget_by_layer, budget_map, masks, overlap, overlap_map
 from peftlib.report.show import comparison, source, table
 from peftlib.report.standings import Standings
@@ -65,6 +65,7 @@ __all__ = [
     "sites_diagram",
     "source",
     "step_rows",
+    "structure_means",
     "structure_rows",
     "table",
     "taxonomy_tree",

@@ -81,7 +81,7 @@ def cost_figure(memory: Costs, step: Costs) -> Figure:
         axes.text(0.5, 0.5, "no stored measurements", ha="center", va="center", transform=axes.transAxes)
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="MB beside the backbone")
     left.tick_params(axis="y", labelsize=8, length=0)
-    left.invert_yaxis()
+    left.set_ylim(len(names) - 0.4, -0.6)
     right.axvline(1, color=PLAIN, linewidth=0.8, linestyle=":")
     right.tick_params(axis="y", length=0)
     right.set(xscale="log", xlabel="time of a step, floor = 1")

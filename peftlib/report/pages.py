@@ -450,11 +450,13 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
         "## S3Delta",
         "[S3Delta](cards/s3delta.md) trains gates on candidate changes while they compete for a fixed budget of "
         "parameters, keeps those with the highest gates and trains them anew. Random structures fill the same budget. "
-        "The last column has the seconds of search and training, of random structures those of all together: a search "
-        "costs as much as training some of them.",
+        "A search costs as much as training some of them, so that it stands beside the best of as many, chosen on "
+        "validation data, as took the same time.",
     ]
     if structures:
-        parts.append(_dicts(searches.structure_rows(structures)))
+        if means := searches.structure_means(structures):
+            parts += ["Means over seeds, on test data:", _dicts(means)]
+        parts.append(markdown.dropdown("Seed by seed", _dicts(searches.structure_rows(structures))))
         files = ", ".join(f"`{r['key']}`" for r in structures)
         parts.append(f"Runs in `results/search/{MEASURED}/`: {files}.")
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -49,41 +50,93 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
 
 
 def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """S3Delta against random structures, by budget and seed: of those, the best on validation data (ties: the lower
-    validation loss), and the mean of all; with the seconds of search and training, of all that were trained."""
+    """S3Delta's searches, each beside random structures of its data, budget and seed: of the first that together took
+    as long as the search and its training, the best on validation data (ties: the lower validation loss), and the mean
+    of all. ``s``: seconds of search and training."""
     rows = []
-    groups: dict[tuple[float, int], list[dict[str, Any]]] = {}
+    for searched, paid, drawn in _compared(records):
+        rows.append(_structure(f"search of {_steps(searched)} steps", [searched], _seconds(searched)))
+        if paid:
+            best = min(paid, key=_merit)
+            rows.append(_structure(f"best of {len(paid)} random ones", [best], sum(map(_seconds, paid))))
+            mean = statistics.mean(map(_seconds, drawn))
+            rows.append(_structure(f"a random one, mean of {len(drawn)}", drawn, mean))
+    return rows
+
+
+def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:
+    """The same as means over seeds: a row for each kind of search that has random structures of its cost beside it."""
+    groups: dict[tuple, list[tuple]] = {}
+    for searched, paid, drawn in _compared(records):
+        if paid:
+            spec, metric = searched["spec"], searched["metric"]
+            best = min(paid, key=_merit)
+            reached = [
+                statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in ([searched], [best], drawn)
+            ]
+            kind = (_texts(spec), spec["options"]["budget"], _steps(searched))
+            groups.setdefault(kind, []).append((*reached, _seconds(searched), sum(map(_seconds, paid))))
+    rows = []
+    for (texts, budget, steps), seeds in sorted(groups.items()):
+        search, best, one, *seconds = map(statistics.mean, zip(*seeds))
+        rows.append(
+            {
+                "texts": f"{texts:,}",
+                "budget": f"{100 * budget:g} %",
+                "steps of the search": steps,
+                "seeds": len(seeds),
+                f"search, {split}": f"{search:.3f}",
+                "best random at its cost": f"{best:.3f}",
+                "a random one": f"{one:.3f}",
+                "s of search and of random ones": " / ".join(f"{s:.0f}" for s in seconds),
+            }
+        )
+    return rows
+
+
+def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list, list]]:
+    """Each search, the first random structures of its data, budget and seed that took as long, and all of them."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         spec = record["spec"]
-        groups.setdefault((spec["options"]["budget"], spec["seed"]), []).append(record)
-    for (budget, seed), mine in sorted(groups.items()):
-        searched, drawn = (
+        groups.setdefault((_texts(spec), spec["options"]["budget"], spec["seed"]), []).append(record)
+    for _, mine in sorted(groups.items()):
+        searches, drawn = (
             [r for r in mine if r["spec"]["options"]["strategy"] == strategy] for strategy in ("search", "random")
         )
-        metric = mine[0]["metric"]
+        drawn.sort(key=lambda r: r["spec"]["options"]["draw"])
+        spent = list(itertools.accumulate(map(_seconds, drawn)))
+        for searched in sorted(searches, key=_steps):
+            yield searched, drawn[: 1 + sum(total < _seconds(searched) for total in spent)], drawn
 
-        def value(record: dict[str, Any], split: str, metric: str = metric) -> float:
-            return record["metrics"][split][metric]
 
-        best = sorted(drawn, key=lambda r: (-value(r, "validation"), r["metrics"]["validation"]["loss"]))[:1]
-        for name, chosen, cost in (
-            ("search", searched, sum(map(_seconds, searched))),
-            (f"best of {len(drawn)} random structures", best, sum(map(_seconds, drawn))),
-            ("a random structure, mean", drawn, statistics.mean(map(_seconds, drawn or searched))),
-        ):
-            if chosen:
-                rows.append(
-                    {
-                        "budget": f"{100 * budget:g} %",
-                        "seed": seed,
-                        "structure": name,
-                        "validation": f"{statistics.mean(value(r, 'validation') for r in chosen):.3f}",
-                        "test": f"{statistics.mean(value(r, 'test') for r in chosen):.3f}",
-                        "parameters": f"{max(r['count']['trained'] - r['count']['head'] for r in chosen):,}",
-                        "s": f"{cost:.0f}",
-                    }
-                )
-    return rows
+def _steps(record: dict[str, Any]) -> int:
+    return record["spec"]["options"]["steps"]
+
+
+def _structure(what: str, records: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """One row: what all the records share, and means of what they reached."""
+    spec, metric = records[0]["spec"], records[0]["metric"]
+    reached = {split: statistics.mean(r["metrics"][split][metric] for r in records) for split in ("validation", "test")}
+    return {
+        "texts": f"{_texts(spec):,}",
+        "budget": f"{100 * spec['options']['budget']:g} %",
+        "seed": spec["seed"],
+        "structure": what,
+        **{split: f"{value:.3f}" for split, value in reached.items()},
+        "parameters": f"{max(r['count']['trained'] - r['count']['head'] for r in records):,}",
+        "s": f"{seconds:.0f}",
+    }
+
+
+def _texts(spec: dict[str, Any]) -> int:
+    return spec["settings"]["task_options"]["n_train"]
+
+
+def _merit(record: dict[str, Any]) -> tuple[float, float]:
+    """Lower is better: validation metric, then validation loss."""
+    validation = record["metrics"]["validation"]
+    return -validation[record["metric"]], validation["loss"]
 
 
 def _seconds(record: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ import peftlib
 from peftlib import backbones, cli, experiments, taxonomy
 from peftlib.errors import DataError, StateError, UnsupportedError
 from peftlib.experiments import Log, SearchSpec, Space, read_log, search
-from peftlib.report import pareto_rows, search_figure, search_rows, structure_rows
+from peftlib.report import pareto_rows, search_figure, search_rows, structure_means, structure_rows
 
 from ..project import ROOT
 
@@ -252,26 +252,37 @@ def test_searched_and_random_structures_share_all_but_the_structure():
     assert len({s.key for s in specs}) == 8
 
 
-def record(strategy, validation, test, loss=0.5, size=10, budget=0.001):
+def record(strategy, validation, test, loss=0.5, draw=0, budget=0.001):
     metrics = {"validation": {"accuracy": validation, "loss": loss}, "test": {"accuracy": test}}
-    options = {"strategy": strategy, "budget": budget}
-    count = {"trained": size + 5, "head": 5}
-    spent = {"calibration_seconds": 30.0 * (strategy == "search"), "steps": 20, "seconds_per_step": 0.5}
-    return {"spec": {"seed": 0, "options": options}, "metric": "accuracy", "metrics": metrics, "count": count, **spent}
+    options = {"strategy": strategy, "budget": budget, "draw": draw, "steps": 40}
+    spec = {"seed": 0, "options": options, "settings": {"task_options": {"n_train": 256}}}
+    spent = {"calibration_seconds": 9.0 * (strategy == "search"), "steps": 20, "seconds_per_step": 0.5}
+    return {
+        "spec": spec,
+        "metric": "accuracy",
+        "metrics": metrics,
+        "count": {"trained": 15, "head": 5},
+        **spent,
+    }
 
 
-def test_the_best_random_structure_is_chosen_on_validation_data():
+def test_random_structures_that_cost_as_much_stand_beside_a_search_the_best_on_validation_data():
     records = [
+        # Two trainings of 10 s pay for a search that took 19 s with its own; the third is the best and comes too late.
+        record("random", 0.9, 0.95, draw=2),
         record("search", 0.7, 0.65),
-        *(record("random", v, t, loss) for v, t, loss in ((0.8, 0.6, 0.4), (0.8, 0.9, 0.5))),
+        *(record("random", v, t, loss, draw) for v, t, loss, draw in ((0.8, 0.6, 0.4, 1), (0.8, 0.9, 0.5, 0))),
     ]
     searched, best, mean = structure_rows(records)
     assert (searched["validation"], searched["test"], searched["parameters"]) == ("0.700", "0.650", "10")
-    assert best["structure"] == "best of 2 random structures" and best["test"] == "0.600"
-    assert mean["test"] == "0.750"
-    assert [row["s"] for row in (searched, best, mean)] == ["40", "20", "10"]
+    assert best["structure"] == "best of 2 random ones" and best["test"] == "0.600"
+    assert mean["structure"] == "a random one, mean of 3" and mean["test"] == "0.817"
+    assert [row["s"] for row in (searched, best, mean)] == ["19", "20", "10"]
     rows = structure_rows([*records, record("search", 0.6, 0.55, budget=0.0002)])
     assert [(row["budget"], row["test"]) for row in rows[:2]] == [("0.02 %", "0.550"), ("0.1 %", "0.650")]
+    (mean,) = structure_means(records)
+    assert (mean["seeds"], mean["search, test"], mean["best random at its cost"]) == (1, "0.650", "0.600")
+    assert (mean["a random one"], mean["s of search and of random ones"]) == ("0.817", "19 / 20")
 
 
 def test_tables_and_figure_show_the_logs(tmp_path):
