@@ -455,7 +455,7 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     ]
     if structures:
         if means := searches.structure_means(structures):
-            parts += ["Means over seeds, on test data:", _dicts(means)]
+            parts += ["Test data, mean and standard deviation over seeds:", _dicts(means)]
         parts.append(markdown.dropdown("Seed by seed", _dicts(searches.structure_rows(structures))))
         files = ", ".join(f"`{r['key']}`" for r in structures)
         parts.append(f"Runs in `results/search/{MEASURED}/`: {files}.")

@@ -65,10 +65,11 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:
-    """The same as means over seeds: a row for each kind of search that has random structures of its cost beside it."""
+    """The same as means over seeds: a row for each kind of search. Seeds at which all random structures that there are
+    took less than the search are left out."""
     groups: dict[tuple, list[tuple]] = {}
     for searched, paid, drawn in _compared(records):
-        if paid:
+        if sum(map(_seconds, paid)) >= _seconds(searched):
             spec, metric = searched["spec"], searched["metric"]
             best = min(paid, key=_merit)
             reached = [
@@ -78,20 +79,26 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
             groups.setdefault(kind, []).append((*reached, _seconds(searched), sum(map(_seconds, paid))))
     rows = []
     for (texts, budget, steps), seeds in sorted(groups.items()):
-        search, best, one, *seconds = map(statistics.mean, zip(*seeds))
+        *reached, searching, drawing = zip(*seeds)
+        search, best, one = (_spread(values) for values in reached)
         rows.append(
             {
                 "texts": f"{texts:,}",
                 "budget": f"{100 * budget:g} %",
                 "steps of the search": steps,
                 "seeds": len(seeds),
-                f"search, {split}": f"{search:.3f}",
-                "best random at its cost": f"{best:.3f}",
-                "a random one": f"{one:.3f}",
-                "s of search and of random ones": " / ".join(f"{s:.0f}" for s in seconds),
+                f"search, {split}": search,
+                "best random at its cost": best,
+                "a random one": one,
+                "s of search and of random ones": f"{statistics.mean(searching):.0f} / {statistics.mean(drawing):.0f}",
             }
         )
     return rows
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list, list]]:
