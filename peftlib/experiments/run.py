@@ -47,7 +47,8 @@ def _tuned(
     built_on: Sequence[SavedAdapter] = (),
     progress: bool = False,
 ) -> tuple[Adapted, FitResult]:
-    """The run's method on its backbone, trained and not evaluated."""
+    """The run's method on its backbone, trained and not evaluated. A calibration that was cut off goes on from the
+    state that it left in the cache."""
     s = spec.settings
     adapted = attach(
         backbone.model,
@@ -56,6 +57,8 @@ def _tuned(
         seed=spec.seed,
         keep_original=False,
     )
+    state = sources.cache_root() / "calibrations" / f"{spec.key}-{revision()}"
+    adapted.method.checkpoint = state
     result = fit(
         adapted,
         task,
@@ -72,6 +75,7 @@ def _tuned(
         seed=spec.seed,
         progress=progress,
     )
+    state.unlink(missing_ok=True)
     return adapted, result
 
 

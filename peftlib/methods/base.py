@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +92,8 @@ class Method:
     """How many sources it needs at least, where it takes any."""
     classifies: bool = False
     """Whether a model without a classification head answers with the logits of classes while this is attached."""
+    checkpoint: Path | str | None = None
+    """Where a calibration that takes long writes its state, and goes on from; None: nowhere."""
     fitted: bool = False
     """Whether :meth:`predict` answers in the model's place."""
     exceptions: ClassVar[dict[str, str]] = {}

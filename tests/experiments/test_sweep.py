@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from peftlib import experiments
+from peftlib import experiments, sources
 from peftlib.errors import UnknownNameError
+from peftlib.mechanisms import importance
 
 METHODS, SEEDS = ("lora", "head"), (0, 1, 2)
 
@@ -45,6 +46,29 @@ def test_the_same_specification_gives_the_same_result():
     spec = specs()[0]
     first, second = experiments.execute(spec), experiments.execute(spec)
     assert first["metrics"] == second["metrics"] and first["history"] == second["history"]
+
+
+def test_a_run_that_was_cut_off_in_its_calibration_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "cache_root", lambda: tmp_path)
+    spec = experiments.run_spec("smoke", "smoke", "s3delta", options={"budget": 0.03, "steps": 6})
+    whole = experiments.execute(spec)
+    true_loss, calls = importance.loss, []
+
+    def loss(*args):
+        calls.append(1)
+        if len(calls) == 28:
+            raise KeyboardInterrupt
+        return true_loss(*args)
+
+    monkeypatch.setattr(importance, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.execute(spec)
+    (state,) = (tmp_path / "calibrations").iterdir()
+    assert spec.key in state.name
+    again = experiments.execute(spec)
+    assert len(calls) == 28 + 5, "the five steps that were done are not done again"
+    assert again["metrics"] == whole["metrics"] and again["history"] == whole["history"]
+    assert not state.exists()
 
 
 def test_a_failing_run_is_recorded_apart_and_does_not_stop_the_sweep(tmp_path):

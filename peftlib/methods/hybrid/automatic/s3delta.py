@@ -12,8 +12,9 @@ batches and alpha on the other, by second-order DARTS; b is found anew at each d
 parameters is B, a share of the backbone's. Then the candidates are taken by falling p while they fit into B, and train
 anew from their start, without gates. Trained: at most B. Start: identity. No merge, as adapters are nonlinear.
 
-A search is ``steps`` long and costs five passes a step. Set ``adapted.method.checkpoint`` to a file before it, and a
-search that was cut off goes on from there. ``strategy="random"`` takes a random structure of the same budget instead.
+A search is ``steps`` long and costs five passes a step. Set ``adapted.method.checkpoint`` to a file before it, as runs
+of :mod:`peftlib.experiments` do, and a search that was cut off goes on from there. ``strategy="random"`` takes a random
+structure of the same budget instead.
 
 Source: Hu et al. 2022, arXiv:2206.07382, and its code (S3Delta-M). As there: candidates, alpha at zero, beta, rates of
 the gates and their gradients, clipping at 2, soft gates, one draw for the passes of alpha's gradient and another for
@@ -103,9 +104,6 @@ class S3Delta(Method):
     exceptions: ClassVar = {
         "count": "What trains is what the search chose; the formula is the budget, the most that it can be."
     }
-
-    checkpoint: Path | str | None = None
-    """Where the search writes its state, and goes on from; None: nowhere."""
 
     def attach(self, host: Host) -> None:
         self.seed = int(torch.randint(2**31, (), device="cpu"))
