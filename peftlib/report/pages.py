@@ -456,9 +456,10 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     if structures:
         if means := searches.structure_means(structures):
             parts += ["Test data, mean and standard deviation over seeds:", _dicts(means)]
-        parts.append(markdown.dropdown("Seed by seed", _dicts(searches.structure_rows(structures))))
         files = ", ".join(f"`{r['key']}`" for r in structures)
-        parts.append(f"Runs in `results/search/{MEASURED}/`: {files}.")
+        seeds = _dicts(searches.structure_rows(structures))
+        runs = f"Runs in `results/search/{MEASURED}/`: {files}."
+        parts.append(markdown.dropdown("Seed by seed, and the runs", f"{seeds}\n\n{runs}"))
     else:
         parts.append("No stored searches. `peftlib search s3delta` makes them.")
     return "\n\n".join(parts) + "\n"

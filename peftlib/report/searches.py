@@ -184,6 +184,7 @@ def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:
         )
         left.set(xscale="log", xlabel="trained parameters, task head not included", ylabel=f"validation {metric}")
         right.set(xlabel="trainings", ylabel="dominated share of outcomes")
+        right.xaxis.get_major_locator().set_params(integer=True)
         left.legend(fontsize=8.5)
         right.legend(fontsize=8.5)
         figure.tight_layout()
