@@ -455,7 +455,11 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     ]
     if structures:
         if means := searches.structure_means(structures):
-            parts += ["Test data, mean and standard deviation over seeds:", _dicts(means)]
+            parts += [
+                "Test data, mean and standard deviation over seeds. Where the search and the best random structure are "
+                "closer than their deviations, neither is shown to be better:",
+                _dicts(means),
+            ]
         files = ", ".join(f"`{r['key']}`" for r in structures)
         seeds = _dicts(searches.structure_rows(structures))
         runs = f"Runs in `results/search/{MEASURED}/`: {files}."
