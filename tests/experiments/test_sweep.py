@@ -12,6 +12,7 @@ import pytest
 from peftlib import experiments, sources
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms import importance
+from tests.methods.helpers import interrupt
 
 METHODS, SEEDS = ("lora", "head"), (0, 1, 2)
 
@@ -52,15 +53,7 @@ def test_a_run_that_was_cut_off_in_its_calibration_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(sources, "cache_root", lambda: tmp_path)
     spec = experiments.run_spec("smoke", "smoke", "s3delta", options={"budget": 0.03, "steps": 6})
     whole = experiments.execute(spec)
-    true_loss, calls = importance.loss, []
-
-    def loss(*args):
-        calls.append(1)
-        if len(calls) == 28:
-            raise KeyboardInterrupt
-        return true_loss(*args)
-
-    monkeypatch.setattr(importance, "loss", loss)
+    calls = interrupt(monkeypatch, importance, "loss", at=28)
     with pytest.raises(KeyboardInterrupt):
         experiments.execute(spec)
     (state,) = (tmp_path / "calibrations").iterdir()

@@ -27,6 +27,20 @@ def perturb(adapted, std: float = 0.3, seed: int = 1) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
 
 
+def interrupt(monkeypatch, owner, name: str, at: int) -> list[None]:
+    """Let the call of number ``at`` of ``owner.name`` end as Ctrl-C would. Gives a list with an item a call."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 class Spy:
     """Records the input and output of modules during forwards: ``spy[module] = (input, output)``."""
 

@@ -10,7 +10,7 @@ from peftlib.mechanisms import importance
 from peftlib.mechanisms.structure import Gates
 from peftlib.methods.base import ConfigError
 from tests.conformance.case import batch, lm_head
-from tests.methods.helpers import backbone, inputs, perturb
+from tests.methods.helpers import backbone, inputs, interrupt, perturb
 
 SMALL = {"budget": 0.02, "steps": 1}
 
@@ -110,15 +110,7 @@ def test_a_budget_for_all_candidates_needs_no_search():
 
 def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     whole = attached(steps=6)
-    true_loss, calls = importance.loss, []
-
-    def loss(*args):
-        calls.append(1)
-        if len(calls) == 28:
-            raise KeyboardInterrupt
-        return true_loss(*args)
-
-    monkeypatch.setattr(importance, "loss", loss)
+    calls = interrupt(monkeypatch, importance, "loss", at=28)
     cut = attached(steps=6, calibrate=False)
     cut.method.checkpoint = tmp_path / "search"
     with pytest.raises(KeyboardInterrupt):
