@@ -4,6 +4,7 @@ and a linear map of low rank, for a bottleneck that is as small."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peftlib.mechanisms.precision import cast
@@ -31,11 +32,12 @@ class Stretch(nn.Module):
         self.eps = norm.eps if self.centres else norm.variance_epsilon
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        z = cast(x, self.w)
+        x, shape = cast(x, self.w), self.w.shape
         if self.centres:
-            z = z - z.mean(-1, keepdim=True)
-        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        return y + (self.w * z).to(y.dtype)
+            stretched = F.layer_norm(x, shape, self.w, None, self.eps)
+        else:
+            stretched = F.rms_norm(x, shape, self.w, self.eps)
+        return y + stretched.to(y.dtype)
 
 
 class LowRankLinear(nn.Module):

@@ -195,12 +195,12 @@ class Host:
         return part
 
     @contextmanager
-    def trial(self, gate: Callable | None = None) -> Iterator[Host]:
+    def trial(self) -> Iterator[Host]:
         """Inside ``with``, a host whose changes act on the model and are no part of the method: they are not counted
-        or stored, and are taken back at the end. ``gate`` is that of :meth:`scope`."""
+        or stored, and are taken back at the end."""
         part = copy.copy(self)
         part.children, part.unfrozen, part.written, part._scopes = [], [], [], []
-        part._undo, part._baked, part._gate = [], [], gate
+        part._undo, part._baked = [], []
         try:
             yield part
         finally:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.optimize import brentq
 from torch import nn
+from torch.nn.utils import parametrize
 
 from peftlib.errors import DataError, StateError
 from peftlib.mechanisms import importance
@@ -49,14 +50,14 @@ class Gates:
     budget.
 
     ``draw(u)`` sets the values z_i = sigmoid(logit u_i + logit p_i) in (0, 1), binary-concrete ones of temperature 1;
-    a callable from :meth:`reader` gives that of candidate i. alpha starts at zero.
+    :meth:`guard` puts one on a module. alpha starts at zero, and until the first draw all gates are open.
     """
 
     def __init__(self, sizes: Sequence[int], budget: float, beta: float, device: torch.device):
         self.sizes = np.asarray(sizes, dtype=np.float64)
         self.budget, self.beta = budget, beta
         self.alpha = nn.Parameter(torch.zeros(len(sizes), device=device))
-        self.values: torch.Tensor | None = None
+        self.values = torch.ones(len(sizes), device=device)
 
     def shift(self) -> float:
         """b, by root finding: the expected size falls as it rises."""
@@ -77,11 +78,23 @@ class Gates:
     def draw(self, u: torch.Tensor) -> None:
         self.values = torch.sigmoid(torch.logit(u, EDGE) + torch.logit(self.probabilities(), EDGE))
 
-    def reader(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return partial(self._read, index)
+    def guard(self, index: int, module: nn.Module, parameters: Iterable[str]) -> None:
+        """Scale what a module adds by gate ``index``: by way of the ``parameters`` in which that is linear, taken
+        together. These are small, and the module's output passes through no further products."""
+        for path in parameters:
+            owner, _, name = path.rpartition(".")
+            parametrize.register_parametrization(module.get_submodule(owner), name, _Gate(self, index))
 
-    def _read(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        return self.values[index]
+
+class _Gate(nn.Module):
+    """``forward(w) = z w`` for the value z of one gate."""
+
+    def __init__(self, gates: Gates, index: int):
+        super().__init__()
+        self.gates, self.index = gates, index
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return self.gates.values[self.index] * w
 
 
 def halves(batches: Iterable[Batch], most: int) -> tuple[list[Batch], list[Batch]]:

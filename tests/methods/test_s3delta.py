@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import peftlib
 from peftlib import backbones
@@ -9,6 +10,7 @@ from peftlib.errors import LoadError, MergeError, StateError, TargetError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.structure import Gates
 from peftlib.methods.base import ConfigError
+from peftlib.methods.hybrid.automatic.s3delta import LINEAR
 from tests.conformance.case import batch, lm_head
 from tests.methods.helpers import backbone, inputs, interrupt, perturb
 
@@ -77,10 +79,12 @@ def test_closed_gates_give_the_backbone_and_open_ones_the_modules():
     adapted, given = attached(calibrate=False), inputs("bert")
     plain = adapted.model(**given).logits
     gates = Gates([1] * len(adapted.method.candidates), 1.0, 1.0, torch.device("cpu"))
-    with adapted.host.trial(gate=lambda *place: gates.reader(len(trial.children) - 1)) as trial, torch.no_grad():
-        for candidate in adapted.method.candidates:
-            for parameter in candidate.hang(trial).parameters():
+    with adapted.host.trial() as trial, torch.no_grad():
+        for i, candidate in enumerate(adapted.method.candidates):
+            child = candidate.hang(trial)
+            for parameter in child.parameters():
                 parameter.normal_(std=0.1)
+            gates.guard(i, child, LINEAR[candidate.kind])
         gates.values = torch.zeros(len(adapted.method.candidates))
         assert torch.equal(adapted.model(**given).logits, plain)
         gates.values = torch.ones(len(adapted.method.candidates))
@@ -88,6 +92,21 @@ def test_closed_gates_give_the_backbone_and_open_ones_the_modules():
         assert not torch.allclose(opened, plain, atol=1e-2)
         assert not adapted.trainable().keys() - set(adapted.head_names), "a trial is no part of the method"
     assert torch.equal(adapted.model(**given).logits, plain)
+
+
+def test_a_gate_scales_what_a_candidate_adds():
+    method = attached("t5", lm_head("t5"), calibrate=False).method
+    gates = Gates([1], 1.0, 1.0, torch.device("cpu"))
+    for kind in LINEAR:
+        child = next(c for c in method.candidates if c.kind == kind).make()
+        for parameter in child.parameters():
+            nn.init.normal_(parameter)
+        x = y = torch.randn(2, 3, method.host.anatomy.d)
+        whole = child(x, y) - y
+        gates.values = torch.tensor([0.3])
+        gates.guard(0, child, LINEAR[kind])
+        torch.testing.assert_close(child(x, y) - y, 0.3 * whole, rtol=1e-4, atol=1e-4)
+        assert whole.abs().min() > 0
 
 
 def test_after_the_search_all_is_as_at_the_start_but_for_the_structure():

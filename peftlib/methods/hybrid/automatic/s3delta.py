@@ -45,7 +45,9 @@ from peftlib.mechanisms.low_rank import LowRank, check_rank
 from peftlib.mechanisms.structure import Gates, Search, fitting
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between, one_of
 
-KINDS = ("lora", "adapter", "bitfit", "lnfit")
+LINEAR = {"lora": ("B",), "adapter": ("up.B", "up.bias"), "bitfit": ("b",), "lnfit": ("w",)}
+"""Kind of candidate -> the parameters in which what it adds is linear."""
+KINDS = tuple(LINEAR)
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,10 @@ class S3Delta(Method):
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         starts = [p.detach().clone() for p in head]
         try:
-            with self.host.trial(gate=lambda *place: gates.reader(len(trial.children) - 1)) as trial:
+            with self.host.trial() as trial:
                 children = [candidate.hang(trial) for candidate in self.candidates]
+                for i, (candidate, child) in enumerate(zip(self.candidates, children)):
+                    gates.guard(i, child, LINEAR[candidate.kind])
                 Search(
                     self.host.model,
                     gates,
