@@ -1,7 +1,8 @@
 """A search over structures: gates that open and close candidate modules are learned together with the modules.
 
 Gates train on one half of the data, modules on the other, and a gate's gradient looks one step of the modules ahead
-(differentiable architecture search of second order). The expected size is held at a budget at every step.
+(differentiable architecture search, DARTS, of second order; of first order it does not). The expected size is held at a
+budget at every step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -151,7 +153,8 @@ class Search:
 
     Each step draws gates, moves alpha by AdamW along :func:`gate_gradient`, draws again, and moves the weights by
     AdamW; both rates fall linearly to zero and both gradients are cut to ``max_norm``. A step costs five passes forward
-    and backward. Everything that a step draws, dropout included, follows from ``seed`` and its number.
+    and backward. With ``order=1`` alpha moves along the gradient at the weights as they are, and a step costs two.
+    Everything that a step draws, dropout included, follows from ``seed`` and its number.
 
     With a ``checkpoint`` the state is written there, whole or not at all, every ``every`` steps and at the end, and
     :meth:`run` goes on from what it finds there; one of another search is a StateError.
@@ -164,6 +167,7 @@ class Search:
     rate: float
     gate_rate: float
     seed: int
+    order: Literal[1, 2] = 2
     max_norm: float = 2.0
     what: str = "searching a structure"
     checkpoint: Path | None = None
@@ -207,10 +211,12 @@ class Search:
                 raise DataError("the search's loss is not finite; look at the labels and the rates")
             return value
 
-        self.gates.alpha.grad = gate_gradient(
-            self.gates.alpha, self.weights, on_weights, partial(loss, own, first), partial(loss, other, first)
-        )
-        nn.utils.clip_grad_norm_([self.gates.alpha], self.max_norm)
+        alpha, here, there = self.gates.alpha, partial(loss, own, first), partial(loss, other, first)
+        if self.order == 2:
+            alpha.grad = gate_gradient(alpha, self.weights, on_weights, here, there)
+        else:
+            (alpha.grad,) = torch.autograd.grad(there(), alpha)
+        nn.utils.clip_grad_norm_([alpha], self.max_norm)
         on_gates.step()
         loss(own, second).backward(inputs=self.weights)
         nn.utils.clip_grad_norm_(self.weights, self.max_norm)
@@ -234,7 +240,7 @@ class Search:
         digest = hashlib.sha256()
         for tensor in (t for half in data for batch in half for _, t in sorted(batch.items())):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        settings = (self.steps, self.rate, self.gate_rate, self.seed, self.max_norm, self.gates.beta)
+        settings = (self.steps, self.rate, self.gate_rate, self.seed, self.order, self.max_norm, self.gates.beta)
         sizes = [float(self.gates.budget), *self.gates.sizes.tolist()]
         return json.dumps({"settings": settings, "sizes": sizes, "data": digest.hexdigest()})
 

@@ -14,6 +14,7 @@ from peftlib.experiments import Log
 from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED, nothing
 
 _COLOURS = {"bayesian": TOUCHED, "random": ADDED}
+_ORDERS = {1: "first", 2: "second"}
 
 
 def pareto_rows(log: Log) -> list[dict[str, Any]]:
@@ -55,7 +56,7 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     of all. ``s``: seconds of search and training."""
     rows = []
     for searched, paid, drawn in _compared(records):
-        rows.append(_structure(f"search of {_steps(searched)} steps", [searched], _seconds(searched)))
+        rows.append(_structure(f"search: {_search(searched)}", [searched], _seconds(searched)))
         if paid:
             best = min(paid, key=_merit)
             rows.append(_structure(f"best of {len(paid)} random ones", [best], sum(map(_seconds, paid))))
@@ -76,19 +77,19 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
             reached = [
                 statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in ([searched], [best], drawn)
             ]
-            kind = (_texts(spec), spec["options"]["budget"], _steps(searched))
+            kind = (_texts(spec), spec["options"]["budget"], _search(searched))
             groups.setdefault(kind, []).append((*reached, _seconds(searched), sum(map(_seconds, paid))))
     rows = []
-    for (texts, budget, steps), seeds in sorted(groups.items()):
+    for (texts, budget, search), seeds in sorted(groups.items()):
         *reached, searching, drawing = zip(*seeds)
-        search, best, one = (_spread(values) for values in reached)
+        found, best, one = (_spread(values) for values in reached)
         rows.append(
             {
                 "texts": f"{texts:,}",
                 "budget": f"{100 * budget:g} %",
-                "steps of the search": steps,
+                "search": search,
                 "seeds": len(seeds),
-                f"search, {split}": search,
+                f"its structure, {split}": found,
                 "best random at its cost": best,
                 "a random one": one,
                 "s of search and of random ones": f"{statistics.mean(searching):.0f} / {statistics.mean(drawing):.0f}",
@@ -114,12 +115,14 @@ def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
         )
         drawn.sort(key=lambda r: r["spec"]["options"]["draw"])
         spent = list(itertools.accumulate(map(_seconds, drawn)))
-        for searched in sorted(searches, key=_steps):
+        for searched in sorted(searches, key=_search):
             yield searched, drawn[: 1 + sum(total < _seconds(searched) for total in spent)], drawn
 
 
-def _steps(record: dict[str, Any]) -> int:
-    return record["spec"]["options"]["steps"]
+def _search(record: dict[str, Any]) -> str:
+    """How a search went about it."""
+    o = record["spec"]["options"]
+    return f"{_ORDERS[o['order']]} order, {o['steps']} steps, rate {o['search_rate']:g}"
 
 
 def _structure(what: str, records: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:

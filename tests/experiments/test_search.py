@@ -262,7 +262,8 @@ def test_searched_and_random_structures_share_all_but_the_structure():
 
 def record(strategy, validation, test, loss=0.5, draw=0, budget=0.001):
     metrics = {"validation": {"accuracy": validation, "loss": loss}, "test": {"accuracy": test}}
-    options = {"strategy": strategy, "budget": budget, "draw": draw, "steps": 40}
+    searching = {"order": 1, "steps": 40, "search_rate": 0.002}
+    options = {"strategy": strategy, "budget": budget, "draw": draw, **searching}
     spec = {"seed": 0, "options": options, "settings": {"task_options": {"n_train": 256}}}
     spent = {"calibration_seconds": 9.0 * (strategy == "search"), "steps": 20, "seconds_per_step": 0.5}
     return {
@@ -289,7 +290,8 @@ def test_random_structures_that_cost_as_much_stand_beside_a_search_the_best_on_v
     rows = structure_rows([*records, record("search", 0.6, 0.55, budget=0.0002)])
     assert [(row["budget"], row["test"]) for row in rows[:2]] == [("0.02 %", "0.550"), ("0.1 %", "0.650")]
     (mean,) = structure_means([*records, record("search", 0.6, 0.55, budget=0.0002)])
-    assert (mean["seeds"], mean["search, test"], mean["best random at its cost"]) == (1, "0.650", "0.600")
+    assert mean["search"] == "first order, 40 steps, rate 0.002"
+    assert (mean["seeds"], mean["its structure, test"], mean["best random at its cost"]) == (1, "0.650", "0.600")
     assert (mean["a random one"], mean["s of search and of random ones"]) == ("0.817", "19 / 20")
 
 

@@ -111,13 +111,33 @@ def search(model, **options):
     return Search(model, model.gates, [model.w], **({"steps": 40, "rate": 0.1, "gate_rate": 0.1, "seed": 0} | options))
 
 
-def test_the_search_finds_the_candidate_that_matters():
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_search_finds_the_candidate_that_matters(order):
     model = Sum()
-    search(model).run(rows())
+    search(model, order=order).run(rows())
     p = model.gates.probabilities().detach()
     assert int(p.argmax()) == 2
     assert float(p[2]) > 2 * float(p[[0, 1, 3, 4, 5]].max())
     assert float(p.sum()) == pytest.approx(1.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("order", "passes"), [(1, 2), (2, 5)])
+def test_what_a_step_costs(order, passes, monkeypatch):
+    model, given = Sum(), []
+    monkeypatch.setattr(model, "forward", lambda **batch: given.append(batch) or Sum.forward(model, **batch))
+    search(model, steps=3, order=order).run(rows())
+    assert len(given) == 3 * passes
+
+
+def test_a_step_of_first_order_goes_down_the_loss_of_the_other_half():
+    model, data = Sum(), rows()[:2]
+    nn.init.normal_(model.w, generator=torch.Generator().manual_seed(1))
+    model.gates.draw(torch.rand(2, 6, generator=torch.Generator().manual_seed(0))[0])
+    losses = [model(**batch).loss for batch in data]
+    own, other = (torch.autograd.grad(loss, model.gates.alpha, retain_graph=True)[0] for loss in losses)
+    search(model, steps=1, order=1, gate_rate=0.1).run(data)
+    torch.testing.assert_close(model.gates.alpha.detach(), -0.1 * other.sign(), rtol=1e-4, atol=0)
+    assert (own.sign() != other.sign()).any()
 
 
 def test_a_search_that_was_cut_off_goes_on_to_the_same_end(tmp_path, monkeypatch):

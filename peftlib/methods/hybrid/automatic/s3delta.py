@@ -12,9 +12,10 @@ batches and alpha on the other, by second-order DARTS; b is found anew at each d
 parameters is B, a share of the backbone's. Then the candidates are taken by falling p while they fit into B, and train
 anew from their start, without gates. Trained: at most B. Start: identity. No merge, as adapters are nonlinear.
 
-A search is ``steps`` long and costs five passes a step. Set ``adapted.method.checkpoint`` to a file before it, as runs
-of :mod:`peftlib.experiments` do, and a search that was cut off goes on from there. ``strategy="random"`` takes a random
-structure of the same budget instead.
+A search is ``steps`` long and costs five passes a step. With ``order=1`` alpha's gradient is taken at the weights as
+they are (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two. Set
+``adapted.method.checkpoint`` to a file before it, as runs of :mod:`peftlib.experiments` do, and a search that was cut
+off goes on from there. ``strategy="random"`` takes a random structure of the same budget instead.
 
 Source: Hu et al. 2022, arXiv:2206.07382, and its code (S3Delta-M). As there: candidates, alpha at zero, beta, rates of
 the gates and their gradients, clipping at 2, soft gates, one draw for the passes of alpha's gradient and another for
@@ -53,14 +54,16 @@ KINDS = tuple(LINEAR)
 @dataclass(frozen=True)
 class S3DeltaConfig(MethodConfig):
     """``budget``: share of the parameters below the task head that trains at most; ``steps`` of the search, at
-    ``search_rate`` of the weights and ``gate_rate`` of alpha; ``beta`` of the gates; ``kinds`` of candidates; ``rank``
-    of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the adapters' inner width, and their
-    ``activation``; ``strategy``: "search", or "random" for a random structure, the one of number ``draw``."""
+    ``search_rate`` of the weights and ``gate_rate`` of alpha, whose gradient is of ``order`` 1 or 2; ``beta`` of the
+    gates; ``kinds`` of candidates; ``rank`` of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the
+    adapters' inner width, and their ``activation``; ``strategy``: "search", or "random" for a random structure, the one
+    of number ``draw``."""
 
     budget: float = 0.001
     steps: int = 100
     search_rate: float = 1e-3
     gate_rate: float = 0.1
+    order: Literal[1, 2] = 2
     beta: float = 1.0
     kinds: tuple[str, ...] = KINDS
     rank: int = 1
@@ -78,6 +81,7 @@ class S3DeltaConfig(MethodConfig):
             at_least(name, getattr(self, name), 1)
         at_least("draw", self.draw, 0)
         check_activation(self.activation)
+        one_of("order", self.order, (1, 2))
         one_of("strategy", self.strategy, ("search", "random"))
         if not self.kinds:
             raise ConfigError(f"kinds=() leaves no candidates; name some of {', '.join(KINDS)}")
@@ -195,6 +199,7 @@ class S3Delta(Method):
                     steps=c.steps,
                     rate=c.search_rate,
                     gate_rate=c.gate_rate,
+                    order=c.order,
                     seed=self.seed,
                     what="s3delta: searching a structure",
                     checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
