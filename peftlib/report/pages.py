@@ -456,8 +456,9 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     if structures:
         if means := searches.structure_means(structures):
             parts += [
-                "Test data, mean and standard deviation over seeds. Where the search and the best random structure are "
-                "closer than their deviations, neither is shown to be better:",
+                "Test data: mean and standard deviation over seeds. What a search is over the best random structure, "
+                "and over one taken blindly, is the mean difference seed by seed with its standard error; one of less "
+                "than two of them shows no winner:",
                 _dicts(means),
             ]
         files = ", ".join(f"`{r['key']}`" for r in structures)

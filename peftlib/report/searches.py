@@ -67,8 +67,9 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:
-    """The same as means over seeds: a row for each kind of search. Seeds at which all random structures that there are
-    took less than the search are left out."""
+    """The same as means over seeds with standard deviations, a row for each kind of search, and means of the
+    differences seed by seed with their standard errors. Seeds at which all random structures that there are took less
+    than the search are left out."""
     groups: dict[tuple, list[tuple]] = {}
     for searched, paid, drawn in _compared(records):
         if sum(map(_seconds, paid)) >= _seconds(searched):
@@ -81,8 +82,8 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
             groups.setdefault(kind, []).append((*reached, _seconds(searched), sum(map(_seconds, paid))))
     rows = []
     for (texts, budget, search), seeds in sorted(groups.items()):
-        *reached, searching, drawing = zip(*seeds)
-        found, best, one = (_spread(values) for values in reached)
+        *reached_by, searching, drawing = zip(*seeds)
+        found, best, one = (_spread(values) for values in reached_by)
         rows.append(
             {
                 "texts": f"{texts:,}",
@@ -91,7 +92,9 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
                 "seeds": len(seeds),
                 f"its structure, {split}": found,
                 "best random at its cost": best,
+                "over the best": _difference(reached_by[0], reached_by[1]),
                 "a random one": one,
+                "over one": _difference(reached_by[0], reached_by[2]),
                 "s of search and of random ones": f"{statistics.mean(searching):.0f} / {statistics.mean(drawing):.0f}",
             }
         )
@@ -101,6 +104,13 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
 def _spread(values: Sequence[float]) -> str:
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean of the differences seed by seed, and its standard error."""
+    apart = [a - b for a, b in zip(ours, theirs)]
+    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
+    return f"{statistics.mean(apart):+.3f}{error}"
 
 
 def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list, list]]:
