@@ -81,8 +81,8 @@ class Gates:
         self.values = torch.sigmoid(torch.logit(u, EDGE) + torch.logit(self.probabilities(), EDGE))
 
     def guard(self, index: int, module: nn.Module, parameters: Iterable[str]) -> None:
-        """Scale what a module adds by gate ``index``: by way of the ``parameters`` in which that is linear, taken
-        together. These are small, and the module's output passes through no further products."""
+        """Scale what a module adds by gate ``index``, by way of the ``parameters`` in which, taken together, it is
+        linear: they are small, and what is added is as large as the module's output."""
         for path in parameters:
             owner, _, name = path.rpartition(".")
             parametrize.register_parametrization(module.get_submodule(owner), name, _Gate(self, index))
