@@ -456,7 +456,7 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
     if structures:
         if means := searches.structure_means(structures):
             parts += [
-                "Test data: mean and standard deviation over seeds. What a search is over the best random structure, "
+                "Test data: mean and standard deviation over seeds. What the search is over the best random structure, "
                 "and over one taken blindly, is the mean difference seed by seed with its standard error; one of less "
                 "than two of them shows no winner:",
                 _dicts(means),

@@ -67,37 +67,33 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> list[dict[str, Any]]:
-    """The same as means over seeds with standard deviations, a row for each kind of search, and means of the
-    differences seed by seed with their standard errors. Seeds at which all random structures that there are took less
-    than the search are left out."""
+    """The same as means over seeds with standard deviations, three rows for each kind of search. ``search over it``:
+    the mean of the differences seed by seed, with its standard error. Seeds at which all random structures that there
+    are took less than the search are left out."""
     groups: dict[tuple, list[tuple]] = {}
     for searched, paid, drawn in _compared(records):
         if sum(map(_seconds, paid)) >= _seconds(searched):
             spec, metric = searched["spec"], searched["metric"]
-            best = min(paid, key=_merit)
-            reached = [
-                statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in ([searched], [best], drawn)
-            ]
+            rivals = ([searched], [min(paid, key=_merit)], drawn)
+            reached = [statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in rivals]
+            spent = [_seconds(searched), sum(map(_seconds, paid)), statistics.mean(map(_seconds, drawn))]
             kind = (_texts(spec), spec["options"]["budget"], _search(searched))
-            groups.setdefault(kind, []).append((*reached, _seconds(searched), sum(map(_seconds, paid))))
+            groups.setdefault(kind, []).append((reached, spent))
     rows = []
     for (texts, budget, search), seeds in sorted(groups.items()):
-        *reached_by, searching, drawing = zip(*seeds)
-        found, best, one = (_spread(values) for values in reached_by)
-        rows.append(
-            {
-                "texts": f"{texts:,}",
-                "budget": f"{100 * budget:g} %",
-                "search": search,
-                "seeds": len(seeds),
-                f"its structure, {split}": found,
-                "best random at its cost": best,
-                "over the best": _difference(reached_by[0], reached_by[1]),
-                "a random one": one,
-                "over one": _difference(reached_by[0], reached_by[2]),
-                "s of search and of random ones": f"{statistics.mean(searching):.0f} / {statistics.mean(drawing):.0f}",
-            }
-        )
+        reached, spent = (list(zip(*values)) for values in zip(*seeds))
+        for what, mine, s in zip((f"search: {search}", "best random at its cost", "a random one"), reached, spent):
+            rows.append(
+                {
+                    "texts": f"{texts:,}",
+                    "budget": f"{100 * budget:g} %",
+                    "seeds": len(seeds),
+                    "structure": what,
+                    split: _spread(mine),
+                    "search over it": "" if mine is reached[0] else _difference(reached[0], mine),
+                    "s": f"{statistics.mean(s):.0f}",
+                }
+            )
     return rows
 
 
