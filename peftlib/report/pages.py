@@ -458,7 +458,8 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
             parts += [
                 "Test data: mean and standard deviation over seeds. What the search is over the best random structure, "
                 "and over one taken blindly, is the mean difference seed by seed with its standard error; one of less "
-                "than two of them shows no winner:",
+                "than two of them shows no winner. Seeds at which all random structures together took less time than "
+                "the search are left out:",
                 _dicts(means),
             ]
         files = ", ".join(f"`{r['key']}`" for r in structures)

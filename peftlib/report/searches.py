@@ -56,13 +56,14 @@ def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     of all. ``s``: seconds of search and training."""
     rows = []
     for searched, paid, drawn in _compared(records):
-        rows.append(_structure(f"search: {_search(searched)}", [searched], _seconds(searched)))
-        if paid:
-            best = min(paid, key=_merit)
-            rows.append(_structure(f"best of {len(paid)} random ones", [best], sum(map(_seconds, paid))))
-            mean = statistics.mean(map(_seconds, drawn))
-            one = _structure(f"a random one, mean of {len(drawn)}", drawn, mean)
-            rows += [one] if one not in rows else []
+        names = (
+            f"search: {_search(searched)}",
+            f"best of {len(paid)} random ones",
+            f"a random one, mean of {len(drawn)}",
+        )
+        for name, (chosen, seconds) in zip(names, _sides(searched, paid, drawn)):
+            row = _structure(name, chosen, seconds)
+            rows += [row] if row not in rows else []
     return rows
 
 
@@ -74,9 +75,8 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
     for searched, paid, drawn in _compared(records):
         if sum(map(_seconds, paid)) >= _seconds(searched):
             spec, metric = searched["spec"], searched["metric"]
-            rivals = ([searched], [min(paid, key=_merit)], drawn)
-            reached = [statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in rivals]
-            spent = [_seconds(searched), sum(map(_seconds, paid)), statistics.mean(map(_seconds, drawn))]
+            sides, spent = zip(*_sides(searched, paid, drawn))
+            reached = [statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in sides]
             kind = (_texts(spec), spec["options"]["budget"], _search(searched))
             groups.setdefault(kind, []).append((reached, spent))
     rows = []
@@ -123,6 +123,16 @@ def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
         spent = list(itertools.accumulate(map(_seconds, drawn)))
         for searched in sorted(searches, key=_search):
             yield searched, drawn[: 1 + sum(total < _seconds(searched) for total in spent)], drawn
+
+
+def _sides(searched: dict[str, Any], paid: list, drawn: list) -> list[tuple[list[dict[str, Any]], float]]:
+    """The search, and where there are random structures the best of those that its time pays for and one of them: the
+    records whose mean each side is, and its seconds."""
+    sides = [([searched], _seconds(searched))]
+    if paid:
+        sides.append(([min(paid, key=_merit)], sum(map(_seconds, paid))))
+        sides.append((drawn, statistics.mean(map(_seconds, drawn))))
+    return sides
 
 
 def _search(record: dict[str, Any]) -> str:
