@@ -32,6 +32,7 @@ from peftlib.experiments.store import RESULTS
 from peftlib.experiments.sweep import progress_bar
 from peftlib.methods import find
 from peftlib.methods.base import at_least, one_of
+from peftlib.methods.hybrid.automatic.s3delta import SEARCHING
 
 Point = tuple[int, ...]
 STRATEGIES = ("bayesian", "random")
@@ -358,10 +359,16 @@ def structure_specs(
     changes: dict[str, Any] | None = None,
 ) -> list[RunSpec]:
     """The runs that compare S3Delta with random structures of its budget: for each seed one search, and ``draws``
-    structures of which the best on validation data counts."""
-    kinds = [{"strategy": "search"}, *({"strategy": "random", "draw": i} for i in range(draws))]
+    structures of which the best on validation data counts. Options of the search are not in those: another search
+    stands beside the same random structures."""
+    options = options or {}
+    shared = {name: value for name, value in options.items() if name not in SEARCHING}
+    kinds = [
+        {**options, "strategy": "search"},
+        *({**shared, "strategy": "random", "draw": i} for i in range(draws)),
+    ]
     return [
-        run_spec(profile_name, track, "s3delta", seed=seed, options={**(options or {}), **kind}, changes=changes)
+        run_spec(profile_name, track, "s3delta", seed=seed, options=kind, changes=changes)
         for seed in seeds
         for kind in kinds
     ]

@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -99,6 +100,13 @@ class _Gate(nn.Module):
         return self.gates.values[self.index] * w
 
 
+def cut(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
+    """The batches in pieces of at most so many rows."""
+    for batch in batches:
+        names, columns = zip(*((name, v.split(rows)) for name, v in batch.items()))
+        yield from (dict(zip(names, piece)) for piece in zip(*columns))
+
+
 def halves(batches: Iterable[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
     """Every other batch of at most ``most``; a single one is cut in the middle. Raises DataError for too few rows."""
     kept = list(islice(batches, most))
@@ -151,13 +159,14 @@ def gate_gradient(
 class Search:
     """A bi-level search of ``steps`` steps; :meth:`run` leaves its result in the gates.
 
+    A step takes one batch of each half, or ``batch_size`` rows of one: batches are cut before they are dealt out.
     Each step draws gates, moves alpha by AdamW along :func:`gate_gradient`, draws again, and moves the weights by
     AdamW; both rates fall linearly to zero and both gradients are cut to ``max_norm``. A step costs five passes forward
     and backward. With ``order=1`` alpha moves along the gradient at the weights as they are, and a step costs two.
     Everything that a step draws, dropout included, follows from ``seed`` and its number.
 
-    With a ``checkpoint`` the state is written there, whole or not at all, every ``every`` steps and at the end, and
-    :meth:`run` goes on from what it finds there; one of another search is a StateError.
+    With a ``checkpoint`` the state is written there, whole or not at all, once ``every`` seconds have passed since the
+    last time and at the end, and :meth:`run` goes on from what it finds there; one of another search is a StateError.
     """
 
     model: nn.Module
@@ -168,21 +177,23 @@ class Search:
     gate_rate: float
     seed: int
     order: Literal[1, 2] = 2
+    batch_size: int | None = None
     max_norm: float = 2.0
     what: str = "searching a structure"
     checkpoint: Path | None = None
-    every: int = 5
+    every: float = 5.0
 
     def run(self, batches: Iterable[Batch]) -> None:
-        own, other = halves(batches, 2 * self.steps)
+        pieces = batches if self.batch_size is None else cut(batches, self.batch_size)
+        own, other = halves(pieces, 2 * self.steps)
         self._identity = self._describe(own, other)
         optimizers = [
-            torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
+            torch.optim.AdamW(params, lr=rate, weight_decay=0.0, fused=True)
             for params, rate in ((self.weights, self.rate), ([self.gates.alpha], self.gate_rate))
         ]
         done = self._resume(optimizers)
         device = self.gates.alpha.device
-        mode = self.model.training
+        mode, written = self.model.training, time.monotonic()
         self.model.train()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -190,8 +201,10 @@ class Search:
                     for optimizer, rate in zip(optimizers, (self.rate, self.gate_rate)):
                         optimizer.param_groups[0]["lr"] = rate * (1 - step / self.steps)
                     self._step(step, own[step % len(own)], other[step % len(other)], optimizers)
-                    if self.checkpoint and ((step + 1) % self.every == 0 or step + 1 == self.steps):
+                    last = step + 1 == self.steps
+                    if self.checkpoint and (last or time.monotonic() - written >= self.every):
                         self._write(step + 1, optimizers)
+                        written = time.monotonic()
         finally:
             self.model.train(mode)
             for parameter in self.weights:

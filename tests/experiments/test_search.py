@@ -252,12 +252,16 @@ def test_stored_searches_of_s3delta_are_better_than_a_random_structure():
 
 
 def test_searched_and_random_structures_share_all_but_the_structure():
-    specs = experiments.structure_specs("smoke", "smoke", [0, 1], 3, options={"budget": 0.03})
+    specs, slower = (
+        experiments.structure_specs("smoke", "smoke", [0, 1], 3, options={"budget": 0.03, "steps": steps})
+        for steps in (6, 9)
+    )
     kinds = [(s.seed, s.options["strategy"], s.options["draw"]) for s in specs]
     assert kinds == [(n, *kind) for n in (0, 1) for kind in (("search", 0), *(("random", i) for i in range(3)))]
     assert len({json.dumps(s.settings) for s in specs}) == 1
     assert {s.options["budget"] for s in specs} == {0.03}
     assert len({s.key for s in specs}) == 8
+    assert [s.key == t.key for s, t in zip(specs, slower)] == 2 * [False, True, True, True]
 
 
 def record(strategy, validation, test, loss=0.5, draw=0, budget=0.001, seed=0):

@@ -12,7 +12,7 @@ import pytest
 from peftlib import experiments, sources
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms import importance
-from tests.methods.helpers import interrupt
+from tests.methods.helpers import interrupt, slow_clock
 
 METHODS, SEEDS = ("lora", "head"), (0, 1, 2)
 
@@ -51,6 +51,7 @@ def test_the_same_specification_gives_the_same_result():
 
 def test_a_run_that_was_cut_off_in_its_calibration_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "cache_root", lambda: tmp_path)
+    slow_clock(monkeypatch)
     spec = experiments.run_spec("smoke", "smoke", "s3delta", options={"budget": 0.03, "steps": 6})
     whole = experiments.execute(spec)
     calls = interrupt(monkeypatch, importance, "loss", at=28)

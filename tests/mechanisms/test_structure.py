@@ -8,6 +8,7 @@ from torch import nn
 
 from peftlib.errors import DataError, StateError
 from peftlib.mechanisms.structure import Gates, Search, fitting, gate_gradient, halves
+from tests.methods.helpers import slow_clock
 
 SIZES = [3, 100, 7, 7, 64, 1]
 
@@ -152,7 +153,7 @@ def test_a_search_that_was_cut_off_goes_on_to_the_same_end(tmp_path, monkeypatch
 
     monkeypatch.setattr(Search, "_step", step)
     with pytest.raises(KeyboardInterrupt):
-        search(cut, checkpoint=tmp_path / "new" / "search").run(rows())
+        search(cut, checkpoint=tmp_path / "new" / "search", every=0).run(rows())
     assert not torch.equal(cut.gates.alpha, whole.gates.alpha)
     done = []
 
@@ -163,12 +164,21 @@ def test_a_search_that_was_cut_off_goes_on_to_the_same_end(tmp_path, monkeypatch
     monkeypatch.setattr(Search, "_step", counted)
     again = Sum()
     search(again, checkpoint=tmp_path / "new" / "search").run(rows())
-    assert done == list(range(25, 40))
+    assert done == list(range(27, 40))
     assert torch.equal(again.gates.alpha, whole.gates.alpha) and torch.equal(again.w, whole.w)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["search"]
     finished = Sum()
     search(finished, checkpoint=tmp_path / "new" / "search").run(rows())
-    assert torch.equal(finished.gates.alpha, whole.gates.alpha) and len(done) == 15
+    assert torch.equal(finished.gates.alpha, whole.gates.alpha) and len(done) == 13
+
+
+def test_the_state_is_written_when_so_much_time_has_passed_and_at_the_end(tmp_path, monkeypatch):
+    written = []
+    slow_clock(monkeypatch, seconds=1)
+    monkeypatch.setattr(Search, "_write", lambda self, step, optimizers: written.append(step))
+    search(Sum(), steps=10, checkpoint=tmp_path / "search", every=3).run(rows())
+    # The clock is read at the start, once a step, and once more where the state is written.
+    assert written == [3, 6, 9, 10]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"rate": 0.2}, {"data": 1}])
@@ -181,6 +191,16 @@ def test_the_state_of_another_search_is_refused(tmp_path, change):
     file.write_bytes(b"not a file of tensors")
     with pytest.raises(StateError, match="not a search's state"):
         search(Sum(), **options).run(rows())
+
+
+def test_smaller_batches_are_cut_before_they_are_dealt_out(monkeypatch):
+    model, given = Sum(), []
+    monkeypatch.setattr(model, "forward", lambda **batch: given.append(batch) or Sum.forward(model, **batch))
+    search(model, steps=2, order=1, batch_size=6).run(rows())
+    pieces = [x for batch in rows() for x in batch["x"].split(6)]
+    assert [len(piece) for piece in pieces[:3]] == [6, 6, 4]
+    # Alpha on the second and the fourth piece, the weights on the first and the third.
+    assert all(torch.equal(batch["x"], pieces[i]) for batch, i in zip(given, (1, 0, 3, 2), strict=True))
 
 
 def test_halves_are_apart_and_need_two_rows():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from peftlib import backbones
+from peftlib.mechanisms import structure
 
 
 def backbone(family: str, head: str = "classification") -> nn.Module:
@@ -39,6 +43,12 @@ def interrupt(monkeypatch, owner, name: str, at: int) -> list[None]:
 
     monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+def slow_clock(monkeypatch, seconds: float = 60) -> None:
+    """Let so much time pass, by the clock of :mod:`peftlib.mechanisms.structure`, whenever it is read."""
+    ticks = itertools.count(0, seconds)
+    monkeypatch.setattr(structure, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 class Spy:

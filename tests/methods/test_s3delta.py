@@ -12,7 +12,7 @@ from peftlib.mechanisms.structure import Gates
 from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.automatic.s3delta import LINEAR
 from tests.conformance.case import batch, lm_head
-from tests.methods.helpers import backbone, inputs, interrupt, perturb
+from tests.methods.helpers import backbone, inputs, interrupt, perturb, slow_clock
 
 SMALL = {"budget": 0.02, "steps": 1}
 
@@ -128,6 +128,7 @@ def test_a_budget_for_all_candidates_needs_no_search():
 
 
 def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    slow_clock(monkeypatch)
     whole = attached(steps=6)
     calls = interrupt(monkeypatch, importance, "loss", at=28)
     cut = attached(steps=6, calibrate=False)

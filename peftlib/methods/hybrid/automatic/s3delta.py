@@ -13,7 +13,8 @@ parameters is B, a share of the backbone's. Then the candidates are taken by fal
 anew from their start, without gates. Trained: at most B. Start: identity. No merge, as adapters are nonlinear.
 
 A search is ``steps`` long and costs five passes a step. With ``order=1`` alpha's gradient is taken at the weights as
-they are (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two. Set
+they are (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two. ``search_batch_size`` cuts the
+training batches into smaller ones: more draws of the gates in the same time. Set
 ``adapted.method.checkpoint`` to a file before it, as runs of :mod:`peftlib.experiments` do, and a search that was cut
 off goes on from there. ``strategy="random"`` takes a random structure of the same budget instead.
 
@@ -49,21 +50,24 @@ from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, be
 LINEAR = {"lora": ("B",), "adapter": ("up.B", "up.bias"), "bitfit": ("b",), "lnfit": ("w",)}
 """Kind of candidate -> the parameters in which what it adds is linear."""
 KINDS = tuple(LINEAR)
+SEARCHING = ("steps", "search_rate", "gate_rate", "order", "search_batch_size", "beta")
+"""Options that a random structure does not depend on."""
 
 
 @dataclass(frozen=True)
 class S3DeltaConfig(MethodConfig):
     """``budget``: share of the parameters below the task head that trains at most; ``steps`` of the search, at
-    ``search_rate`` of the weights and ``gate_rate`` of alpha, whose gradient is of ``order`` 1 or 2; ``beta`` of the
-    gates; ``kinds`` of candidates; ``rank`` of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the
-    adapters' inner width, and their ``activation``; ``strategy``: "search", or "random" for a random structure, the one
-    of number ``draw``."""
+    ``search_rate`` of the weights and ``gate_rate`` of alpha, whose gradient is of ``order`` 1 or 2, on batches of at
+    most ``search_batch_size`` rows (default: those of the training); ``beta`` of the gates; ``kinds`` of candidates;
+    ``rank`` of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the adapters' inner width, and their
+    ``activation``; ``strategy``: "search", or "random" for a random structure, the one of number ``draw``."""
 
     budget: float = 0.001
     steps: int = 100
     search_rate: float = 1e-3
     gate_rate: float = 0.1
     order: Literal[1, 2] = 2
+    search_batch_size: int | None = None
     beta: float = 1.0
     kinds: tuple[str, ...] = KINDS
     rank: int = 1
@@ -81,6 +85,8 @@ class S3DeltaConfig(MethodConfig):
             at_least(name, getattr(self, name), 1)
         at_least("draw", self.draw, 0)
         check_activation(self.activation)
+        if self.search_batch_size is not None:
+            at_least("search_batch_size", self.search_batch_size, 1)
         one_of("order", self.order, (1, 2))
         one_of("strategy", self.strategy, ("search", "random"))
         if not self.kinds:
@@ -200,6 +206,7 @@ class S3Delta(Method):
                     rate=c.search_rate,
                     gate_rate=c.gate_rate,
                     order=c.order,
+                    batch_size=c.search_batch_size,
                     seed=self.seed,
                     what="s3delta: searching a structure",
                     checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
