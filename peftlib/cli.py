@@ -104,30 +104,32 @@ def search(args: argparse.Namespace) -> int:
     track = args.track or next(iter(experiments.profile(args.profile).tracks))
     if args.method == "s3delta":
         specs = experiments.structure_specs(
-            args.profile, track, [args.seed], args.trials, options=_options(args.option), changes=_options(args.set)
+            args.profile, track, args.seeds, args.trials, options=_options(args.option), changes=_options(args.set)
         )
         outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"), workers=args.workers)
         out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
         return 1 if outcomes["failed"] else 0
-    spec = experiments.SearchSpec(
-        args.profile,
-        track,
-        args.strategy,
-        seed=args.seed,
-        initial=args.initial,
-        batch=args.batch,
-        learning_rate=args.lr,
-        surrogate=args.surrogate,
-        changes=_options(args.set),
-    )
-    log = experiments.search(spec, args.trials, args.results)
-    table = Table("parameters", "validation", "test", "structure", title="No other trial is better and smaller")
-    for trial in log.pareto():
-        table.add_row(
-            f"{trial['parameters']:,}", f"{trial['score']:.4f}", f"{trial['test']:.4f}", str(trial["options"])
+    for seed in args.seeds:
+        spec = experiments.SearchSpec(
+            args.profile,
+            track,
+            args.strategy,
+            seed=seed,
+            initial=args.initial,
+            batch=args.batch,
+            learning_rate=args.lr,
+            surrogate=args.surrogate,
+            changes=_options(args.set),
         )
-    out.print(table)
-    out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
+        log = experiments.search(spec, args.trials, args.results)
+        title = f"Seed {seed}: no other trial is better and smaller"
+        table = Table("parameters", "validation", "test", "structure", title=title)
+        for trial in log.pareto():
+            table.add_row(
+                f"{trial['parameters']:,}", f"{trial['score']:.4f}", f"{trial['test']:.4f}", str(trial["options"])
+            )
+        out.print(table)
+        out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
     return 0
 
 
@@ -313,8 +315,8 @@ def parser() -> argparse.ArgumentParser:
     sub = stored(command(search, "search structures; interrupt it anywhere, the same call goes on"))
     sub.add_argument("method", choices=("autopeft", "s3delta"), help="s3delta: its search and random structures")
     sub.add_argument("--track", help="default: the profile's first")
-    sub.add_argument("--trials", type=int, default=24, help="trainings in all (s3delta: random structures)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--trials", type=int, default=24, help="trainings a seed (s3delta: random structures)")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a search each (default: 0)")
     sub.add_argument("--lr", type=float, help="of every training of autopeft; default: the method's own")
     sub.add_argument("--strategy", default="bayesian", choices=("bayesian", "random"), help="of autopeft")
     sub.add_argument("--initial", type=int, default=8, help="random trials before a bayesian search's first model")

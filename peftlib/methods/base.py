@@ -170,7 +170,8 @@ class Method:
         """After the last step."""
 
     def fit(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        """Look at training batches of a classification task once training is over, as :func:`peftlib.fit` does."""
+        """Look at training batches of a classification task once training is over; :func:`peftlib.fit` and the
+        Trainer's callback call it."""
 
     def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class probabilities (N, C) that are not the softmax of the model's logits, where ``fitted``."""

@@ -29,7 +29,10 @@ class BookError(PeftlibError, RuntimeError):
 
 
 def assemble(profile: str, root: Path = ROOT) -> Path:
-    """Lay out the Sphinx source. A file is written only when its content changes, so that builds stay incremental."""
+    """Lay out the Sphinx source. A file is written only when its content changes, so that builds stay incremental.
+
+    Raises BookError where a notebook was never executed on the profile.
+    """
     target = root / SOURCE / profile
     wanted: dict[Path, bytes] = {}
     for name in ("_config.yml", "_toc.yml"):
@@ -37,8 +40,14 @@ def assemble(profile: str, root: Path = ROOT) -> Path:
     for path in sorted((root / "book").rglob("*")):
         if path.is_file():
             wanted[path.relative_to(root)] = path.read_bytes()
-    for source in notebooks.sources(root=root):
-        wanted[source.relative_to(root)] = notebooks.executed_path(source, profile, root).read_bytes()
+    executed = {source: notebooks.executed_path(source, profile, root) for source in notebooks.sources(root=root)}
+    if missing := [source.stem for source, path in executed.items() if not path.is_file()]:
+        raise BookError(
+            f"profile {profile!r} has no executed notebook for {', '.join(missing)}: run "
+            f"`peftlib book --profile {profile}` without --no-execute"
+        )
+    for source, path in executed.items():
+        wanted[source.relative_to(root)] = path.read_bytes()
     wanted[Path(MATHJAX)] = mathjax().read_bytes()
     for name, content in pages.generate(root).items():
         if Path(name) in wanted:

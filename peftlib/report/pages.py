@@ -436,6 +436,7 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
         ),
     ]
     if found:
+        parts.append("Cost (s): seconds of training and, behind the plus, of proposing what to train.")
         parts.append(_dicts(searches.search_rows(found)))
         best = max(found, key=lambda log: (log.spec.strategy == "bayesian", log.hypervolume()))
         parts += [
@@ -451,7 +452,8 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
         "[S3Delta](cards/s3delta.md) trains gates on candidate changes while they compete for a fixed budget of "
         "parameters, keeps those with the highest gates and trains them anew. Random structures fill the same budget. "
         "A search costs as much as training some of them, so that it stands beside the best of as many, chosen on "
-        "validation data, as took the same time.",
+        "validation data, as took the same time. Where that time ends within a training, what was reached is that far "
+        "between the best without it and the best with it.",
     ]
     if structures:
         if means := searches.structure_means(structures):
@@ -461,6 +463,9 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
                 "than two of them shows no winner. Seeds at which all random structures together took less time than "
                 "the search are left out:",
                 _dicts(means),
+                "The search's settings were chosen on other seeds. Its cost decides: one of 100 steps on batches of 16 "
+                "takes as long as five trainings, and was only as good as the best of five random structures (16 "
+                "seeds; the runs are in the repository at revision `7818687`).",
             ]
         files = ", ".join(f"`{r['key']}`" for r in structures)
         seeds = _dicts(searches.structure_rows(structures))

@@ -16,6 +16,9 @@ from peftlib.report.figures import ADDED, INK, PLAIN, STYLE, TOUCHED, nothing
 _COLOURS = {"bayesian": TOUCHED, "random": ADDED}
 _ORDERS = {1: "first", 2: "second"}
 
+Side = list[tuple[float, dict[str, Any]]]
+"""What stands in a comparison: the records of one or more runs, each with its weight."""
+
 
 def pareto_rows(log: Log) -> list[dict[str, Any]]:
     """The Pareto set of a search with its configurations, one row a structure, by rising size."""
@@ -34,7 +37,8 @@ def pareto_rows(log: Log) -> list[dict[str, Any]]:
 
 
 def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
-    """Strategy by seed: the share of outcomes that the search dominates on validation and test data, and its cost."""
+    """Strategy by seed: the share of outcomes that the search dominates on validation and test data, and its cost:
+    ``s``, seconds of training and of proposing."""
     return [
         {
             "strategy": log.spec.strategy,
@@ -43,8 +47,7 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
             "hypervolume, validation": f"{log.hypervolume():.3f}",
             "hypervolume, test": f"{log.hypervolume(split='test'):.3f}",
             "best validation": f"{max(t['score'] for t in log.trials):.3f}",
-            "training, s": f"{sum(t['seconds'] for t in log.trials):.0f}",
-            "proposing, s": f"{sum(t['proposal_seconds'] for t in log.trials):.0f}",
+            "s": f"{sum(t['seconds'] for t in log.trials):.0f} + {sum(t['proposal_seconds'] for t in log.trials):.0f}",
         }
         for log in logs
     ]
@@ -53,16 +56,17 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
 def structure_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """S3Delta's searches, each beside random structures of its data, budget and seed: of the first that together took
     as long as the search and its training, the best on validation data (ties: the lower validation loss), and the mean
-    of all. ``s``: seconds of search and training."""
+    of all. The last of the first counts by the part of it that the search's time pays for: what was reached is that far
+    between the best without it and the best with it. ``s``: seconds of search and training."""
     rows = []
     for searched, paid, drawn in _compared(records):
         names = (
             f"search: {_search(searched)}",
-            f"best of {len(paid)} random ones",
+            f"best of {len(paid) - 1 + _share(searched, paid):.1f} random ones",
             f"a random one, mean of {len(drawn)}",
         )
-        for name, (chosen, seconds) in zip(names, _sides(searched, paid, drawn)):
-            row = _structure(name, chosen, seconds)
+        for name, (side, seconds) in zip(names, _sides(searched, paid, drawn)):
+            row = _structure(name, side, seconds)
             rows += [row] if row not in rows else []
     return rows
 
@@ -74,9 +78,9 @@ def structure_means(records: Sequence[dict[str, Any]], split: str = "test") -> l
     groups: dict[tuple, list[tuple]] = {}
     for searched, paid, drawn in _compared(records):
         if sum(map(_seconds, paid)) >= _seconds(searched):
-            spec, metric = searched["spec"], searched["metric"]
+            spec = searched["spec"]
             sides, spent = zip(*_sides(searched, paid, drawn))
-            reached = [statistics.mean(r["metrics"][split][metric] for r in chosen) for chosen in sides]
+            reached = [_reached(side, split) for side in sides]
             kind = (_texts(spec), spec["options"]["budget"], _search(searched))
             groups.setdefault(kind, []).append((reached, spent))
     rows = []
@@ -125,33 +129,46 @@ def _compared(records: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
             yield searched, drawn[: 1 + sum(total < _seconds(searched) for total in spent)], drawn
 
 
-def _sides(searched: dict[str, Any], paid: list, drawn: list) -> list[tuple[list[dict[str, Any]], float]]:
-    """The search, and where there are random structures the best of those that its time pays for and one of them: the
-    records whose mean each side is, and its seconds."""
-    sides = [([searched], _seconds(searched))]
+def _sides(searched: dict[str, Any], paid: list, drawn: list) -> list[tuple[Side, float]]:
+    """The search, and where there are random structures the best of those that its time pays for and one of them; with
+    the seconds of each."""
+    sides = [([(1.0, searched)], _seconds(searched))]
     if paid:
-        sides.append(([min(paid, key=_merit)], sum(map(_seconds, paid))))
-        sides.append((drawn, statistics.mean(map(_seconds, drawn))))
+        *before, last = paid
+        share = _share(searched, paid)
+        best = [(share, min(paid, key=_merit)), *((1 - share, r) for r in sorted(before, key=_merit)[:1])]
+        sides.append((best, sum(map(_seconds, before)) + share * _seconds(last)))
+        sides.append(([(1 / len(drawn), r) for r in drawn], statistics.mean(map(_seconds, drawn))))
     return sides
+
+
+def _share(searched: dict[str, Any], paid: list) -> float:
+    """The part of the last random structure that the search's time pays for; a single one counts whole."""
+    left = _seconds(searched) - sum(map(_seconds, paid[:-1]))
+    return min(1.0, left / _seconds(paid[-1])) if len(paid) > 1 else 1.0
+
+
+def _reached(side: Side, split: str) -> float:
+    return sum(weight * r["metrics"][split][r["metric"]] for weight, r in side)
 
 
 def _search(record: dict[str, Any]) -> str:
     """How a search went about it."""
     o = record["spec"]["options"]
-    return f"{_ORDERS[o['order']]} order, {o['steps']} steps, rate {o['search_rate']:g}"
+    rows = o["search_batch_size"] or record["spec"]["settings"]["batch_size"]
+    return f"{_ORDERS[o['order']]} order, {o['steps']} steps, batches of {rows}, rate {o['search_rate']:g}"
 
 
-def _structure(what: str, records: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """One row: what all the records share, and means of what they reached."""
-    spec, metric = records[0]["spec"], records[0]["metric"]
-    reached = {split: statistics.mean(r["metrics"][split][metric] for r in records) for split in ("validation", "test")}
+def _structure(what: str, side: Side, seconds: float) -> dict[str, Any]:
+    """One row: what the records of a side share, and what they reached."""
+    spec = side[0][1]["spec"]
     return {
         "texts": f"{_texts(spec):,}",
         "budget": f"{100 * spec['options']['budget']:g} %",
         "seed": spec["seed"],
         "structure": what,
-        **{split: f"{value:.3f}" for split, value in reached.items()},
-        "parameters": f"{max(r['count']['trained'] - r['count']['head'] for r in records):,}",
+        **{split: f"{_reached(side, split):.3f}" for split in ("validation", "test")},
+        "parameters": f"{max(r['count']['trained'] - r['count']['head'] for _, r in side):,}",
         "s": f"{seconds:.0f}",
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftlib.training.lifecycle import Lifecycle
@@ -18,8 +18,9 @@ MEMORY = "peftlib.safetensors"
 
 
 class PeftCallback(TrainerCallback):
-    """Runs the moments of ``adapted``'s method. Methods that calibrate need ``adapted.calibrate(batches)`` before the
-    Trainer is built, because the Trainer collects the trained parameters first."""
+    """Runs the moments of ``adapted``'s method, and at the end shows it the training data once more where it fits
+    something to them (Laplace-LoRA). Methods that calibrate need ``adapted.calibrate(batches)`` before the Trainer is
+    built, because the Trainer collects the trained parameters first."""
 
     def __init__(self, adapted: Adapted):
         self.adapted = adapted
@@ -56,9 +57,18 @@ class PeftCallback(TrainerCallback):
         if (file := next((f / MEMORY for f in folders if (f / MEMORY).is_file()), None)) is not None:
             self.adapted.method.recall(load_file(file))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
         self.life.__exit__(None, None, None)
         self.life = None
+        if train_dataloader is not None and _chooses_a_class(self.adapted.model):
+            self.adapted.method.fit(train_dataloader)
+
+
+def _chooses_a_class(model: PreTrainedModel) -> bool:
+    """Whether it gives a text one of several classes: no regression, and not several labels at a time."""
+    head, kind = type(model).__name__, model.config.problem_type
+    single = kind == "single_label_classification" or (kind is None and model.config.num_labels > 1)
+    return single and head.endswith("ForSequenceClassification")
 
 
 def _checkpoint(args, state) -> Path:

@@ -69,3 +69,11 @@ def test_a_generated_page_does_not_replace_prose(root, monkeypatch):
     monkeypatch.setattr(pages, "generate", lambda root: {"book/intro.md": "# Other\n"})
     with pytest.raises(BookError, match=r"book/intro\.md"):
         build(root)
+
+
+def test_notebooks_that_were_never_executed_are_named(root):
+    (root / "notebooks").mkdir()
+    for name in ("00_first", "10_second"):
+        (root / f"notebooks/{name}.ipynb").write_text("{}")
+    with pytest.raises(BookError, match=r"00_first, 10_second: run `peftlib book --profile smoke` without"):
+        build(root)

@@ -199,3 +199,19 @@ def test_the_backbone_comes_back_after_trainer(tmp_path):
     Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback()]).train()
     adapted.detach()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_gaussian_is_fitted_at_the_end_of_a_classification(tmp_path):
+    adapted = trained("laplace_lora", tmp_path)
+    found = adapted.method.predict(batch("bert"))
+    data = rows()
+    adapted.method.fit([{k: torch.stack([row[k] for row in half]) for k in half[0]} for half in (data[:4], data[4:])])
+    torch.testing.assert_close(adapted.method.predict(batch("bert")), found)
+    # No class to choose: one output is a regression, and a label a class is another loss.
+    for problem, outputs in (("regression", 1), ("multi_label_classification", 2), (None, 1)):
+        other = Case("laplace_lora", "bert").attach()
+        other.model.config.problem_type, other.model.config.num_labels = problem, outputs
+        callback = other.callback()
+        callback.life = other.lifecycle(1).__enter__()
+        callback.on_train_end(None, None, None, train_dataloader=[batch("bert")])
+        assert not other.method.fitted and other.lifecycle_active is None

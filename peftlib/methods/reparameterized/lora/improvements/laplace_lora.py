@@ -5,11 +5,12 @@ r"""Laplace-LoRA: LoRA, and after training a Gaussian over its factors, which ca
     f(x) \sim \mathcal{N}\bigl(f_{\mathrm{MAP}}(x),\, J \Sigma J^\top\bigr)
 
 Shapes: theta, A (r, in) and B (out, r) of every target; J their Jacobian of the logits f. Training is LoRA's, from the
-identity; trained: r (in + out) a matrix. Then ``adapted.method.fit(batches)``, which :func:`peftlib.fit` calls at its
-end, estimates the Kronecker-factored curvature from the training batches and the one prior precision lambda by marginal
-likelihood (Adam on its logarithm, from 1, 100 steps at 0.1), and ``adapted.method.predict(batch)`` gives probabilities:
-the softmax averaged over draws of f. Evaluations use them; the model itself keeps answering with f_MAP. No merge: the
-mean would fold into the weights, but the Gaussian needs the factors.
+identity; trained: r (in + out) a matrix. Then ``adapted.method.fit(batches)``, which :func:`peftlib.fit` and the
+Trainer's callback call at the end, estimates the Kronecker-factored curvature from the training batches and the one
+prior precision lambda by marginal likelihood (Adam on its logarithm, from 1, 100 steps at 0.1), and
+``adapted.method.predict(batch)`` gives probabilities: the softmax averaged over draws of f. peftlib's evaluations use
+them; the model itself keeps answering with f_MAP. No merge: the mean would fold into the weights, but the Gaussian
+needs the factors.
 
 Source: Yang et al. 2023, arXiv:2308.13111, and its code (all layers; rank 8, alpha 16, dropout 0.1, here off by
 default). Where we differ: the factors of size d are kept whole, where the paper has a low-rank form of them; answers
