@@ -436,7 +436,7 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
         ),
     ]
     if found:
-        parts.append("Cost (s): seconds of training and, behind the plus, of proposing what to train.")
+        parts.append("A trial is a training; its cost in seconds (s) includes proposing what to train.")
         parts.append(_dicts(searches.search_rows(found)))
         best = max(found, key=lambda log: (log.spec.strategy == "bayesian", log.hypervolume()))
         parts += [

@@ -43,11 +43,11 @@ def search_rows(logs: Sequence[Log]) -> list[dict[str, Any]]:
         {
             "strategy": log.spec.strategy,
             "seed": log.spec.seed,
-            "trainings": len(log.trials),
+            "trials": len(log.trials),
             "hypervolume, validation": f"{log.hypervolume():.3f}",
             "hypervolume, test": f"{log.hypervolume(split='test'):.3f}",
             "best validation": f"{max(t['score'] for t in log.trials):.3f}",
-            "s": f"{sum(t['seconds'] for t in log.trials):.0f} + {sum(t['proposal_seconds'] for t in log.trials):.0f}",
+            "s": f"{sum(t['seconds'] + t['proposal_seconds'] for t in log.trials):.0f}",
         }
         for log in logs
     ]
