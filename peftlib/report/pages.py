@@ -463,9 +463,8 @@ def searches_page(found: Sequence[Log], structures: Sequence[dict[str, Any]]) ->
                 "than two of them shows no winner. Seeds at which all random structures together took less time than "
                 "the search are left out:",
                 _dicts(means),
-                "The search's settings were chosen on other seeds. Its cost decides: one of 100 steps on batches of 16 "
-                "takes as long as five trainings, and was only as good as the best of five random structures (16 "
-                "seeds; the runs are in the repository at revision `7818687`).",
+                "[The protocol](book/protocol.md) says how the stored search's settings were chosen, and which did not "
+                "win.",
             ]
         files = ", ".join(f"`{r['key']}`" for r in structures)
         seeds = _dicts(searches.structure_rows(structures))
