@@ -133,6 +133,35 @@ def search(args: argparse.Namespace) -> int:
     return 0
 
 
+def fingerprint(args: argparse.Namespace) -> int:
+    from peftlib import taxonomy
+    from peftlib.conformance import fingerprint as source
+
+    recorded, changed = source.read(args.results), []
+    for method in args.methods or taxonomy.methods():
+        now = source.take(method)
+        found = source.differences(recorded.methods.get(method, {}), now, args.tolerance)
+        if found:
+            changed.append(method)
+            recorded.record(method, now)
+            out.print(f"{method}: {len(found)} numbers differ, the first {found[0]}", highlight=False, soft_wrap=True)
+    if args.record and changed:
+        out.print(f"recorded: {', '.join(changed)} in {source.write(args.results, recorded)}")
+    elif not changed:
+        out.print("as recorded")
+    return 1 if changed and not args.record else 0
+
+
+def stale(args: argparse.Namespace) -> int:
+    from peftlib import experiments
+
+    found = experiments.stale(args.results)
+    for run in found:
+        out.print(f"{run.path}  {run.then} -> {run.now or 'not recorded'}", highlight=False, soft_wrap=True)
+    out.print(f"{len(found)} runs are of a method as it no longer is")
+    return 1 if found else 0
+
+
 def results(args: argparse.Namespace) -> int:
     from peftlib import experiments
 
@@ -325,6 +354,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=1, help="s3delta: runs at a time (default: 1)")
     sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of s3delta")
     sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
+    sub = command(fingerprint, "what each method computes, in numbers, compared with the record")
+    sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
+    sub.add_argument("--record", action="store_true", help="record what differs, after a change that was meant")
+    sub.add_argument("--tolerance", type=float, default=1e-6, help="relative (default: 1e-6; one machine holds 1e-9)")
+    sub.add_argument("--results", default="results", help="folder that holds the record (default: results)")
+    sub = command(stale, "the stored runs whose method has changed its behaviour since")
+    sub.add_argument("--results", default="results", help="folder of the run files (default: results)")
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))
     sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")

@@ -1,14 +1,32 @@
-"""What backbones and tasks share: the folder for what is derived once and read often, and whether a hub is there."""
+"""What the rooms above share of the outside world: files written as one step, the folder for what is derived once and
+read often, and whether a hub is there."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file as one step: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return path
 
 
 def cache_root() -> Path:

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 
 import peftlib
 from peftlib import taxonomy
+from peftlib.conformance.case import Case
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.low_rank import Anchored
 from peftlib.methods.reparameterized.lora.weight_update.lora_prune import LoRAPrune
 from peftlib.taxonomy import design
-from tests.conformance.case import Case
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from peftlib.experiments.costs import read_costs, write_costs
 from peftlib.experiments.run import Trained, execute, run, train
 from peftlib.experiments.search import Log, SearchSpec, Space, logs, read_log, search, structure_specs
 from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
+from peftlib.experiments.stale import Stale, stale
 from peftlib.experiments.store import TIE, Store, summarize
 from peftlib.experiments.sweep import sweep
 
@@ -16,6 +17,7 @@ __all__ = [
     "RunSpec",
     "SearchSpec",
     "Space",
+    "Stale",
     "Store",
     "Track",
     "Trained",
@@ -28,6 +30,7 @@ __all__ = [
     "run_spec",
     "search",
     "search_specs",
+    "stale",
     "structure_specs",
     "summarize",
     "sweep",

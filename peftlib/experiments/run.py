@@ -165,5 +165,6 @@ def run(spec: RunSpec, store: Store, progress: bool = False) -> str:
                 failed=True,
             )
             return "failed"
+        record["fingerprint"] = store.fingerprint(spec.method)
         store.write(spec, record)
         return "done"

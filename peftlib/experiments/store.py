@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peftlib import taxonomy
+from peftlib.conformance import fingerprint
 from peftlib.errors import DataError
 from peftlib.experiments.spec import RunSpec, with_defaults
+from peftlib.sources import write_text
 
 RESULTS = Path("results")
 
@@ -45,20 +46,9 @@ TIE = 0.03
 0.7 on the few-shot track's 256 rows is 0.03."""
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document as one step: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+def write_json(path: Path, document: dict[str, Any]) -> Path:
+    """Write a document as one step."""
+    return write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 class Store:
@@ -84,6 +74,10 @@ class Store:
             path = self.root / "failed" / path.relative_to(self.root)
         write_json(path, record)
         return path
+
+    def fingerprint(self, method: str) -> str | None:
+        """The digest of a method's recorded behaviour, for a new run to carry; None where nothing is recorded."""
+        return fingerprint.read(self.root).digest(method)
 
     @contextmanager
     def claim(self, spec: RunSpec) -> Iterator[bool]:

@@ -86,13 +86,13 @@ class NormalFloatWeight(nn.Module):
     def __init__(self, weight: torch.Tensor, bits: int = 4, double: bool = True):
         super().__init__()
         self.shape, self.bits, self.double = weight.shape, bits, double
-        levels = torch.tensor(NORMAL_FLOAT[bits], device=weight.device)
+        levels = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float32, device=weight.device)
         self.register_buffer("table", _table(levels), persistent=False)
         codes, scales = quantize(weight.detach(), levels, BLOCK)
         self.register_buffer("codes", pack(codes, bits, fill=NORMAL_FLOAT[bits].index(0.0)))
         scale_codes = codes.new_empty(0)
         if double:
-            dynamic = torch.tensor(dynamic_levels(), device=weight.device)
+            dynamic = torch.tensor(dynamic_levels(), dtype=torch.float32, device=weight.device)
             self.register_buffer("dynamic", dynamic.view(torch.int32), persistent=False)
             mean = scales.mean()
             scale_codes, outer = quantize(scales - mean, dynamic, SCALE_BLOCK)

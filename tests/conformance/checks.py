@@ -23,8 +23,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peftlib
+from peftlib.conformance.case import ENCODERS, FAMILIES, Case, cut, lm_head, logits, train
 from peftlib.errors import MergeError, StateError, UnsupportedError
-from tests.conformance.case import ENCODERS, FAMILIES, Case, cut, lm_head, logits, train
 
 
 class Declined(Exception):

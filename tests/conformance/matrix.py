@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import peftlib
-from tests.conformance.case import FAMILIES
+from peftlib.conformance.case import FAMILIES
 from tests.conformance.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import peftlib
+from peftlib.conformance.case import FAMILIES, supported_family
 from peftlib.errors import PeftlibError, UnsupportedError
 from tests.conformance import matrix, plugin
-from tests.conformance.case import FAMILIES, supported_family
 from tests.conformance.checks import CHECKS, Declined
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import Case, backbone, train
 from peftlib.errors import MergeError, StateError, UnsupportedError
 from peftlib.methods.reparameterized.low_rank.lora import LoRA
-from tests.conformance.case import Case, backbone, train
 from tests.conformance.checks import _assert_same_structure, _structure
 
 LORA = Case("lora", "bert")

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModel, BertConfig, ViTConfig, ViTModel
 
 from peftlib import anatomy
+from peftlib.conformance.case import ENCODER_DECODERS, ENCODERS, FAMILIES, backbone, inputs, lm_head
 from peftlib.errors import TargetError, UnsupportedError
-from tests.conformance.case import ENCODER_DECODERS, ENCODERS, FAMILIES, backbone, inputs, lm_head
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 

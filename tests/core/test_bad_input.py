@@ -10,6 +10,7 @@ import torch
 
 import peftlib
 from peftlib import experiments, tasks
+from peftlib.conformance.case import Case, backbone
 from peftlib.errors import (
     MergeError,
     PeftlibError,
@@ -19,7 +20,6 @@ from peftlib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from tests.conformance.case import Case, backbone
 from tests.conformance.checks import _assert_same_structure, _structure
 
 

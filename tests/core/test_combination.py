@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import Case, backbone, batch, inputs, logits, sources, train
 from peftlib.errors import LoadError, MergeError, StateError, UnknownNameError, UnsupportedError
-from tests.conformance.case import Case, backbone, batch, inputs, logits, sources, train
 from tests.conformance.checks import _assert_same_structure, _structure
 from tests.methods.helpers import perturb
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import peftlib
 from peftlib import saved as module
+from peftlib.conformance.case import Case, backbone, inputs, logits, train
 from peftlib.errors import LoadError, StateError
-from tests.conformance.case import Case, backbone, inputs, logits, train
 
 LORA = Case("lora", "bert")
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from peftlib.conformance.case import FAMILIES, backbone, inputs, lm_head, logits
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.prefix import Prefix
-from tests.conformance.case import FAMILIES, backbone, inputs, lm_head, logits
 from tests.conformance.checks import _assert_same_structure, _structure
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import peftlib
 from peftlib import cli
+from peftlib.conformance.case import logits
 from peftlib.errors import LoadError, StateError, UnsupportedError
-from tests.conformance.case import logits
 from tests.methods.helpers import backbone, inputs, perturb
 
 CLASSIFY, CAUSAL, SEQ2SEQ = ("classification", "SEQ_CLS"), ("causal_lm", "CAUSAL_LM"), ("seq2seq", "SEQ_2_SEQ_LM")

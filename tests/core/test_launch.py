@@ -12,7 +12,7 @@ import torch
 
 import peftlib
 from peftlib import tasks
-from tests.conformance.case import Case, backbone, tokenizer
+from peftlib.conformance.case import Case, backbone, tokenizer
 
 SCRIPT = Path(__file__).with_name("launch_script.py")
 

@@ -10,9 +10,9 @@ from datasets import Dataset
 
 import peftlib
 from peftlib import tasks
+from peftlib.conformance.case import Case, backbone, logits, tokenizer
 from peftlib.errors import DataError, StateError, UnknownNameError, UnsupportedError
 from peftlib.training import evaluate_task
-from tests.conformance.case import Case, backbone, logits, tokenizer
 from tests.conformance.checks import _assert_same_structure, _structure
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import Case, backbone, batch, inputs, logits, train
 from peftlib.errors import DataError, LoadError, UnknownNameError
 from peftlib.methods import base
-from tests.conformance.case import Case, backbone, batch, inputs, logits, train
 from tests.methods.helpers import perturb
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftlib
+from peftlib.conformance.case import Case, backbone, batch, train
 from peftlib.errors import StateError
-from tests.conformance.case import Case, backbone, batch, train
 
 
 def rows(family: str = "bert") -> list[dict[str, torch.Tensor]]:
@@ -90,7 +90,7 @@ def test_the_projects_loop_and_trainer_give_the_same_weights(tmp_path):
     from datasets import Dataset
 
     from peftlib import tasks
-    from tests.conformance.case import LABELS, texts, tokenizer
+    from peftlib.conformance.case import LABELS, texts, tokenizer
 
     data = Dataset.from_dict({"text": texts(), "label": list(LABELS)})
     task = tasks.Task(

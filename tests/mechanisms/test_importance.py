@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peftlib.conformance.case import backbone, batch
 from peftlib.errors import DataError, UnsupportedError
 from peftlib.mechanisms import importance
-from tests.conformance.case import backbone, batch
 
 
 def split(data: dict, size: int) -> list[dict]:

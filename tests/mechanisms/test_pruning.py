@@ -7,8 +7,8 @@ from itertools import combinations
 import pytest
 import torch
 
+from peftlib.conformance.case import backbone, batch
 from peftlib.mechanisms import pruning
-from tests.conformance.case import backbone, batch
 
 
 @pytest.mark.parametrize("seed", range(8))

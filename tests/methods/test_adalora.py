@@ -12,9 +12,9 @@ from peft.tuners.adalora.layer import RankAllocator
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError
 from peftlib.methods.base import Progress
-from tests.conformance.case import batch, train
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 from tests.reference.low_rank import adalora, budget, importance, orthogonality
 

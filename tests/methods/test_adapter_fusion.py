@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, batch, inputs, logits, train
 from tests.methods.helpers import perturb
 
 KINDS = {

@@ -7,10 +7,10 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import backbone, inputs, logits
 from peftlib.errors import DataError, UnknownNameError
 from peftlib.methods.additive.adapters.adapter_soup import nearest
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, inputs, logits
 from tests.methods.helpers import perturb
 
 DOMAINS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import UnsupportedError
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, batch, inputs, logits, train
 from tests.methods.helpers import perturb
 
 

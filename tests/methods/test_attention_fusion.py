@@ -7,8 +7,8 @@ import torch
 
 import peftlib
 from peftlib import anatomy, backbones
+from peftlib.conformance.case import batch, train
 from peftlib.efficiency.bench import _kept
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs, perturb
 
 FAMILIES = list(backbones.tiny.FAMILIES)

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import StateError, TargetError
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, train
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, train
 from peftlib.methods import ConfigError, Progress
-from tests.conformance.case import backbone, batch, train
 
 
 def gradients(adapted: peftlib.Adapted, step: int = 0) -> tuple[dict, dict]:

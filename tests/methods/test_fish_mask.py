@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import StateError, TargetError, UnsupportedError
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, logits, train
 
 
 def attached(family: str = "bert", head: str = "classification", **options) -> peftlib.Adapted:

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import peftlib
 from peftlib import anatomy, backbones
+from peftlib.conformance.case import LABELS, batch, logits, train
 from peftlib.errors import TargetError, UnknownNameError
-from tests.conformance.case import LABELS, batch, logits, train
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 OPTIONS = {"tasks": 3, "reduction": 4, "embedding": 6, "hidden": 10}

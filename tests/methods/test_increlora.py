@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Progress
-from tests.conformance.case import batch, logits, train
 from tests.methods.helpers import Spy, backbone, inputs
 from tests.reference.low_rank import adalora
 

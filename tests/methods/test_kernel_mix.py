@@ -5,8 +5,8 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from tests.conformance.case import batch, train
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 from tests.reference.low_rank import heads
 

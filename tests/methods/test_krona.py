@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftlib
+from peftlib.conformance.case import batch, train
 from peftlib.errors import MergeError, PeftlibError
 from peftlib.mechanisms.kronecker import Kronecker
-from tests.conformance.case import batch, train
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 from tests.reference.low_rank import kronecker
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import batch, inputs, logits, train
 from peftlib.errors import StateError
 from peftlib.mechanisms.low_rank import Tangent
-from tests.conformance.case import batch, inputs, logits, train
 from tests.methods.helpers import backbone, perturb
 
 BOTH = pytest.mark.parametrize("std_B", [0.0, 0.5])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import peftlib
 from peftlib import report
+from peftlib.conformance.case import batch, tokenizer, train
 from peftlib.errors import DataError, PeftlibError, StateError, UnsupportedError
 from peftlib.mechanisms.laplace import softmax_curvature_root
-from tests.conformance.case import batch, tokenizer, train
 from tests.methods.helpers import backbone, inputs, perturb
 
 OPTIONS = {"rank": 2, "targets": ("attention.value",), "samples": 2000}

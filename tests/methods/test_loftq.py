@@ -12,11 +12,11 @@ from torch import nn
 
 import peftlib
 from peftlib import backbones, report
+from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
 from peftlib.mechanisms.low_rank import factors
 from peftlib.mechanisms.quantized import NormalFloatWeight
 from peftlib.methods.reparameterized.lora.quantization.loftq import alternate
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs, perturb
 from tests.reference import quantized as reference
 

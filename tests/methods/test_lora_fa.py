@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import batch, train
 from peftlib.efficiency.bench import _kept
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs, perturb
 
 

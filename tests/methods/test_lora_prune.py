@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import peftlib
+from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError, TargetError, UnsupportedError
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs, perturb
 from tests.reference import low_rank as reference
 

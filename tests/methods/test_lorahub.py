@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import Case, batch, inputs, logits
 from peftlib.errors import DataError
 from peftlib.mechanisms import search
-from tests.conformance.case import Case, batch, inputs, logits
 from tests.methods.helpers import backbone, perturb
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, inputs, logits
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms import transport
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, batch, inputs, logits
 from tests.methods.helpers import perturb
 
 KINDS = {"adapter_drop": {"robust": False}, "parallel_adapter": {}, "residual_adapter": {}, "sequential_adapter": {}}

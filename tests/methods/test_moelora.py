@@ -5,8 +5,8 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import LABELS, batch, logits, train
 from peftlib.errors import DataError, MergeError
-from tests.conformance.case import LABELS, batch, logits, train
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 from tests.reference import low_rank
 

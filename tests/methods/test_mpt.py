@@ -7,9 +7,9 @@ import torch
 from peft import MultitaskPromptTuningConfig, get_peft_model
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import UnknownNameError
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, batch, inputs, logits, train
 from tests.methods.helpers import perturb
 
 IDS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])

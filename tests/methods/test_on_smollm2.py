@@ -7,7 +7,7 @@ import torch
 
 import peftlib
 from peftlib import backbones
-from tests.conformance.case import train
+from peftlib.conformance.case import train
 
 VALUES = {"targets": "*attention.value", "quantize": "*attention.value"}
 OPTIONS = {

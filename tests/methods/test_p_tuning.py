@@ -6,10 +6,10 @@ from peft import PromptEncoderConfig, get_peft_model
 
 import peftlib
 from peftlib import anatomy, backbones
+from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms.template import Layout, Template
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs
 
 

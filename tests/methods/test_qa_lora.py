@@ -8,9 +8,9 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
 from peftlib.mechanisms.quantized import GroupWeight, QuantizedLinear
-from tests.conformance.case import batch, train
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 from tests.reference.quantized import group_quantized, qa_lora
 

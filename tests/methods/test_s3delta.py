@@ -6,12 +6,12 @@ from torch import nn
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import batch, lm_head
 from peftlib.errors import LoadError, MergeError, StateError, TargetError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.structure import Gates
 from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.automatic.s3delta import LINEAR
-from tests.conformance.case import batch, lm_head
 from tests.methods.helpers import backbone, inputs, interrupt, perturb, slow_clock
 
 SMALL = {"budget": 0.02, "steps": 1}

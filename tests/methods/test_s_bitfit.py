@@ -9,10 +9,10 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import backbone, batch, logits
 from peftlib.errors import TargetError, UnsupportedError
 from peftlib.mechanisms import importance, phase
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, logits
 
 
 def halves(family: str = "bert") -> list[dict]:

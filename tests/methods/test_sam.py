@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import TargetError
 from peftlib.mechanisms.sparse import shares
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, train
 
 
 def parts(family: str, count: int = 4) -> list[dict]:

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import Case, backbone, batch, inputs, logits, train
 from peftlib.errors import LoadError, MergeError, StateError, TargetError, UnknownNameError
 from peftlib.mechanisms import pruned
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import Case, backbone, batch, inputs, logits, train
 from tests.conformance.checks import CHECKS
 
 FORMS = {

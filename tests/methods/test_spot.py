@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import peftlib
+from peftlib.conformance.case import backbone, logits, train
 from peftlib.errors import UnknownNameError
 from peftlib.methods.additive.soft_prompts.spot import similarity
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, logits, train
 
 
 def task(number: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import LoadError, StateError, TargetError
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, logits, train
 
 
 def attached(family: str = "bert", **options) -> peftlib.Adapted:

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import peftlib
+from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import TargetError, UnsupportedError
 from peftlib.mechanisms import phase
 from peftlib.methods import ConfigError
-from tests.conformance.case import backbone, batch, logits, train
 
 
 def halves(family: str = "bert") -> list[dict]:

@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib import backbones
+from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import MergeError, StateError, TargetError
 from peftlib.mechanisms import phase
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import backbone, batch, inputs, logits, train
 
 SMALL = {"length": 5, "bottleneck": 6, "steps": 2}
 

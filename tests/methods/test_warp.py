@@ -6,9 +6,9 @@ from torch import nn
 
 import peftlib
 from peftlib import anatomy, backbones, tasks
+from peftlib.conformance.case import batch, train
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, inputs, perturb
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")

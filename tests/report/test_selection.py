@@ -8,8 +8,8 @@ from transformers import BertForSequenceClassification
 
 import peftlib
 from peftlib import report
+from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import StateError, UnknownNameError
-from tests.conformance.case import backbone, batch, train
 
 
 def attached(method: str = "fish_mask", family: str = "bert", **options) -> peftlib.Adapted:

@@ -7,8 +7,8 @@ import torch
 
 import peftlib
 from peftlib import report
+from peftlib.conformance.case import batch, train
 from peftlib.errors import StateError, UnsupportedError
-from tests.conformance.case import batch, train
 from tests.methods.helpers import backbone, perturb
 
 QUERY = "bert.encoder.layer.1.attention.self.query"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -115,18 +115,23 @@ def logits(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One method on one family with one head."""
+    """One method on one family with one head, the backbone and the sources in one dtype.
+
+    ``options`` are set over those that fit a tiny backbone.
+    """
 
     method: str
     family: str
     head: str = "classification"
+    dtype: torch.dtype = torch.float32
+    options: dict = field(default_factory=dict)
 
     @property
     def config(self) -> peftlib.MethodConfig:
-        return peftlib.config(self.method, **SETTINGS.get(self.method, {}))
+        return peftlib.config(self.method, **{**SETTINGS.get(self.method, {}), **self.options})
 
     def backbone(self) -> nn.Module:
-        return backbone(self.family, self.head)
+        return backbone(self.family, self.head).to(self.dtype)
 
     def batch(self) -> dict[str, torch.Tensor]:
         return batch(self.family, self.head)
@@ -140,7 +145,7 @@ class Case:
     def start(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
         """The method on a fresh backbone, with sources where it builds on some."""
         model = self.backbone() if model is None else model
-        given = sources(self.method, self.family, self.head, model.config.num_hidden_layers)
+        given = sources(self.method, self.family, self.head, model.config.num_hidden_layers, self.dtype)
         return peftlib.attach(model, self.config, sources=given, **options)
 
     def attach(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
@@ -198,14 +203,17 @@ def cut(model: nn.Module, layers: int) -> nn.Module:
 
 
 @functools.cache
-def sources(method: str, family: str, head: str, layers: int) -> tuple[peftlib.SavedAdapter, ...]:
+def sources(
+    method: str, family: str, head: str, layers: int, dtype: torch.dtype = torch.float32
+) -> tuple[peftlib.SavedAdapter, ...]:
     """Adapters that differ, for a method that builds on some of another method; none for the others. ``layers`` of each
-    stack are those of the backbone that they are for."""
+    stack are those of the backbone that they are for, and ``dtype`` is its."""
     cls = peftlib.find(method)
     made = []
     for seed in range(max(2, cls.fewest_sources) if set(cls.source_methods) - {method} else 0):
         config = peftlib.config(cls.source_methods[0], **SOURCES.get(method, {}))
-        adapted = peftlib.attach(cut(backbone(family, head), layers), config, seed=seed)
+        adapted = peftlib.attach(cut(backbone(family, head), layers).to(dtype), config, seed=seed)
+        adapted.model.to(dtype)
         train(adapted, batch(family, head), steps=1 + seed)
         made.append(adapted.snapshot())
     return tuple(made)
