@@ -3,11 +3,17 @@
 import gc
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+
+
+# The suite's checks are assertions in the library, and should say as much as those of a test.
+pytest.register_assert_rewrite("peftlib.conformance.checks")
 
 
 def pytest_configure(config):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import peftlib
 from peftlib.conformance.case import FAMILIES
-from tests.conformance.checks import CHECKS
+from peftlib.conformance.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "results" / "conformance.json"

@@ -12,34 +12,9 @@ import pytest
 
 import peftlib
 from peftlib.conformance.case import FAMILIES, supported_family
-from peftlib.errors import PeftlibError, UnsupportedError
+from peftlib.conformance.checks import CHECKS
+from peftlib.conformance.suite import outcome
 from tests.conformance import matrix, plugin
-from tests.conformance.checks import CHECKS, Declined
-
-
-def outcome(method: str, name: str, family: str, tmp: Path) -> str:
-    """The cell of the matrix: "yes", "no: reason" or "not supported: reason". Raises where a promise is broken."""
-    check = CHECKS[name]
-    case = check.case(method, family)
-    try:
-        case.start()
-    except UnsupportedError as error:
-        return f"not supported: {error}"
-    exceptions = peftlib.find(method).exceptions
-    reason = exceptions.get(f"{name} on {family}", exceptions.get(name))
-    try:
-        check.run(case, tmp)
-    except UnsupportedError as error:
-        return f"not supported: {error}"
-    except Declined as declined:
-        return f"no: {declined}"
-    except (AssertionError, PeftlibError):
-        if reason is None:
-            raise
-        return f"no: {reason}"
-    if reason is not None:
-        raise AssertionError(f"{method} says that it fails {name!r} ({reason}), but it passes: remove the exception")
-    return "yes"
 
 
 def families(method: str, name: str) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ import torch
 
 import peftlib
 from peftlib.conformance.case import Case, backbone, train
+from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import MergeError, StateError, UnsupportedError
 from peftlib.methods.reparameterized.low_rank.lora import LoRA
-from tests.conformance.checks import _assert_same_structure, _structure
 
 LORA = Case("lora", "bert")
 
@@ -73,11 +73,11 @@ def test_after_leaving_everything_but_repr_is_an_error():
 def test_attaching_twice_is_an_error_and_changes_nothing():
     model = backbone("bert")
     adapted = peftlib.attach(model, "lora")
-    structure, before = _structure(model), LORA.logits(model)
+    structure, before = structure_of(model), LORA.logits(model)
     for method in ("lora", "full"):
         with pytest.raises(StateError, match=r"lora is already attached.*merge\(\) or detach\(\).*combine"):
             peftlib.attach(model, method)
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     assert torch.equal(LORA.logits(model), before)
     adapted.detach()
     peftlib.attach(model, "full")
@@ -88,7 +88,7 @@ def test_a_failure_while_attaching_leaves_the_backbone_as_it_was(monkeypatch, wh
     model = backbone("bert")
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
-    structure = _structure(model)
+    structure = structure_of(model)
     attach = LoRA.attach
 
     def fail(self, host):
@@ -99,7 +99,7 @@ def test_a_failure_while_attaching_leaves_the_backbone_as_it_was(monkeypatch, wh
     monkeypatch.setattr(LoRA, "attach", fail)
     with pytest.raises(KeyboardInterrupt):
         peftlib.attach(model, "lora")
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     assert [p.requires_grad for p in model.parameters()] == flags
 
 

@@ -11,6 +11,7 @@ import torch
 import peftlib
 from peftlib import experiments, tasks
 from peftlib.conformance.case import Case, backbone
+from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import (
     MergeError,
     PeftlibError,
@@ -20,16 +21,15 @@ from peftlib.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from tests.conformance.checks import _assert_same_structure, _structure
 
 
 def refused(error: type[PeftlibError], match: str, method, family: str = "bert", **options) -> None:
     model = backbone(family)
-    structure, flags = _structure(model), [p.requires_grad for p in model.parameters()]
+    structure, flags = structure_of(model), [p.requires_grad for p in model.parameters()]
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(error, match=match):
         peftlib.attach(model, method, **options)
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
 

@@ -7,8 +7,8 @@ import torch
 
 import peftlib
 from peftlib.conformance.case import Case, backbone, batch, inputs, logits, sources, train
+from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import LoadError, MergeError, StateError, UnknownNameError, UnsupportedError
-from tests.conformance.checks import _assert_same_structure, _structure
 from tests.methods.helpers import perturb
 
 PAIRS = [
@@ -60,7 +60,7 @@ def test_counts_add_up_but_shared_parameters_count_once(pair):
 
 def test_it_trains_saves_loads_and_leaves(pair, tmp_path):
     model = backbone("bert")
-    before, structure = {n: t.clone() for n, t in model.state_dict().items()}, _structure(model)
+    before, structure = {n: t.clone() for n, t in model.state_dict().items()}, structure_of(model)
     both = combined(pair)
     losses = train(both, batch("bert"), steps=6, rate=1e-3)
     assert losses[-1] < losses[0]
@@ -69,7 +69,7 @@ def test_it_trains_saves_loads_and_leaves(pair, tmp_path):
     assert torch.equal(logits(model, **inputs("bert")), logits(both.model, **inputs("bert")))
     loaded.detach()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
 
 
 _TAKEN = r"(?s){} \+ parallel_adapter cannot be combined: \S+ wants a place that is taken \(.*'parallel_adapter'"
@@ -83,11 +83,11 @@ REFUSED = {
 def test_any_method_combines_with_another_or_says_why_not(name):
     partner = "bitfit" if name == "parallel_adapter" else "parallel_adapter"
     model, given = backbone("bert"), sources(name, "bert", "classification", 2)
-    structure, both = _structure(model), peftlib.combine(*parts((name, partner)))
+    structure, both = structure_of(model), peftlib.combine(*parts((name, partner)))
     if name in REFUSED:
         with pytest.raises(UnsupportedError, match=REFUSED[name]):
             peftlib.attach(model, both, sources=given)
-        _assert_same_structure(_structure(model), structure)
+        assert_same_structure(structure_of(model), structure)
         return
     both = peftlib.attach(model, both, sources=given)
     alone = [Case(n, "bert").start() for n in (name, partner)]
@@ -128,7 +128,7 @@ def test_it_merges_where_every_part_does(pair):
     merged = both.merge()
     after = logits(merged, **inputs("bert"))
     assert float((after - before).abs().max() / before.abs().max()) < 1e-5
-    _assert_same_structure(_structure(merged), _structure(backbone("bert")))
+    assert_same_structure(structure_of(merged), structure_of(backbone("bert")))
 
 
 def test_each_part_acts_as_it_does_alone():
@@ -143,10 +143,10 @@ def test_each_part_acts_as_it_does_alone():
 
 def test_two_of_the_same_method_want_the_same_place():
     model = backbone("bert")
-    structure = _structure(model)
+    structure = structure_of(model)
     with pytest.raises(UnsupportedError, match=r"lora \+ lora cannot be combined: lora wants a place that is taken"):
         peftlib.attach(model, peftlib.combine("lora", peftlib.LoRAConfig(rank=2)))
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     other = peftlib.combine(peftlib.LoRAConfig(targets="ffn.up"), peftlib.LoRAConfig(rank=2))
     assert peftlib.attach(model, other).count().method == 2 * 8 * (32 + 64) + 2 * 2 * 2 * (32 + 32)
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from peftlib.conformance.case import FAMILIES, backbone, inputs, lm_head, logits
+from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.prefix import Prefix
-from tests.conformance.checks import _assert_same_structure, _structure
 
 
 class Shift(nn.Module):
@@ -66,7 +66,7 @@ def check_undone(host: Host, before: dict[str, torch.Tensor], structure: dict) -
     model = host.model
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     assert all(p.requires_grad for p in model.parameters())
     assert host.trained() == {}
 
@@ -87,7 +87,7 @@ SEAMS = {
 @pytest.mark.parametrize("seam", SEAMS)
 def test_every_seam_is_undone(seam):
     model = backbone("bert")
-    before, structure = everything(model), _structure(model)
+    before, structure = everything(model), structure_of(model)
     host = Host(model)
     assert not any(p.requires_grad for p in model.parameters())
     SEAMS[seam](host, host.anatomy.sites("attention.query")[0])
@@ -96,13 +96,13 @@ def test_every_seam_is_undone(seam):
         with torch.no_grad():
             parameter.add_(1.0)
     logits(model, **inputs("bert"))
-    assert seam == "hook" or _structure(model) != structure or seam == "train"
+    assert seam == "hook" or structure_of(model) != structure or seam == "train"
     check_undone(host, before, structure)
 
 
 def test_all_seams_at_once_are_undone_in_the_right_order():
     model = backbone("bert")
-    before, structure = everything(model), _structure(model)
+    before, structure = everything(model), structure_of(model)
     host = Host(model)
     sites = host.anatomy.sites()
     for index, seam in enumerate(s for s in SEAMS if s != "attention"):
@@ -174,7 +174,7 @@ def test_a_tied_embedding_is_parametrized_wherever_it_is_used(family):
     tied = model.get_input_embeddings().weight
     assert model.get_output_embeddings().weight is tied
     data = inputs(family, lm_head(family))
-    before, structure, answer = everything(model), _structure(model), logits(model, **data)
+    before, structure, answer = everything(model), structure_of(model), logits(model, **data)
     reference = copy.deepcopy(model)
     with torch.no_grad():
         reference.get_input_embeddings().weight.mul_(1.5)
@@ -190,7 +190,7 @@ def test_a_tied_embedding_is_parametrized_wherever_it_is_used(family):
     host.remove()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is tied
     assert list(model.state_dict()) == list(before)
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
     assert torch.equal(logits(model, **data), answer)
 
     host = Host(model)
@@ -230,7 +230,7 @@ def test_without_originals_the_host_cannot_restore(model):
 
 
 def test_a_scope_knows_its_own_changes_and_the_whole_undoes_them(model):
-    before, structure = everything(model), _structure(model)
+    before, structure = everything(model), structure_of(model)
     host = Host(model)
     one, two = host.scope(), host.scope()
     first, second = host.anatomy.sites("ffn.up")
@@ -273,7 +273,7 @@ def test_the_attention_seam_alone_changes_nothing(family):
 
 
 def test_two_children_on_one_attention_act_in_order_and_leave_together(model):
-    structure = _structure(model)
+    structure = structure_of(model)
     host = Host(model)
     module = host.anatomy.layers[0].attention
     for name in ("one", "two"):
@@ -281,11 +281,11 @@ def test_two_children_on_one_attention_act_in_order_and_leave_together(model):
     assert module.peftlib_attention == ("one", "two")
     logits(model, **inputs("bert"))
     host.remove()
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
 
 
 def test_a_shared_child_is_saved_once_with_the_whole_model(tmp_path, model):
-    before, structure = everything(model), _structure(model)
+    before, structure = everything(model), structure_of(model)
     host = Host(model)
     child = Shift(0.5)
     for site in host.anatomy.sites("ffn.up"):
@@ -307,18 +307,18 @@ def test_a_shared_child_is_saved_once_with_the_whole_model(tmp_path, model):
 
 
 def test_a_deep_copy_undoes_its_own_changes(model):
-    before, structure = everything(model), _structure(model)
+    before, structure = everything(model), structure_of(model)
     host = Host(model)
     sites = host.anatomy.sites()
     for index, seam in enumerate(s for s in SEAMS if s not in ("attention", "hook")):
         SEAMS[seam](host, sites[index])
     SEAMS["attention"](host, None)
     host.hook(model, partial(_nothing))
-    attached, answer = _structure(model), logits(model, **inputs("bert"))
+    attached, answer = structure_of(model), logits(model, **inputs("bert"))
     twin = copy.deepcopy(host)
     assert twin.model is not model
     check_undone(twin, before, structure)
-    _assert_same_structure(_structure(model), attached)
+    assert_same_structure(structure_of(model), attached)
     assert torch.equal(logits(model, **inputs("bert")), answer)
     check_undone(host, before, structure)
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 import peftlib
 from peftlib import tasks
 from peftlib.conformance.case import Case, backbone, logits, tokenizer
+from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import DataError, StateError, UnknownNameError, UnsupportedError
 from peftlib.training import evaluate_task
-from tests.conformance.checks import _assert_same_structure, _structure
 
 
 def fitted(method: str = "lora", family: str = "bert", model=None, **options) -> tuple[peftlib.Adapted, object]:
@@ -71,7 +71,7 @@ def test_accumulated_steps_equal_steps_on_large_batches():
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_bf16_trains_in_float32_parameters_and_leaves_forward_as_it_was(family):
     model = backbone(family)
-    structure = _structure(model)
+    structure = structure_of(model)
     exact, _ = fitted(family=family, learning_rate=1e-3)
     rounded, result = fitted(family=family, model=model, precision="bf16", learning_rate=1e-3)
     assert {p.dtype for p in rounded.trainable().values()} == {torch.float32}
@@ -79,7 +79,7 @@ def test_bf16_trains_in_float32_parameters_and_leaves_forward_as_it_was(family):
     assert all(torch.isfinite(torch.tensor(list(h.values()))).all() for h in result.history)
     assert Case("lora", family).logits(model).dtype == torch.float32
     rounded.detach()
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
 
 
 def test_each_run_has_its_own_precision():
@@ -96,13 +96,13 @@ def test_each_run_has_its_own_precision():
 
 def test_after_training_nothing_of_it_is_left_on_the_backbone():
     model = backbone("bert")
-    before, structure = {n: t.clone() for n, t in model.state_dict().items()}, _structure(model)
+    before, structure = {n: t.clone() for n, t in model.state_dict().items()}, structure_of(model)
     adapted, _ = fitted(model=model)
     assert not model.training
     assert adapted.lifecycle_active is None
     adapted.detach()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    _assert_same_structure(_structure(model), structure)
+    assert_same_structure(structure_of(model), structure)
 
 
 def test_evaluation_on_the_way_changes_nothing_and_training_goes_on_in_training_mode():

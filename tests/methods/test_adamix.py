@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import Case, batch, train
+from peftlib.conformance.checks import CHECKS
 from peftlib.errors import MergeError, TargetError, UnknownNameError
 from peftlib.mechanisms.mixture import Experts
 from peftlib.methods.base import ConfigError
-from tests.conformance.checks import CHECKS
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 from tests.reference.adapters import sequential_adapter
 

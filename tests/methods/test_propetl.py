@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import peftlib
 from peftlib import anatomy, backbones
 from peftlib.conformance.case import LABELS, Case, batch, train
+from peftlib.conformance.checks import CHECKS
 from peftlib.errors import DataError, LoadError, MergeError, TargetError, UnknownNameError
 from peftlib.mechanisms.masking import TopMask
 from peftlib.methods.base import ConfigError
-from tests.conformance.checks import CHECKS
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 FORMS = {

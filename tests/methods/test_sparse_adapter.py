@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import Case, backbone, batch, inputs, logits, train
+from peftlib.conformance.checks import CHECKS
 from peftlib.errors import LoadError, MergeError, StateError, TargetError, UnknownNameError
 from peftlib.mechanisms import pruned
 from peftlib.methods.base import ConfigError
-from tests.conformance.checks import CHECKS
 
 FORMS = {
     "adapter": {"form": "adapter", "bottleneck": 6},
