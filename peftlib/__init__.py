@@ -14,7 +14,7 @@ from peftlib.bank import Bank
 from peftlib.errors import PeftlibError
 from peftlib.interchange import from_hf_peft, to_hf_peft
 from peftlib.methods import config, find
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, SavedAdapter
+from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, TrainingState
 from peftlib.methods.combination import combine
 from peftlib.saved import read
 from peftlib.taxonomy import Entry, methods
@@ -34,8 +34,8 @@ __all__ = [
     "Method",
     "MethodConfig",
     "PeftlibError",
-    "Progress",
     "SavedAdapter",
+    "TrainingState",
     "add_vector",
     "attach",
     "backbones",

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.host import Host
 from peftlib.methods import resolve
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
-from peftlib.training.lifecycle import Lifecycle, add_penalty, require_lifecycle
+from peftlib.training.lifecycle import Guard, Lifecycle
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,14 @@ class Adapted:
         self.model = model
         self.method = method
         self.host = host
-        self.lifecycle_active: Lifecycle | None = None
-        self.calibrated = not method.calibrates
+        self.guard = Guard(method)
         self._head = head
         self._identity = identity
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method has looked at the training data, where it must before training."""
+        return self.guard.calibrated
 
     @property
     def config(self) -> MethodConfig:
@@ -109,9 +112,12 @@ class Adapted:
             total=self._identity["parameters"],
         )
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(
+        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike | None = None
+    ) -> None:
         """Let the method look at training batches, where it must before training: Fisher masks, and methods whose first
         phase trains everything. Batches with a length, such as a DataLoader, are read as often as the method asks for.
+        A method whose calibration takes long writes its state to the file ``checkpoint``, and goes on from there.
 
         ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
         no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.
@@ -125,21 +131,20 @@ class Adapted:
         device = self.host.device
         mode = self.model.training
         self.model.eval()
-        # A calibration may train, and is then a lifecycle of its own.
-        self.lifecycle_active = Lifecycle(self, 0)
         try:
-            self.method.calibrate(_OnDevice(batches, device))
+            with self.guard.open():
+                self.method.calibrate(_OnDevice(batches, device), None if checkpoint is None else Path(checkpoint))
         finally:
-            self.lifecycle_active = None
             self.model.train(mode)
-        self.calibrated = True
+        self.guard.calibrated = True
 
     # Training
 
-    def lifecycle(self, total_steps: int) -> Lifecycle:
-        """The method's moments for a loop of your own; see :class:`peftlib.training.Lifecycle`."""
+    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle:
+        """The method's training hooks for a loop of your own; see :class:`peftlib.training.Lifecycle`. A resumed run
+        starts at another ``step`` than 0."""
         self._check_attached()
-        return Lifecycle(self, total_steps)
+        return Lifecycle(self.guard, total_steps, step)
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
@@ -176,11 +181,11 @@ class Adapted:
             tasks.default = before
 
     def callback(self):
-        """A ``transformers.TrainerCallback`` that runs the method's moments inside ``transformers.Trainer``."""
+        """A ``transformers.TrainerCallback`` that runs the method's training hooks inside ``transformers.Trainer``."""
         self._check_attached()
         from peftlib.training.callback import PeftCallback
 
-        return PeftCallback(self)
+        return PeftCallback(self.guard)
 
     # Files
 
@@ -225,7 +230,7 @@ class Adapted:
             with torch.no_grad():
                 parameter.copy_(state.pop(name))
         self.method.load_state(state)
-        self.calibrated = True
+        self.guard.calibrated = True
 
     # Leaving
 
@@ -237,7 +242,7 @@ class Adapted:
         self._check_attached()
         self.method.check_mergeable()
         self.method.merge()
-        self._leave(bake=True)
+        self._leave(merge=True)
         return self.model
 
     def detach(self) -> nn.Module:
@@ -251,11 +256,11 @@ class Adapted:
                 f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
                 "load the backbone again"
             )
-        self._leave(bake=False)
+        self._leave(merge=False)
         return self.model
 
-    def _leave(self, bake: bool) -> None:
-        self.host.remove(bake=bake)
+    def _leave(self, merge: bool) -> None:
+        self.host.remove(merge=merge)
         del self.model.peftlib_adapted
         self.host = None
 
@@ -342,10 +347,10 @@ def _attach(
         host.remove()
         raise
     adapted = Adapted(model, chosen, host, head, here)
-    if chosen.moments() or chosen.calibrates:
-        host.hook(model, partial(require_lifecycle, adapted), before=True)
-    if "penalty" in chosen.moments():
-        host.hook(model, partial(add_penalty, adapted))
+    if chosen.hooks() or chosen.calibrates:
+        host.hook(model, adapted.guard.require_lifecycle, before=True)
+    if "penalty" in chosen.hooks():
+        host.hook(model, adapted.guard.add_penalty)
     model.peftlib_adapted = adapted
     return adapted
 
@@ -373,7 +378,7 @@ def load(model: nn.Module, adapter: str | os.PathLike | SavedAdapter, *, keep_or
     try:
         adapted._load_state(given.state)
     except BaseException:
-        adapted._leave(bake=False)
+        adapted._leave(merge=False)
         raise
     return adapted
 

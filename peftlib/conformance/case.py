@@ -123,8 +123,8 @@ class Case:
     method: str
     family: str
     head: str = "classification"
-    dtype: torch.dtype = torch.float32
-    options: dict = field(default_factory=dict)
+    dtype: torch.dtype = field(default=torch.float32, kw_only=True)
+    options: dict = field(default_factory=dict, kw_only=True)
 
     @property
     def config(self) -> peftlib.MethodConfig:

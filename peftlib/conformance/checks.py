@@ -193,7 +193,7 @@ def overfits(case: Case, tmp: Path) -> None:
 @check("Training without the lifecycle is an error where the method acts during training")
 def lifecycle(case: Case, tmp: Path) -> None:
     adapted = case.start()
-    acts = bool(adapted.method.moments() or adapted.method.calibrates)
+    acts = bool(adapted.method.hooks() or adapted.method.calibrates)
     adapted.model.train()
     if acts:
         with refused(StateError, match=case.method):
@@ -456,7 +456,7 @@ def trainer(case: Case, tmp: Path) -> None:
     _assert_called(adapted, called, steps=4, forwards=8)
     still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
     assert not still, f"four steps did not move {still[:5]}"
-    assert adapted.lifecycle_active is None
+    assert adapted.guard.running is None
     loaded = peftlib.load(case.backbone(), adapted.save(tmp / "adapter"))
     assert torch.equal(case.logits(loaded.model), case.logits(adapted.model))
 
@@ -546,7 +546,7 @@ def assert_same_structure(now: dict[str, tuple], before: dict[str, tuple]) -> No
 def _watch_moments(adapted: peftlib.Adapted) -> Counter:
     """Counts how often each moment of the attached method is called."""
     called: Counter = Counter()
-    for moment in adapted.method.moments():
+    for moment in adapted.method.hooks():
         function = getattr(adapted.method, moment)
 
         def counted(*args, moment: str = moment, function: Callable = function):
@@ -559,4 +559,4 @@ def _watch_moments(adapted: peftlib.Adapted) -> Counter:
 
 def _assert_called(adapted: peftlib.Adapted, called: Counter, steps: int, forwards: int) -> None:
     times = {"penalty": forwards, "on_train_end": 1}
-    assert dict(called) == {m: times.get(m, steps) for m in adapted.method.moments()}
+    assert dict(called) == {m: times.get(m, steps) for m in adapted.method.hooks()}

@@ -18,7 +18,6 @@ from peftlib.adapted import Adapted, attach
 from peftlib.efficiency.memory import LiveTensors
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError, MethodConfig, SavedAdapter, at_least
-from peftlib.training import Lifecycle
 
 PRECISIONS = {
     "float32": (torch.float32, torch.float32),
@@ -128,8 +127,7 @@ def _activations(
     ids = torch.zeros((batch_size, length), dtype=torch.long, device=device)
     inputs = {"input_ids": ids, "labels": ids if head != "classification" else ids[:, 0]}
     if adapted is not None:
-        # Its moments need numbers; a forward inside a lifecycle needs none.
-        adapted.lifecycle_active = Lifecycle(adapted, 1)
+        adapted.guard.running = adapted.lifecycle(1)  # training hooks need numbers; this forward has none
     if checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; plan without it")

@@ -58,7 +58,6 @@ def _tuned(
         keep_original=False,
     )
     state = sources.cache_root() / "calibrations" / f"{spec.key}-{revision()}"
-    adapted.method.checkpoint = state
     result = fit(
         adapted,
         task,
@@ -72,6 +71,7 @@ def _tuned(
         max_length=s["max_length"],
         group_by_length=s["group_by_length"],
         evaluate_on=None,
+        calibration_checkpoint=state,
         seed=spec.seed,
         progress=progress,
     )

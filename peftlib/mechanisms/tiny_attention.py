@@ -100,7 +100,7 @@ def attach(host: Host, layer: Layer, name: str, heads: int, head_dim: int, paral
     host.hook(layer.attention, partial(_see_cache, names(layer.attention), layers), context, before=True)
     tiny = TinyAttention(host.anatomy.d, heads, head_dim, context, layers + layer.index, parallel)
     if parallel:
-        return host.across(layer.sites["attention.query"], layer.sites["attention.output"], name, tiny)
+        return host.connect(layer.sites["attention.query"], layer.sites["attention.output"], name, tiny)
     return host.after(layer.sites["attention.output"], name, tiny)
 
 

@@ -7,10 +7,10 @@ import inspect
 
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, SavedAdapter
+from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, TrainingState
 from peftlib.methods.combination import Combination
 
-__all__ = ["ConfigError", "Method", "MethodConfig", "Progress", "config", "find", "resolve", "stand_ins"]
+__all__ = ["ConfigError", "Method", "MethodConfig", "TrainingState", "config", "find", "resolve", "stand_ins"]
 
 
 def find(name: str) -> type[Method]:

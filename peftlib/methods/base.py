@@ -1,4 +1,4 @@
-"""What a method is: a config, and the moments at which it acts."""
+"""What a method is: a config, what it attaches, and the training hooks in which it acts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peftlib import taxonomy
 from peftlib.errors import MergeError, PeftlibError
 from peftlib.mechanisms.host import Host
 
-MOMENTS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
+HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be."""
 
     step: int
@@ -28,6 +28,29 @@ class Progress:
     @property
     def fraction(self) -> float:
         return self.step / max(1, self.total)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A training forward of the whole model: what went in, what came out, and another one over the same inputs."""
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def replay(self) -> Any:
+        """The output of a second forward, with draws (dropout and the like) of its own; no penalty is added to it."""
+        return self.model.forward(*self.args, **self.kwargs)
+
+    def logits(self, output: Any = None) -> torch.Tensor:
+        """The logits in this or another output."""
+        output = self.output if output is None else output
+        return output[1] if isinstance(output, tuple) else output.logits
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        return self.kwargs.get("labels")
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class SavedAdapter:
 
 
 class Method:
-    """One attached method. Subclasses override :meth:`attach` and, at most, some of the moments.
+    """One attached method. Subclasses override :meth:`attach` and, at most, some of the training hooks.
 
     ``learning_rate`` is the default of :func:`peftlib.fit`, found by the search that the leaderboard page states.
     """
@@ -90,12 +113,6 @@ class Method:
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: ClassVar[int] = 2
     """How many sources it needs at least, where it takes any."""
-    classifies: bool = False
-    """Whether a model without a classification head answers with the logits of classes while this is attached."""
-    checkpoint: Path | str | None = None
-    """Where a calibration that takes long writes its state, and goes on from; None: nowhere."""
-    fitted: bool = False
-    """Whether :meth:`predict` answers in the model's place."""
     exceptions: ClassVar[dict[str, str]] = {}
     """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
     The suite sees to it that a check named here really fails."""
@@ -132,7 +149,17 @@ class Method:
                 )
         self.sources = tuple(sources)
 
-    # Moments
+    @property
+    def classifies(self) -> bool:
+        """Whether a model without a classification head answers with the logits of classes while this is attached."""
+        return False
+
+    @property
+    def fitted(self) -> bool:
+        """Whether :meth:`predict` answers in the model's place."""
+        return False
+
+    # What it does to a model
 
     def attach(self, host: Host) -> None:
         """Change the frozen backbone through the host's seams."""
@@ -143,8 +170,11 @@ class Method:
         :meth:`attach`."""
         return head
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        """Look at training batches (model inputs with labels, on the model's device) before training."""
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
+        """Look at training batches (model inputs with labels, on the model's device) before training.
+
+        ``checkpoint``: the file where a calibration that takes long writes its state, and from which it goes on.
+        """
 
     def pending(self) -> tuple[int, int, int]:
         """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""
@@ -154,20 +184,24 @@ class Method:
         """How many numbers :meth:`calibrate` finds without gradients; they count as trained."""
         return 0
 
-    def on_step_start(self, progress: Progress) -> None:
+    # Training hooks
+
+    def on_step_start(self, training: TrainingState) -> None:
         """Before the first forward of an optimizer step."""
 
-    def penalty(self) -> torch.Tensor | None:
-        """A scalar to add to the loss of each training forward, which is ``self.host.passed``."""
+    def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
+        """A scalar to add to the loss of this training forward."""
 
-    def on_gradients(self, progress: Progress) -> None:
+    def on_gradients(self, training: TrainingState) -> None:
         """After backward and clipping, before the optimizer's step."""
 
-    def on_step_end(self, progress: Progress) -> None:
+    def on_step_end(self, training: TrainingState) -> None:
         """After the optimizer's step."""
 
     def on_train_end(self) -> None:
         """After the last step."""
+
+    # After training
 
     def fit(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Look at training batches of a classification task once training is over; :func:`peftlib.fit` and the
@@ -195,12 +229,12 @@ class Method:
         """What a saved adapter's config file tells its reader of the result, as JSON; loading does not need it."""
         return {}
 
-    def memory(self) -> dict[str, torch.Tensor]:
-        """What a run remembers beside the model's tensors, by name, for a checkpoint that training resumes from."""
+    def run_state(self) -> dict[str, torch.Tensor]:
+        """What a training run has beside the model's tensors, by name, for a checkpoint that training resumes from."""
         return {}
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        """Take up what :meth:`memory` gave, before the first resumed step."""
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what :meth:`run_state` gave, before the first resumed step."""
 
     def merge(self) -> None:
         """Write the method into the backbone's weights; the host then removes it. Parametrized weights and trained
@@ -213,9 +247,9 @@ class Method:
                 f"{self.name} has no merge: {self.entry.merge_note} Keep it attached, or save() it and load() it later."
             )
 
-    def moments(self) -> tuple[str, ...]:
-        """The moments of training that this method takes part in."""
-        return tuple(n for n in MOMENTS if getattr(type(self), n) is not getattr(Method, n))
+    def hooks(self) -> tuple[str, ...]:
+        """The names of the training hooks that this method has."""
+        return tuple(n for n in HOOKS if getattr(type(self), n) is not getattr(Method, n))
 
 
 def check_alike(method: str, sources: tuple[SavedAdapter, ...], *fields: str) -> None:

@@ -6,12 +6,13 @@ import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import length_hint
+from pathlib import Path
 
 import torch
 
 from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import MOMENTS, ConfigError, Method, MethodConfig, Progress, SavedAdapter
+from peftlib.methods.base import HOOKS, ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class _Conflict(UnsupportedError):
 
 
 class Combination(Method):
-    """Attaches its parts in order, those that calibrate last. Counts add up; the moments run part by part; it merges if
-    every part does."""
+    """Attaches its parts in order, those that calibrate last. Counts add up; the training hooks run part by part; it
+    merges if every part does."""
 
     Config = CombinationConfig
 
@@ -73,7 +74,6 @@ class Combination(Method):
                 raise _Conflict(
                     f"{names} cannot be combined: {part.name} wants a place that is taken ({taken})"
                 ) from taken
-        self.classifies = any(part.classifies for part in self.parts)
 
     def head(self, head: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
         for part in self.parts:
@@ -84,13 +84,14 @@ class Combination(Method):
         """Where a part attaches. Hybrids that restrict or gate a part override this."""
         return host.scope()
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
-        calibrating = [part for part in self.parts if part.calibrates]
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
+        calibrating = [(i, part) for i, part in enumerate(self.parts) if part.calibrates]
         if len(calibrating) > 1 and not length_hint(batches):
             # A stream that can be read once.
             batches = list(batches)
-        for part in calibrating:
-            part.calibrate(batches)
+        for i, part in calibrating:
+            own = checkpoint and checkpoint.with_name(f"{checkpoint.name}-{i}")
+            part.calibrate(batches, own if len(calibrating) > 1 else checkpoint)
 
     def pending(self) -> tuple[int, int, int]:
         return tuple(map(sum, zip(*(part.pending() for part in self.parts))))
@@ -98,29 +99,33 @@ class Combination(Method):
     def searched(self) -> int:
         return sum(part.searched() for part in self.parts)
 
-    def moments(self) -> tuple[str, ...]:
-        taken = {moment for part in self.parts for moment in part.moments()}
-        return tuple(m for m in MOMENTS if m in taken)
+    def hooks(self) -> tuple[str, ...]:
+        taken = {hook for part in self.parts for hook in part.hooks()}
+        return tuple(m for m in HOOKS if m in taken)
 
-    def on_step_start(self, progress: Progress) -> None:
+    def on_step_start(self, training: TrainingState) -> None:
         for part in self.parts:
-            part.on_step_start(progress)
+            part.on_step_start(training)
 
-    def penalty(self) -> torch.Tensor | None:
-        penalties = [p for p in (part.penalty() for part in self.parts) if p is not None]
+    def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
+        penalties = [p for p in (part.penalty(forward) for part in self.parts) if p is not None]
         return sum(penalties) if penalties else None
 
-    def on_gradients(self, progress: Progress) -> None:
+    def on_gradients(self, training: TrainingState) -> None:
         for part in self.parts:
-            part.on_gradients(progress)
+            part.on_gradients(training)
 
-    def on_step_end(self, progress: Progress) -> None:
+    def on_step_end(self, training: TrainingState) -> None:
         for part in self.parts:
-            part.on_step_end(progress)
+            part.on_step_end(training)
 
     def on_train_end(self) -> None:
         for part in self.parts:
             part.on_train_end()
+
+    @property
+    def classifies(self) -> bool:
+        return any(part.classifies for part in self.parts)
 
     @property
     def fitted(self) -> bool:
@@ -149,12 +154,12 @@ class Combination(Method):
         if left and not any(part.calibrates for part in self.parts):
             raise LoadError(f"the file does not fit: {len(left)} tensors are left over {sorted(left)[:3]}")
 
-    def memory(self) -> dict[str, torch.Tensor]:
-        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
+    def run_state(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.run_state().items()}
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
         for i, part in enumerate(self.parts):
-            part.recall({n.removeprefix(f"{i}."): t for n, t in memory.items() if n.startswith(f"{i}.")})
+            part.load_run_state({n.removeprefix(f"{i}."): t for n, t in state.items() if n.startswith(f"{i}.")})
 
     def check_mergeable(self) -> None:
         for part in self.parts:

@@ -1,22 +1,70 @@
-"""The moments of a method in a training run, in any loop; forgetting them is an error."""
+"""The training hooks of a method in a training run, in any loop; forgetting them is an error."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from peftlib.errors import StateError
-from peftlib.mechanisms.host import Pass
-from peftlib.methods.base import Progress
+from peftlib.methods.base import ForwardPass, Method, TrainingState
 
-if TYPE_CHECKING:
-    from peftlib.adapted import Adapted
+
+class Guard:
+    """Of one attached method: whether it is calibrated, and which lifecycle runs its hooks.
+
+    The model's forward hooks ask it. They are handed the model alone, so it cannot be a parameter.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.calibrated = not method.calibrates
+        self.running: Lifecycle | None = None
+        self._open = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside ``with``, training forwards pass although no lifecycle runs: a calibration trains, a plan measures."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def require_lifecycle(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward hook: a training forward outside the lifecycle would silently be another method."""
+        if not (model.training and torch.is_grad_enabled()) or self.running is not None or self._open:
+            return
+        name = self.method.name
+        raise StateError(
+            f"{name} acts during training ({', '.join(self.method.hooks()) or 'calibrate'}) and nothing runs it. Train "
+            "with peftlib.fit(adapted, ...), with Trainer(..., callbacks=[adapted.callback()]), or inside `with "
+            "adapted.lifecycle(total_steps)`; call model.eval() or torch.no_grad() for inference."
+        )
+
+    def add_penalty(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """A forward hook: adds the method's penalty to the loss that the model returns in training."""
+        if not (model.training and torch.is_grad_enabled()):
+            return None
+        penalty = self.method.penalty(ForwardPass(model, args, kwargs, output))
+        if penalty is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + penalty, *output[1:])
+        if getattr(output, "loss", None) is None:
+            raise StateError(
+                f"{self.method.name} adds a penalty to the loss, and {type(model).__name__} returned none: pass labels "
+                "to the model (Trainer: no label smoothing and no compute_loss that drops them)"
+            )
+        output.loss = output.loss + penalty
+        return output
 
 
 class Lifecycle:
-    """Runs a method's moments. :func:`peftlib.fit` and ``adapted.callback()`` use it; so can a loop of your own:
+    """Runs a method's hooks. :func:`peftlib.fit` and ``adapted.callback()`` use it; so can a loop of your own:
 
     >>> with adapted.lifecycle(total_steps) as life:
     ...     for batch in batches:
@@ -27,74 +75,53 @@ class Lifecycle:
     ...         life.step_end()
 
     Inside it each training forward adds the method's penalty to ``output.loss``. Leaving it normally runs
-    ``on_train_end``; leaving it by an exception does not.
+    ``on_train_end``; leaving it by an exception does not. ``step`` counts optimizer steps from 0; a run that resumes
+    starts at another one.
     """
 
-    def __init__(self, adapted: Adapted, total_steps: int):
-        self.adapted = adapted
+    def __init__(self, guard: Guard, total_steps: int, step: int = 0):
+        self.guard = guard
         self.total = total_steps
-        self.step = 0
+        self.step = step
 
     @property
-    def progress(self) -> Progress:
-        return Progress(self.step, self.total)
+    def method(self) -> Method:
+        return self.guard.method
+
+    @property
+    def training(self) -> TrainingState:
+        return TrainingState(self.step, self.total)
 
     def __enter__(self) -> Lifecycle:
-        if not self.adapted.calibrated:
+        if not self.guard.calibrated:
             raise StateError(
-                f"{self.adapted.name} chooses what to train from data first: call adapted.calibrate(batches), then "
+                f"{self.method.name} chooses what to train from data first: call adapted.calibrate(batches), then "
                 "build the optimizer, then train"
             )
-        if self.adapted.lifecycle_active is not None:
-            raise StateError(f"{self.adapted.name} is already being trained by another loop")
-        self.adapted.lifecycle_active = self
+        if self.guard.running is not None:
+            raise StateError(f"{self.method.name} is already being trained by another loop")
+        self.guard.running = self
         return self
 
-    def __exit__(self, kind, value, traceback) -> None:
-        self.adapted.lifecycle_active = None
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: object) -> None:
+        self.abandon()
         if kind is None:
-            self.adapted.method.on_train_end()
+            self.method.on_train_end()
+
+    def abandon(self) -> None:
+        """End it without ``on_train_end``: the training that it was for has failed."""
+        if self.guard.running is self:
+            self.guard.running = None
 
     def step_start(self) -> None:
         """Before the first forward of an optimizer step."""
-        self.adapted.method.on_step_start(self.progress)
+        self.method.on_step_start(self.training)
 
     def gradients(self) -> None:
         """After backward and clipping, before the optimizer's step."""
-        self.adapted.method.on_gradients(self.progress)
+        self.method.on_gradients(self.training)
 
     def step_end(self) -> None:
         """After the optimizer's step."""
-        self.adapted.method.on_step_end(self.progress)
+        self.method.on_step_end(self.training)
         self.step += 1
-
-
-def require_lifecycle(adapted: Adapted, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A forward hook: a training forward outside the lifecycle would silently be another method."""
-    if not (model.training and torch.is_grad_enabled()) or adapted.lifecycle_active is not None:
-        return
-    raise StateError(
-        f"{adapted.name} acts during training ({', '.join(adapted.method.moments()) or 'calibrate'}) and nothing runs "
-        "it. Train with peftlib.fit(adapted, ...), with Trainer(..., callbacks=[adapted.callback()]), or inside "
-        "`with adapted.lifecycle(total_steps)`; call model.eval() or torch.no_grad() for inference."
-    )
-
-
-def add_penalty(adapted: Adapted, model: nn.Module, args: tuple, kwargs: dict, output):
-    """A forward hook: adds the method's penalty to the loss that the model returns in training."""
-    if not (model.training and torch.is_grad_enabled()):
-        return None
-    adapted.host.passed = Pass(model, args, kwargs, output)
-    penalty = adapted.method.penalty()
-    adapted.host.passed = None
-    if penalty is None:
-        return None
-    if isinstance(output, tuple):
-        return (output[0] + penalty, *output[1:])
-    if getattr(output, "loss", None) is None:
-        raise StateError(
-            f"{adapted.name} adds a penalty to the loss, and {type(model).__name__} returned none: pass labels to the "
-            "model (Trainer: no label smoothing and no compute_loss that drops them)"
-        )
-    output.loss = output.loss + penalty
-    return output

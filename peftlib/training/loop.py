@@ -1,33 +1,50 @@
-"""The project's loop: accelerate underneath, the method's moments in place, one dictionary a log line."""
+"""The project's loop: accelerate underneath, the method's training hooks in place, one dictionary a log line."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch.utils.data import DataLoader
+from torch import nn
 
-from peftlib.errors import DataError, StateError, UnsupportedError
+from peftlib.errors import StateError, UnsupportedError
 from peftlib.methods.base import at_least
+from peftlib.training.evaluation import Precision, Tuned, check_labels, evaluate_task
+from peftlib.training.lifecycle import Lifecycle
 
-if TYPE_CHECKING:
-    from peftlib.adapted import Adapted
 
+class Trainable(Tuned, Protocol):
+    """What the loop needs of an adapted model; :class:`peftlib.Adapted` is one."""
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    @property
+    def name(self) -> str: ...
 
-Precision = Literal["no", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    @property
+    def calibrated(self) -> bool: ...
+
+    def calibrate(
+        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike | None = None
+    ) -> None: ...
+
+    def trainable(self) -> dict[str, nn.Parameter]: ...
+
+    def parameter_groups(
+        self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict]: ...
+
+    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle: ...
 
 
 @dataclass
@@ -46,7 +63,7 @@ class FitResult:
 
 
 def fit(
-    adapted: Adapted,
+    adapted: Trainable,
     task,
     *,
     tokenizer,
@@ -65,6 +82,7 @@ def fit(
     group_by_length: bool = True,
     evaluate_on: str | None = "validation",
     evaluate_every: int | None = None,
+    calibration_checkpoint: str | os.PathLike | None = None,
     log_every: int = 10,
     seed: int = 0,
     progress: bool = True,
@@ -84,6 +102,8 @@ def fit(
         precision: autocast: "no", "bf16" or "fp16"; trained parameters stay in their own dtype.
         group_by_length: make batches of rows of similar length, in random order: less padding, faster steps.
         evaluate_on: split to evaluate on at the end (and every ``evaluate_every`` steps); None: never.
+        calibration_checkpoint: the file in which a calibration that takes long keeps its state, to go on from where it
+            was cut off.
         seed: order of the data, dropout and what the method draws.
         progress: show a bar on a terminal.
 
@@ -92,18 +112,12 @@ def fit(
     Raises DataError for a task without labels or with an empty split, UnsupportedError for one that the model's head
     is not made for.
     """
-    # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
-    # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers import get_scheduler
-
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     _check_task(adapted, task)
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
-    model = adapted.model
-    model.to(accelerator.device)
+    adapted.model.to(accelerator.device)
     loader = task.loader(
         "train",
         tokenizer,
@@ -113,149 +127,114 @@ def fit(
         max_length=max_length,
         group_by_length=group_by_length,
     )
+    evaluate = None
     if evaluate_on:
-        _check_labels(task, evaluate_on, tokenizer, max_length)
+        check_labels(task, evaluate_on, tokenizer, max_length)
+        options = {"batch_size": 2 * batch_size, "max_length": max_length, "precision": precision}
+        evaluate = partial(evaluate_task, adapted, task, evaluate_on, tokenizer, **options)
+    result = FitResult(steps=0, metrics={}, calibration_seconds=_calibrate(adapted, loader, calibration_checkpoint))
+
     began = time.perf_counter()
-    if not adapted.calibrated:
-        adapted.calibrate(loader)
-    calibration = time.perf_counter() - began
-
-    trained = adapted.trainable()
-    if not trained and not adapted.method.searched():
-        raise StateError(f"{adapted.name} trains nothing on {type(model).__name__} with these options")
-
-    def evaluate() -> dict[str, float]:
-        return evaluate_task(
-            adapted, task, evaluate_on, tokenizer, batch_size=2 * batch_size, max_length=max_length, precision=precision
-        )
-
-    if not trained:
-        metrics = evaluate() if evaluate_on else {}
-        history = [{"step": 0, **_prefixed(evaluate_on, metrics)}] if evaluate_on else []
-        return FitResult(steps=0, metrics=metrics, history=history, calibration_seconds=calibration)
-
-    rate = adapted.method.learning_rate if learning_rate is None else learning_rate
-    groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        transient=True,
-        disable=not progress or not accelerator.is_main_process,
-    )
-    start, spent = time.perf_counter(), 0.0
-    with _prepared(accelerator, model, optimizer, loader) as (wrapped, optimizer, prepared):
-        total = steps if steps is not None else max(1, round(epochs * len(prepared) / gradient_accumulation))
-        at_least("steps", total, 1)
-        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
-        result = FitResult(steps=total, metrics={}, calibration_seconds=calibration)
-        batches = _forever(prepared)
-
-        def forward_backward(batch: dict) -> torch.Tensor:
-            with accelerator.accumulate(wrapped):
-                loss = wrapped(**batch).loss
-                accelerator.backward(loss)
-            return loss.detach()
-
-        with bar, adapted.lifecycle(total) as life:
-            shown = bar.add_task(f"{adapted.name} on {task.name}", total=total)
-            for step in range(total):
-                wrapped.train()
-                began = time.perf_counter()
-                life.step_start()
-                losses = [forward_backward(next(batches)) for _ in range(gradient_accumulation)]
-                if max_grad_norm:
-                    accelerator.clip_grad_norm_(trained.values(), max_grad_norm)
-                life.gradients()
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                life.step_end()
-                spent += time.perf_counter() - began
-                bar.advance(shown)
-                last = step + 1 == total
-                if last or (step + 1) % log_every == 0:
-                    result.history.append({"step": step + 1, "loss": float(torch.stack(losses).mean())})
-                if evaluate_on and evaluate_every and not last and (step + 1) % evaluate_every == 0:
-                    result.history.append({"step": step + 1, **_prefixed(evaluate_on, evaluate())})
-    result.seconds_per_step = spent / total
-    if task.kind == "classification":
-        adapted.method.fit(loader)
-    if evaluate_on:
+    if trained := adapted.trainable():
+        rate = adapted.method.learning_rate if learning_rate is None else learning_rate
+        groups = adapted.parameter_groups(rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=rate)
+        with _prepared(accelerator, adapted.model, optimizer, loader) as (model, optimizer, batches):
+            total = steps if steps is not None else max(1, round(epochs * len(batches) / gradient_accumulation))
+            at_least("steps", total, 1)
+            scheduler = _scheduler(schedule, optimizer, warmup, total)
+            step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), max_grad_norm)
+            title = f"{adapted.name} on {task.name}"
+            bar, stream = _bar(title, total, progress and accelerator.is_main_process), _forever(batches)
+            with bar as advance, adapted.lifecycle(total) as life:
+                for number in range(1, total + 1):
+                    result.seconds_per_step += step(life, stream, gradient_accumulation) / total
+                    advance()
+                    if number == total or number % log_every == 0:
+                        result.history.append({"step": number, "loss": step.loss()})
+                    if evaluate and evaluate_every and number < total and number % evaluate_every == 0:
+                        result.history.append({"step": number, **_prefixed(evaluate_on, evaluate())})
+        result.steps = total
+        if task.kind == "classification":
+            adapted.method.fit(loader)
+    if evaluate:
         result.metrics = evaluate()
-        result.history.append({"step": total, **_prefixed(evaluate_on, result.metrics)})
-    result.seconds = time.perf_counter() - start
+        result.history.append({"step": result.steps, **_prefixed(evaluate_on, result.metrics)})
+    result.seconds = time.perf_counter() - began
     return result
 
 
-@torch.no_grad()
-def evaluate_task(
-    adapted: Adapted,
-    task,
-    split: str,
-    tokenizer,
-    *,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    precision: Precision = "no",
-) -> dict[str, float]:
-    """The task's metrics of a model on one split, and its mean ``loss``, under the precision's autocast. A method that
-    is ``fitted`` answers in its model's place.
+class _Step:
+    """One optimizer step, with the method's training hooks around it."""
 
-    Leaves the model in evaluation mode. Raises DataError for a split that is empty or has no labels.
-    """
-    _check_labels(task, split, tokenizer, max_length)
-    model = adapted.model
-    model.eval()
-    device = next(model.parameters()).device
-    loader: DataLoader = task.loader(
-        split, tokenizer, batch_size=batch_size, max_length=max_length, group_by_length=True
-    )
-    logits, labels, task_ids, losses, weights = [], [], [], [], []
-    for batch in loader:
-        batch = {k: v.to(device) for k, v in batch.items()}
-        with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-            answer, asked, loss = _answer(adapted, task, batch, tokenizer)
-        logits.append(answer.float().cpu())
-        labels.append(asked.cpu())
-        losses.append(float(loss))
-        weights.append(len(asked))
-        if "task_ids" in batch:
-            task_ids.append(batch["task_ids"].cpu())
-    outputs, targets = torch.cat(logits), torch.cat(labels)
-    if task.kind in ("causal_lm", "seq2seq"):
-        outputs, targets = outputs[None], targets[None]
-        if task.kind == "causal_lm":
-            # One position more, so that label t + 1 belongs to output t as in a causal model's row.
-            outputs, targets = (F.pad(t, p, value=-100) for t, p in ((outputs, (0, 0, 0, 1)), (targets, (1, 0))))
-    metrics = task.evaluate(outputs, targets, torch.cat(task_ids) if task_ids else None)
-    return {**metrics, "loss": sum(n * x for n, x in zip(weights, losses)) / sum(weights)}
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        parameters: list[nn.Parameter],
+        max_grad_norm: float,
+    ):
+        self.accelerator, self.model = accelerator, model
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.parameters, self.max_grad_norm = parameters, max_grad_norm
+        self.losses: list[torch.Tensor] = []
 
+    def __call__(self, life: Lifecycle, batches: Iterator[dict[str, torch.Tensor]], forwards: int) -> float:
+        """Takes as many batches as there are forwards; gives the seconds that it took."""
+        self.model.train()
+        began = time.perf_counter()
+        life.step_start()
+        self.losses = [self._backward(next(batches)) for _ in range(forwards)]
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        life.gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        life.step_end()
+        return time.perf_counter() - began
 
-def _answer(adapted: Adapted, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is compared, (n, classes) or (n, V), its labels (n,), and their mean loss: n rows or, for text, n tokens."""
-    model, labels = adapted.model, batch["labels"]
-    if task.kind == "classification" and adapted.method.fitted:
-        logs = adapted.method.predict(batch).clamp_min(torch.finfo(torch.float32).tiny).log()
-        return logs, labels, F.nll_loss(logs, labels)
-    if task.kind == "multiple_choice":
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        choices = task.choice_logits(model(**inputs).logits, batch["attention_mask"], tokenizer)
-        return choices, labels, F.cross_entropy(choices.float(), labels)
-    output = model(**batch)
-    if task.kind not in ("causal_lm", "seq2seq"):
-        return output.logits, labels, output.loss
-    logits = output.logits
-    if task.kind == "causal_lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    asked = labels != -100
-    return logits[asked], labels[asked], output.loss
+    def _backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.accelerator.accumulate(self.model):
+            loss = self.model(**batch).loss
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def loss(self) -> float:
+        """The mean loss of the last step's forwards."""
+        return float(torch.stack(self.losses).mean())
 
 
-def _check_task(adapted: Adapted, task) -> None:
+def _calibrate(adapted: Trainable, loader: Iterable, checkpoint: str | os.PathLike | None) -> float:
+    """Calibrate where that is due; gives the seconds. Raises StateError where nothing is there to train afterwards."""
+    began = time.perf_counter()
+    if not adapted.calibrated:
+        adapted.calibrate(loader, checkpoint)
+    if not adapted.trainable() and not adapted.method.searched():
+        raise StateError(f"{adapted.name} trains nothing on {type(adapted.model).__name__} with these options")
+    return time.perf_counter() - began
+
+
+def _scheduler(name: str, optimizer: Any, warmup: float, total: int) -> Any:
+    # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
+    # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
+
+
+@contextmanager
+def _bar(title: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """Inside ``with``, a progress bar on a terminal; call what it gives once a step."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    with Bar(*columns, TimeRemainingColumn(), transient=True, disable=not shown) as bar:
+        yield partial(bar.advance, bar.add_task(title, total=total))
+
+
+def _check_task(adapted: Tuned, task) -> None:
     if task.kind == "multiple_choice":
         raise UnsupportedError(f"task {task.name!r} is multiple choice, which is evaluated but not trained on")
     kind = type(adapted.model).__name__
@@ -271,11 +250,6 @@ def _check_task(adapted: Adapted, task) -> None:
             f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has "
             f"{adapted.model.config.num_labels}: load the backbone with num_labels={task.num_labels}"
         )
-
-
-def _check_labels(task, split: str, tokenizer, max_length: int | None) -> None:
-    if "labels" not in task.encode(tokenizer, split, max_length).column_names:
-        raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")
 
 
 @contextmanager
@@ -305,6 +279,6 @@ def _prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in metrics.items()}
 
 
-def _forever(loader):
+def _forever(loader: Iterable) -> Iterator:
     while True:
         yield from loader

@@ -9,7 +9,8 @@ import peftlib
 from peftlib.conformance.case import Case, backbone, batch, inputs, logits, sources, train
 from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import LoadError, MergeError, StateError, UnknownNameError, UnsupportedError
-from tests.methods.helpers import perturb
+from peftlib.mechanisms import importance
+from tests.methods.helpers import interrupt, perturb, slow_clock
 
 PAIRS = [
     ("lora", "bitfit"),
@@ -107,9 +108,9 @@ def test_any_method_combines_with_another_or_says_why_not(name):
 
 def test_the_moments_are_those_of_the_parts(pair):
     both = combined(pair)
-    assert set(both.method.moments()) == {m for name in pair for m in apart(name).method.moments()}
+    assert set(both.method.hooks()) == {m for name in pair for m in apart(name).method.hooks()}
     assert both.method.calibrates == any(peftlib.find(name).calibrates for name in pair)
-    if both.method.moments() or both.method.calibrates:
+    if both.method.hooks() or both.method.calibrates:
         both.model.train()
         with pytest.raises(StateError, match="combination acts during training"):
             both.model(**batch("bert"))
@@ -181,3 +182,25 @@ def test_left_over_tensors_are_named(tmp_path):
     rewrite(folder, weights={n: t for n, t in state.items() if not n.endswith("lora.A")})
     with pytest.raises(LoadError, match=r"missing.*lora\.A"):
         peftlib.load(backbone("bert"), folder)
+
+
+def test_a_calibration_goes_on_from_its_checkpoint_inside_a_combination(tmp_path, monkeypatch):
+    slow_clock(monkeypatch)
+    parts = peftlib.combine(peftlib.config("s3delta", budget=0.02, steps=4), "prefix_tuning")
+    calls = interrupt(monkeypatch, importance, "loss", at=14)
+    with pytest.raises(KeyboardInterrupt):
+        peftlib.attach(backbone("bert"), parts).calibrate([batch("bert")], checkpoint=tmp_path / "search")
+    assert (tmp_path / "search").is_file()
+    done = peftlib.attach(backbone("bert"), parts)
+    done.calibrate([batch("bert")], checkpoint=tmp_path / "search")
+    assert len(calls) < 2 * 14, "the search began anew"
+    whole = peftlib.attach(backbone("bert"), parts)
+    whole.calibrate([batch("bert")])
+    assert done.method.parts[0].probabilities == whole.method.parts[0].probabilities
+
+
+def test_parts_that_calibrate_have_checkpoints_of_their_own(tmp_path, monkeypatch):
+    slow_clock(monkeypatch)
+    searches = [peftlib.config("s3delta", budget=0.02, steps=1), peftlib.config("fish_mask", density=0.1)]
+    peftlib.attach(backbone("bert"), peftlib.combine(*searches)).calibrate([batch("bert")], tmp_path / "search")
+    assert [path.name for path in tmp_path.iterdir()] == ["search-0"]

@@ -75,7 +75,7 @@ SEAMS = {
     "add": lambda h, s: h.add(s.module, "shift", Shift()),
     "after": lambda h, s: h.after(s, "shift", Shift()),
     "before": lambda h, s: h.before(s, "shift", Shift()),
-    "across": lambda h, s: h.across(h.anatomy.sites("ffn.up")[0], h.anatomy.sites("ffn.down")[0], "add", AddFirst()),
+    "connect": lambda h, s: h.connect(h.anatomy.sites("ffn.up")[0], h.anatomy.sites("ffn.down")[0], "add", AddFirst()),
     "parametrize": lambda h, s: h.parametrize(s.module.weight, Scale(2.0)),
     "train": lambda h, s: h.train([s.module.weight]),
     "replace": lambda h, s: h.replace(s.path, nn.Linear(s.module.in_features, s.module.out_features)),
@@ -124,18 +124,18 @@ def test_after_gives_input_and_output_and_before_changes_the_input(host, model):
     assert torch.equal(other.module(x), plain)
 
 
-def test_across_joins_the_first_input_with_the_last_output(host):
+def test_connect_joins_the_first_input_with_the_last_output(host):
     layer = host.anatomy.layers[0]
     up, down = layer.sites["ffn.up"], layer.sites["ffn.down"]
     seen = {}
     up.module.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
     down.module.register_forward_hook(lambda m, args, y: seen.update(y=y))
-    child = host.across(up, down, "join", AddFirst())
+    child = host.connect(up, down, "join", AddFirst())
     result = {}
     down.module.register_forward_hook(lambda m, args, y: result.update(y=y))
     logits(host.model, **inputs("bert"))
     assert torch.equal(result["y"], seen["y"] + seen["x"].mean())
-    assert child.kept_input is None, "the input is kept after the forward"
+    assert child.kept is None, "the input is kept after the forward"
 
 
 def test_a_fused_projection_takes_three_children_on_its_parts():
@@ -195,7 +195,7 @@ def test_a_tied_embedding_is_parametrized_wherever_it_is_used(family):
 
     host = Host(model)
     host.parametrize(tied, Scale(1.5))
-    host.remove(bake=True)
+    host.remove(merge=True)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is tied
     assert torch.allclose(logits(model, **data), changed, atol=1e-5)
     assert not any(parametrize.is_parametrized(m) for m in model.modules())
@@ -208,7 +208,7 @@ def test_a_weight_is_parametrized_once(host):
         host.parametrize(weight, Scale(2.0))
 
 
-def test_bake_keeps_trained_parameters_and_writes_parametrized_ones(host, model):
+def test_a_merge_keeps_trained_parameters_and_writes_parametrized_ones(host, model):
     first, second = host.anatomy.sites("ffn.up")
     scaled, moved = first.module.weight, second.module.weight
     before = scaled.detach().clone(), moved.detach().clone()
@@ -216,7 +216,7 @@ def test_bake_keeps_trained_parameters_and_writes_parametrized_ones(host, model)
     host.train([moved])
     with torch.no_grad():
         moved.add_(1.0)
-    host.remove(bake=True)
+    host.remove(merge=True)
     assert torch.equal(first.module.weight, 2 * before[0])
     assert torch.equal(second.module.weight, before[1] + 1)
     assert first.module.weight is scaled

@@ -99,7 +99,7 @@ def test_after_training_nothing_of_it_is_left_on_the_backbone():
     before, structure = {n: t.clone() for n, t in model.state_dict().items()}, structure_of(model)
     adapted, _ = fitted(model=model)
     assert not model.training
-    assert adapted.lifecycle_active is None
+    assert adapted.guard.running is None
     adapted.detach()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert_same_structure(structure_of(model), structure)
@@ -256,7 +256,7 @@ def refuse(error, match, task, **options):
     with pytest.raises(error, match=match):
         peftlib.fit(adapted, task, tokenizer=tokenizer("bert"), progress=False, **({"steps": 1} | options))
     assert all(torch.equal(p, before[n]) for n, p in adapted.trainable().items())
-    assert adapted.lifecycle_active is None
+    assert adapted.guard.running is None
 
 
 def test_a_task_without_labels_says_which_split_and_what_it_has():

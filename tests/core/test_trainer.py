@@ -120,9 +120,9 @@ def test_the_projects_loop_and_trainer_give_the_same_weights(tmp_path):
 def test_accumulated_steps_run_the_moments_once_a_step(tmp_path):
     adapted = Case("lora", "bert").attach()
     calls = []
-    adapted.method.on_step_start = lambda progress: calls.append(("start", progress.step, progress.total))
-    adapted.method.on_gradients = lambda progress: calls.append(("gradients", progress.step, progress.total))
-    adapted.method.on_step_end = lambda progress: calls.append(("end", progress.step, progress.total))
+    adapted.method.on_step_start = lambda training: calls.append(("start", training.step, training.total))
+    adapted.method.on_gradients = lambda training: calls.append(("gradients", training.step, training.total))
+    adapted.method.on_step_end = lambda training: calls.append(("end", training.step, training.total))
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3}
     Trainer(adapted.model, arguments(tmp_path, **options), train_dataset=rows(), callbacks=[adapted.callback()]).train()
     assert calls == [(name, step, 3) for step in range(3) for name in ("start", "gradients", "end")]
@@ -157,7 +157,7 @@ def test_after_an_interruption_the_same_trainer_starts_again(tmp_path):
         run.train()
     run.remove_callback(Stop)
     run.train()
-    assert adapted.lifecycle_active is None
+    assert adapted.guard.running is None
 
 
 def test_without_the_callback_a_method_with_moments_does_not_train(tmp_path):
@@ -214,4 +214,4 @@ def test_a_gaussian_is_fitted_at_the_end_of_a_classification(tmp_path):
         callback = other.callback()
         callback.life = other.lifecycle(1).__enter__()
         callback.on_train_end(None, None, None, train_dataloader=[batch("bert")])
-        assert not other.method.fitted and other.lifecycle_active is None
+        assert not other.method.fitted and other.guard.running is None

@@ -14,7 +14,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError
-from peftlib.methods.base import Progress
+from peftlib.methods.base import TrainingState
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 from tests.reference.low_rank import adalora, budget, importance, orthogonality
 
@@ -75,7 +75,7 @@ def test_penalty_is_the_mean_of_unsquared_norms():
     adapted = peftlib.attach(backbone("bert"), "adalora", rank=4, target_rank=2, orthogonality=0.3)
     perturb(adapted)
     pairs = [(u.P.detach(), u.Q.detach()) for u in adapted.method.updates.values()]
-    assert float(adapted.method.penalty().detach()) == pytest.approx(0.3 * orthogonality(pairs), rel=1e-5)
+    assert float(adapted.method.penalty(None).detach()) == pytest.approx(0.3 * orthogonality(pairs), rel=1e-5)
     data, model = batch("bert"), adapted.model
     plain = float(model(**data).loss.detach())
     model.train()
@@ -128,8 +128,8 @@ def test_masks_are_those_of_hf_pefts_allocator(interval):
                 mine.grad = torch.randn(mine.shape, generator=generator)
                 other.grad = mine.grad.reshape(other.shape).clone()
         _copy(pairs)
-        adapted.method.on_gradients(Progress(step, total))
-        adapted.method.on_step_end(Progress(step, total))
+        adapted.method.on_gradients(TrainingState(step, total))
+        adapted.method.on_step_end(TrainingState(step, total))
         oracle.base_model.update_and_allocate(step + 1)
         for site, update in adapted.method.updates.items():
             theirs = pairs[update.singular]
@@ -159,7 +159,7 @@ def test_importance_is_the_papers():
         for parameter in adapted.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        adapted.method.on_gradients(Progress(step, 100))
+        adapted.method.on_gradients(TrainingState(step, 100))
         gradients.append([t.grad.clone() for t in (update.singular, update.P, update.Q)])
         weights.append([t.detach().clone() for t in (update.singular, update.P, update.Q)])
 
@@ -185,8 +185,8 @@ def test_equal_importance_still_meets_the_budget():
             parameter.fill_(0.5)
             parameter.grad = torch.ones_like(parameter)
     for step in range(10):
-        adapted.method.on_gradients(Progress(step, 10))
-        adapted.method.on_step_end(Progress(step, 10))
+        adapted.method.on_gradients(TrainingState(step, 10))
+        adapted.method.on_step_end(TrainingState(step, 10))
     assert sum(adapted.method.ranks().values()) == 3 * len(adapted.method.updates)
     assert list(adapted.method.ranks().values()) == [4, 4, 4, 0]
 

@@ -11,7 +11,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.efficiency.speed import count_flops
 from peftlib.errors import TargetError
-from peftlib.methods.base import ConfigError, Progress
+from peftlib.methods.base import ConfigError, TrainingState
 from tests.methods.helpers import backbone, inputs, perturb
 from tests.reference.adapters import sequential_adapter
 
@@ -163,8 +163,8 @@ def test_k_is_uniform_anew_at_each_step_and_the_same_for_the_same_seed():
 def test_only_the_robust_form_acts_during_training():
     model = deep()
     special = peftlib.attach(model, "adapter_drop", robust=False, dropped=3)
-    assert special.method.moments() == ()
-    special.method.on_step_start(Progress(0, 1))
+    assert special.method.hooks() == ()
+    special.method.on_step_start(TrainingState(0, 1))
     model.train()
     assert all(adapter.active for adapter in special.method.adapters.values())
 

@@ -86,17 +86,17 @@ def test_the_value_matrix_is_kept_near_the_identity():
     for a in (adapted, plain):
         perturb(a, std=0.1)
         a.model.train()
-    assert plain.method.moments() == ()
+    assert plain.method.hooks() == ()
     expected = 0.5 * sum(float((f.value.weight.detach() - torch.eye(32)).square().sum()) for f in adapted.method.fused)
     with adapted.lifecycle(1):
         more = adapted.model(**batch("bert")).loss - plain.model(**batch("bert")).loss
     assert float(more.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_rehearsal_leaves_the_model_alone():
+def test_a_dry_run_leaves_the_model_alone():
     adapted = peftlib.attach(backbone("bert"), "head")
     before = logits(adapted.model, **inputs("bert"))
-    host, keys = adapted.host.rehearse(), list(adapted.model.state_dict())
+    host, keys = adapted.host.dry_run(), list(adapted.model.state_dict())
     part = adapter(0, "sequential_adapter", train_norms=True).method()
     part.host = host
     part.attach(host)

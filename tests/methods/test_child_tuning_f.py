@@ -7,7 +7,7 @@ import torch
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, train
-from peftlib.methods import ConfigError, Progress
+from peftlib.methods import ConfigError, TrainingState
 
 
 def gradients(adapted: peftlib.Adapted, step: int = 0) -> tuple[dict, dict]:
@@ -17,7 +17,7 @@ def gradients(adapted: peftlib.Adapted, step: int = 0) -> tuple[dict, dict]:
         adapted.model.eval()
         adapted.model(**batch("bert")).loss.backward()
         before = {n: p.grad.clone() for n, p in adapted.trainable().items()}
-        adapted.method.on_gradients(Progress(step, 10))
+        adapted.method.on_gradients(TrainingState(step, 10))
     return before, {n: p.grad.clone() for n, p in adapted.trainable().items()}
 
 
@@ -25,7 +25,7 @@ def masks(adapted: peftlib.Adapted, step: int = 0) -> torch.Tensor:
     """Which entries of all parameters passed at a step."""
     for parameter in adapted.trainable().values():
         parameter.grad = torch.ones_like(parameter)
-    adapted.method.on_gradients(Progress(step, 10))
+    adapted.method.on_gradients(TrainingState(step, 10))
     return torch.cat([p.grad.flatten() > 0 for p in adapted.trainable().values()])
 
 

@@ -6,7 +6,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError, StateError
-from peftlib.methods.base import Progress
+from peftlib.methods.base import TrainingState
 from tests.methods.helpers import backbone, inputs, perturb
 from tests.reference.low_rank import product
 
@@ -19,8 +19,8 @@ def test_the_weight_moves_by_the_change_of_the_product_after_the_warmup():
     products = [product(update.B, update.A, 6.0 / 4)]
     step_end = adapted.method.on_step_end
 
-    def look(progress: Progress) -> None:
-        step_end(progress)
+    def look(training: TrainingState) -> None:
+        step_end(training)
         weights.append(site.weight.detach().clone())
         products.append(product(update.B, update.A, 6.0 / 4))
 

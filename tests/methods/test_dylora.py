@@ -9,7 +9,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
-from peftlib.methods.base import Progress
+from peftlib.methods.base import TrainingState
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 from tests.reference.low_rank import lora
 
@@ -77,7 +77,7 @@ def test_ranks_are_drawn_uniformly_from_the_smallest():
     torch.manual_seed(0)
     found = Counter()
     for step in range(2000):
-        method.on_step_start(Progress(step, 2000))
+        method.on_step_start(TrainingState(step, 2000))
         found[int((update.drawn != 0).sum())] += 1
     assert set(found) == {2, 3, 4, 5}
     assert all(abs(count - 500) < 80 for count in found.values())

@@ -6,7 +6,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
-from peftlib.methods.base import Progress
+from peftlib.methods.base import TrainingState
 from tests.methods.helpers import Spy, backbone, inputs
 from tests.reference.low_rank import adalora
 
@@ -120,8 +120,8 @@ def test_a_part_that_begins_later_has_its_own_warmup():
     def gradients_seen(step: int) -> None:
         before[:] = [update.singular.detach().clone()]
 
-    def look(progress: Progress) -> None:
-        step_end(progress)
+    def look(training: TrainingState) -> None:
+        step_end(training)
         moved = (update.singular.detach() - before[0]).abs()
         sizes["active"].append(float(moved[0]))
         sizes["grown"].append(float(moved[1]))

@@ -79,7 +79,7 @@ def test_closed_gates_give_the_backbone_and_open_ones_the_modules():
     adapted, given = attached(calibrate=False), inputs("bert")
     plain = adapted.model(**given).logits
     gates = Gates([1] * len(adapted.method.candidates), 1.0, 1.0, torch.device("cpu"))
-    with adapted.host.trial() as trial, torch.no_grad():
+    with adapted.host.temporary() as trial, torch.no_grad():
         for i, candidate in enumerate(adapted.method.candidates):
             child = candidate.hang(trial)
             for parameter in child.parameters():
@@ -132,22 +132,19 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     whole = attached(steps=6)
     calls = interrupt(monkeypatch, importance, "loss", at=28)
     cut = attached(steps=6, calibrate=False)
-    cut.method.checkpoint = tmp_path / "search"
     with pytest.raises(KeyboardInterrupt):
-        cut.calibrate([batch("bert")])
+        cut.calibrate([batch("bert")], checkpoint=tmp_path / "search")
     assert not cut.host.paths() and not cut.calibrated
     start = attached(calibrate=False).model.state_dict()
     assert all(torch.equal(t, start[n]) for n, t in cut.model.state_dict().items()), "the head is as it was"
     again = attached(steps=6, calibrate=False)
-    again.method.checkpoint = tmp_path / "search"
-    again.calibrate([batch("bert")])
+    again.calibrate([batch("bert")], checkpoint=tmp_path / "search")
     assert len(calls) == 28 + 5
     assert again.method.probabilities == whole.method.probabilities
     assert all(torch.equal(t, whole.state()[n]) for n, t in again.state().items())
     other = attached(steps=6, calibrate=False, seed=1)
-    other.method.checkpoint = tmp_path / "search"
     with pytest.raises(StateError, match="another search"):
-        other.calibrate([batch("bert")])
+        other.calibrate([batch("bert")], checkpoint=tmp_path / "search")
 
 
 def test_random_structures_differ_by_seed_and_number():

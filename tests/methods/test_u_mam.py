@@ -42,7 +42,7 @@ def test_the_entries_are_those_with_the_largest_product_of_change_and_gradient()
     twin = attached(calibrate=False, rounds=1, steps=1)
     parameters = twin.method.candidates
     head = [p for p in twin.host.anatomy.head.values() if p.requires_grad]
-    twin.lifecycle_active = twin.lifecycle(1)
+    twin.guard.running = twin.lifecycle(1)
     groups = [{"params": [*parameters.values(), *head], "lr": 1e-3}]
     phase.train(twin.model, groups, [batch("bert")], epochs=1.0, steps=1, seed=twin.method.seed + 1)
     found = torch.autograd.grad(twin.model.eval()(**batch("bert")).loss, list(parameters.values()))

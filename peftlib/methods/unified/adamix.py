@@ -33,7 +33,7 @@ from peftlib.mechanisms.bottleneck import Sequential, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight, check_rank
 from peftlib.mechanisms.mixture import Experts, MixedLowRank
-from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.base import ForwardPass, Method, MethodConfig, at_least, between
 
 FORMS = ("adapter", "lora")
 
@@ -87,16 +87,15 @@ class AdaMix(Method):
                 self.experts.append(child.down)
             host.after(site, "adamix", child)
 
-    def penalty(self) -> torch.Tensor | None:
-        first = self.host.passed
+    def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
         if not self.config.consistency or self.experts[0].count == 1:
             return None
-        p, q = (self._log_probabilities(out) for out in (first.logits(), first.logits(first.again())))
+        p, q = (self._log_probabilities(out) for out in (forward.logits(), forward.logits(forward.replay())))
         both = F.kl_div(q, p.detach(), log_target=True, reduction="none") + F.kl_div(
             p, q.detach(), log_target=True, reduction="none"
         )
         rows = both.sum(dim=-1)
-        labels = first.labels
+        labels = forward.labels
         if rows.dim() > 1 and labels is not None:
             if self.host.anatomy.stacks == ("decoder",):  # label t + 1 belongs to output t
                 rows, labels = rows[:, :-1], labels[:, 1:]

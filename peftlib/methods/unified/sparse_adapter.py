@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -119,7 +120,7 @@ class SparseAdapter(PrunedCombination):
             return [int(self.config.density * self.entries)]
         return [int(self.config.density * p.numel()) for p in self.candidates.values()]
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         scores = self.scores(list(islice(batches, self.config.batches)))
         if self.config.scope == "global":
             self.keep(pruned.largest(scores, self.k))

@@ -35,7 +35,7 @@ from torch import nn
 from peftlib.errors import TargetError
 from peftlib.mechanisms.bottleneck import Bottleneck, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class AdapterDrop(Method):
         for index, adapter in self.adapters.items():
             adapter.kept_at_inference = index >= k
 
-    def moments(self) -> tuple[str, ...]:
-        return super().moments() if self.config.robust else ()
+    def hooks(self) -> tuple[str, ...]:
+        return super().hooks() if self.config.robust else ()
 
-    def on_step_start(self, progress: Progress) -> None:
+    def on_step_start(self, training: TrainingState) -> None:
         if not self.config.robust:
             return
-        k = self.drawn(progress.step)
+        k = self.drawn(training.step)
         for index, adapter in self.adapters.items():
             adapter.kept_in_training = index >= k
 

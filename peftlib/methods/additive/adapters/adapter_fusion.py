@@ -27,7 +27,7 @@ from torch import nn
 
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import cast
-from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least
+from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, at_least
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class AdapterFusion(Method):
         part.attach(part.host)
         part.host._exchange = None
 
-    def moments(self) -> tuple[str, ...]:
-        return super().moments() if self.config.regularization else ()
+    def hooks(self) -> tuple[str, ...]:
+        return super().hooks() if self.config.regularization else ()
 
-    def penalty(self) -> torch.Tensor:
+    def penalty(self, forward: ForwardPass) -> torch.Tensor:
         squares = [
             (fused.value.weight - torch.eye(len(fused.value.weight), device=fused.value.weight.device)).square().sum()
             for fused in self.fused
@@ -118,7 +118,7 @@ class AdapterFusion(Method):
 def _adapters(host: Host, source: SavedAdapter, names: dict[int, str]) -> dict[str, nn.Module]:
     """Place -> the source's adapter there, as it was saved."""
     part = source.method()
-    part.host = host.rehearse()
+    part.host = host.dry_run()
     part.attach(part.host)
     if part.host.unfrozen:
         raise ConfigError(

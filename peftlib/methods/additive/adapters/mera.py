@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -86,7 +87,7 @@ class MerA(Method):
         if not self.calibrates and self.merged[0].state is not None:
             self._merge({})
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         if any(source.state is None for source in self.merged):
             raise StateError("this mera was loaded without its sources; attach() it with them to merge again")
         batches = list(batches)

@@ -56,4 +56,4 @@ class ParallelAdapter(Method):
             for first, last in PLACES[c.place]:
                 if first in layer.sites:
                     adapter = Parallel(host.anatomy.d, c.bottleneck, c.activation, c.scale, c.dropout)
-                    host.across(layer.sites[first], layer.sites[last], "parallel_adapter", adapter)
+                    host.connect(layer.sites[first], layer.sites[last], "parallel_adapter", adapter)

@@ -53,4 +53,4 @@ class ResidualAdapter(Method):
             nn.init.normal_(adapter.down.weight, std=c.init_std)
             if not c.zero_up:
                 nn.init.normal_(adapter.up.weight, std=c.init_std)
-            host.behind(layer.module, "residual_adapter", adapter)
+            host.after_layer(layer.module, "residual_adapter", adapter)

@@ -26,7 +26,7 @@ from peftlib.anatomy import Layer
 from peftlib.errors import MergeError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.scaling import ScaleOutput
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress
+from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class HadamardAdapter(Method):
             if self.config.train_norms:
                 host.train(_next_norm(layer).parameters())
 
-    def on_gradients(self, progress: Progress) -> None:
+    def on_gradients(self, training: TrainingState) -> None:
         """Keep the optimizer away from the stage that is not on."""
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         if not head or not self.config.head_stage:
             return
-        in_head_stage = progress.step < round(self.config.head_stage * progress.total)
+        in_head_stage = training.step < round(self.config.head_stage * training.total)
         ids = {id(p) for p in head}
         for parameter in self.host.model.parameters():
             if (id(parameter) in ids) != in_head_stage:

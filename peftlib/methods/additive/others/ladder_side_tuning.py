@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,7 +71,7 @@ class LadderSideTuning(Method):
         if c.init != "random" and not host.anatomy.embeddings.weight.is_meta:
             self._prune(side.Importance())
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         parameters = side.scored_parameters(self.host.anatomy)
         for ladder in self.ladders.values():
             ladder.bypassed = True

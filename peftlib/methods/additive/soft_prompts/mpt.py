@@ -39,7 +39,7 @@ from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.mechanisms import prompt
 from peftlib.mechanisms.host import Host, Tasks
 from peftlib.mechanisms.outputs import state_of
-from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, check_alike
+from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, at_least, check_alike
 
 STARTS = ("mean", "task", "shared")
 
@@ -151,8 +151,8 @@ class MPT(Method):
     def teaches(self) -> bool:
         return bool(self.teachers) and self.teachers[0].state is not None
 
-    def moments(self) -> tuple[str, ...]:
-        return super().moments() if self.teaches and self.config.distill else ()
+    def hooks(self) -> tuple[str, ...]:
+        return super().hooks() if self.teaches and self.config.distill else ()
 
     def attach(self, host: Host) -> None:
         c = self.config
@@ -166,7 +166,7 @@ class MPT(Method):
         prompt.attach(host, self.child, c.length, c.position)
         if self.learned is not None and self.learned.state is not None:
             self._start()
-        if "penalty" in self.moments():
+        if "penalty" in self.hooks():
             self._hire(host)
 
     def _start(self) -> None:
@@ -212,22 +212,22 @@ class MPT(Method):
                 )
         return torch.stack(tensors)
 
-    def penalty(self) -> torch.Tensor:
-        lesson, passed, tasks = self.lesson, self.host.passed, self.host.tasks
+    def penalty(self, forward: ForwardPass) -> torch.Tensor:
+        lesson, tasks = self.lesson, self.host.tasks
         student, lesson.state = lesson.state, None
         # The rows' tasks count during a forward, and this is one.
         lesson.on = lesson.listening = tasks.running = True
         try:
             with torch.no_grad():
-                logits = passed.logits(passed.again())
+                logits = forward.logits(forward.replay())
         finally:
             lesson.on = lesson.listening = tasks.running = False
         teacher, lesson.state = lesson.state, None
-        labels, two = passed.labels, len(self.host.anatomy.stacks) > 1
+        labels, two = forward.labels, len(self.host.anatomy.stacks) > 1
         asked = labels != -100 if labels is not None and labels.dim() == 2 else None
-        mask = asked if two and asked is not None else passed.kwargs.get("attention_mask")
+        mask = asked if two and asked is not None else forward.kwargs.get("attention_mask")
         squares = (student.float() - teacher.float()).square().mean(-1)
-        total = _distance(passed.logits(), logits, asked) + _mean(squares, _fitted(mask, squares.shape[1]))
+        total = _distance(forward.logits(), logits, asked) + _mean(squares, _fitted(mask, squares.shape[1]))
         return self.config.distill * total
 
 

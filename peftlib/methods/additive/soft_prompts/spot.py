@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -97,7 +98,7 @@ class SPoT(Method):
         if not self.calibrates and self.chosen.state is not None:
             self._start(_vectors(self.chosen))
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         if any(source.state is None for source in self.sources):
             raise StateError("this spot was loaded without its sources; attach() it with them to retrieve again")
         probe = self._probe(batches)

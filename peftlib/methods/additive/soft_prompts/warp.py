@@ -89,10 +89,13 @@ class Warp(Method):
         vector = _rows(table, (mask or 0,))[0]
         child = cloze.Cloze(self._start(table, vector), vector.to(table.dtype), before + left)
         self.scorer = cloze.attach(host, self.name, child, places, parts.config.num_labels)
-        self.classifies = True
         if c.verbalizer_token_ids:
             self._name_classes(host, table)
         dropout.switch_off(host)
+
+    @property
+    def classifies(self) -> bool:
+        return True
 
     def head(self, head: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         mine = {id(p) for p in self.scorer.parameters()}

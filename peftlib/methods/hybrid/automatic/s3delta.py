@@ -14,8 +14,8 @@ anew from their start, without gates. Trained: at most B. Start: identity. No me
 
 A search is ``steps`` long and costs five passes a step. With ``order=1`` alpha's gradient is taken at the weights as
 they are (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two. ``search_batch_size`` cuts the
-training batches into smaller ones: more draws of the gates in the same time. Set
-``adapted.method.checkpoint`` to a file before it, as runs of :mod:`peftlib.experiments` do, and a search that was cut
+training batches into smaller ones: more draws of the gates in the same time. With a file,
+``adapted.calibrate(batches, checkpoint=file)``, as runs of :mod:`peftlib.experiments` have one, a search that was cut
 off goes on from there. ``strategy="random"`` takes a random structure of the same budget instead.
 
 Source: Hu et al. 2022, arXiv:2206.07382, and its code (S3Delta-M). As there: candidates, alpha at zero, beta, rates of
@@ -157,9 +157,9 @@ class S3Delta(Method):
         return adapter
 
     def _measured(self, host: Host, candidates: list[Candidate]) -> list[Candidate]:
-        rehearsal, paths = host.rehearse(), {m: n for n, m in host.model.named_modules()}
+        dry_run, paths = host.dry_run(), {m: n for n, m in host.model.named_modules()}
         for candidate in candidates:
-            candidate.hang(rehearsal)
+            candidate.hang(dry_run)
         return [
             Candidate(
                 candidate.kind,
@@ -168,13 +168,13 @@ class S3Delta(Method):
                 f"{paths[module]}.{name}",
                 sum(p.numel() for p in child.parameters()),
             )
-            for candidate, (module, name, child) in zip(candidates, rehearsal.children)
+            for candidate, (module, name, child) in zip(candidates, dry_run.children)
         ]
 
     def pending(self) -> tuple[int, int, int]:
         return self.budget, self.budget, 4 * self.budget
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         sizes, device = [c.size for c in self.candidates], self.host.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
@@ -184,17 +184,19 @@ class S3Delta(Method):
                 drawn = torch.Generator().manual_seed(self.seed + self.config.draw)
                 order = torch.randperm(len(sizes), generator=drawn).tolist()
             else:
-                order = self._search(sizes, batches)
+                order = self._search(sizes, batches, checkpoint)
             self._keep([self.candidates[i] for i in fitting(order, sizes, self.budget)])
 
-    def _search(self, sizes: list[int], batches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
+    def _search(
+        self, sizes: list[int], batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None
+    ) -> list[int]:
         """The candidates by falling probability; among equals the first ones win."""
         c = self.config
         gates = Gates(sizes, self.budget, c.beta, self.host.device)
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         starts = [p.detach().clone() for p in head]
         try:
-            with self.host.trial() as trial:
+            with self.host.temporary() as trial:
                 children = [candidate.hang(trial) for candidate in self.candidates]
                 for i, (candidate, child) in enumerate(zip(self.candidates, children)):
                     gates.guard(i, child, LINEAR[candidate.kind])
@@ -209,7 +211,7 @@ class S3Delta(Method):
                     batch_size=c.search_batch_size,
                     seed=self.seed,
                     what="s3delta: searching a structure",
-                    checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
+                    checkpoint=checkpoint,
                 ).run(batches)
         finally:
             with torch.no_grad():

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,7 +60,7 @@ class UMAM(PrunedCombination):
         sizes = {"length": c.length, "bottleneck": c.bottleneck, "scale": c.scale}
         return ({"method": "mam_adapter", "reparametrize": False, **sizes},)
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c, parameters = self.config, list(self.candidates.values())
         batches = batches if phase.sized(batches) else list(batches)
         beside = [p for p in self.host.anatomy.head.values() if p.requires_grad]

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class SBitFit(SearchedBiases):
         sizes = [stop - start for _, start, stop in self.vectors]
         return pruning.reachable(sizes, int(self.config.density * self.entries))
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         self.search(batches, self._choose, "vectors")
 
     def _choose(self, scores: list[torch.Tensor], masks: list[torch.Tensor], budget: int) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,5 +49,5 @@ class UBitFit(SearchedBiases):
     Config = UBitFitConfig
     learning_rate = 1e-2
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         self.search(batches, pruning.entries, "entries", self.config.rounds)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -67,6 +68,6 @@ class ChildTuningD(ChosenEntries):
         inside = {id(p) for layer in host.anatomy.layers for p in layer.module.parameters()}
         return {n: p for n, p in host.model.named_parameters() if id(p) in inside and not p.requires_grad}
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c = self.config
         self.choose(importance.per_batch(self.host.model, self.candidates.values(), batches, c.batches, c.clip))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import Method, MethodConfig, Progress, between
+from peftlib.methods.base import Method, MethodConfig, TrainingState, between
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class ChildTuningF(Method):
         host.train(host.model.parameters())
 
     @torch.no_grad()
-    def on_gradients(self, progress: Progress) -> None:
+    def on_gradients(self, training: TrainingState) -> None:
         generators: dict[torch.device, torch.Generator] = {}
         for parameter in self.host.trained().values():
             if (gradient := parameter.grad) is None:
                 continue
             if gradient.device not in generators:
-                generators[gradient.device] = torch.Generator(gradient.device).manual_seed(self.seed + progress.step)
+                generators[gradient.device] = torch.Generator(gradient.device).manual_seed(self.seed + training.step)
             mask = torch.empty_like(gradient).bernoulli_(self.config.density, generator=generators[gradient.device])
             gradient.mul_(mask).div_(self.config.density)

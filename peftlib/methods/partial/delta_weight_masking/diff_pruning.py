@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class DiffPruning(ChosenEntries):
     Config = DiffPruningConfig
     learning_rate = 2e-3
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c = self.config
         w, alpha, group = {}, {}, {}
         for name, parameter in self.candidates.items():

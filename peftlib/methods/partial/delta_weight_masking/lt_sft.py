@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,7 +58,7 @@ class LTSFT(ChosenEntries):
     Config = LTSFTConfig
     learning_rate = 5e-4
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c, head = self.config, self.trained_head()
         everything = [*self.candidates.values(), *head.values()]
         before = [p.detach().to("cpu", copy=True) for p in everything]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,7 @@ class SAM(ChosenEntries):
     Config = SAMConfig
     learning_rate = 5e-4
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         scores = importance.accumulated(self.host.model, self.candidates.values(), batches, self.config.batches)
         if self.config.scope == "all":
             self.choose(scores)

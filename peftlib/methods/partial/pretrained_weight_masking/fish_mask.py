@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class FishMask(ChosenEntries):
             )
         return budget - charge
 
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c = self.config
         model, candidates = self.host.model, self.candidates.values()
         self.choose(importance.per_example(model, candidates, batches, c.samples, c.fisher, absolute=c.absolute))

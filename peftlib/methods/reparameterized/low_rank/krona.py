@@ -66,7 +66,7 @@ class KronA(Method):
             first, last = layer.sites["ffn.up"], layer.sites["ffn.down"]
             check_factor(c.factor, d, d, f"the feed-forward block of {layer.path}")
             update = Kronecker(d, d, c.factor, c.scale, c.residual if c.form == "krona_b_res" else None)
-            host.across(first, last, "krona", update)
+            host.connect(first, last, "krona", update)
 
     def check_mergeable(self) -> None:
         if self.config.form != "krona":

@@ -109,7 +109,7 @@ class KernelMix(Method):
             if key is None:
                 host.after(site, "kernel", update)
             else:
-                host.between(key, site, "kernel", update)
+                host.connect(key, site, "kernel", update, reads="output")
             self.heads.append((site, key, update))
         if shared:
             check_rank(shared, site)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class LoraHub(Method):
         return len(self.weights)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c = self.config
         rows = list(_first(batches, c.examples))
         if not rows:

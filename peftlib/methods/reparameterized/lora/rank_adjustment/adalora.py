@@ -29,7 +29,7 @@ import torch
 
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import Triplets, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
+from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class AdaLoRA(Method):
         """Site -> how many of its triplets count."""
         return {str(site): int(update.kept.sum()) for site, update in self.updates.items()}
 
-    def penalty(self) -> torch.Tensor:
+    def penalty(self, forward: ForwardPass) -> torch.Tensor:
         norms = [norm for update in self.updates.values() for norm in update.orthogonality()]
         return self.config.orthogonality * torch.stack(norms).mean()
 
     @torch.no_grad()
-    def on_gradients(self, progress: Progress) -> None:
-        if progress.step == 0:
+    def on_gradients(self, training: TrainingState) -> None:
+        if training.step == 0:
             self._restart()
-        last = progress.total - round(self.config.final_warmup * progress.total)
-        if progress.step + 1 >= last and self.smooth:
+        last = training.total - round(self.config.final_warmup * training.total)
+        if training.step + 1 >= last and self.smooth:
             return
         for update in self.updates.values():
             weights = [getattr(update, name) for name in _WEIGHTS]
@@ -119,8 +119,8 @@ class AdaLoRA(Method):
                 sensitivity.lerp_(now, 1 - self.config.beta1)
                 uncertainty.lerp_((now - sensitivity).abs(), 1 - self.config.beta2)
 
-    def on_step_end(self, progress: Progress) -> None:
-        step, total = progress.step + 1, progress.total
+    def on_step_end(self, training: TrainingState) -> None:
+        step, total = training.step + 1, training.total
         target = self.config.target_rank * len(self.updates)
         initial = sum(len(update.singular) for update in self.updates.values())
         budget = self.config.budget(step, total, initial, min(target, initial))
@@ -136,7 +136,7 @@ class AdaLoRA(Method):
     def on_train_end(self) -> None:
         self.smooth.clear()
 
-    def memory(self) -> dict[str, torch.Tensor]:
+    def run_state(self) -> dict[str, torch.Tensor]:
         return {
             f"{path}.{weight}.{kind}": tensor
             for path, update in triplets(self.host).items()
@@ -144,10 +144,10 @@ class AdaLoRA(Method):
             for kind, tensor in zip(_KINDS, pair)
         }
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        for path, update in triplets(self.host).items() if memory else ():
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
+        for path, update in triplets(self.host).items() if state else ():
             self.smooth[update] = [
-                tuple(memory[f"{path}.{weight}.{kind}"].to(self.host.device) for kind in _KINDS) for weight in _WEIGHTS
+                tuple(state[f"{path}.{weight}.{kind}"].to(self.host.device) for kind in _KINDS) for weight in _WEIGHTS
             ]
 
     def _restart(self) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import Nested, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DyLoRA(Method):
             update = Nested(site.in_features, site.out_features, c.rank, c.alpha, c.dropout)
             self.updates[site] = host.after(site, "lora", update)
 
-    def on_step_start(self, progress: Progress) -> None:
+    def on_step_start(self, training: TrainingState) -> None:
         low = min(self.config.min_rank, self.rank)
         rank = int(torch.randint(low, self.rank + 1, ()))
         for update in self.updates.values():

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
+from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class IncreLoRA(Method):
         """Site -> how many of its components are active."""
         return {str(site): int(update.active.sum()) for site, update in self.updates.items()}
 
-    def penalty(self) -> torch.Tensor:
+    def penalty(self, forward: ForwardPass) -> torch.Tensor:
         norms = [norm for update in self.updates.values() for norm in update.orthogonality()]
         return self.config.orthogonality * torch.stack(norms).mean()
 
@@ -117,8 +117,8 @@ class IncreLoRA(Method):
         self.trace = [(0, ranks)]
 
     @torch.no_grad()
-    def on_gradients(self, progress: Progress) -> None:
-        if progress.step == 0:
+    def on_gradients(self, training: TrainingState) -> None:
+        if training.step == 0:
             self._restart(self.ranks())
         updates = list(self.updates.values())
         if updates[0].weighed:
@@ -131,26 +131,26 @@ class IncreLoRA(Method):
             self.sensitivity.lerp_(scores, 1 - self.config.beta1)
             self.uncertainty.lerp_((scores - self.sensitivity).abs(), 1 - self.config.beta2)
         for update in updates:
-            vectors, values = self._warmth(update, progress)
+            vectors, values = self._warmth(update, training)
             if bool((vectors < 1).any() | (values < 1).any()):
                 pairs = ((update.P, vectors), (update.Q, vectors[:, None]), (update.singular, values))
                 self.before[update] = [(p, p.detach().clone(), warmth.to(p)) for p, warmth in pairs]
 
-    def _warmth(self, update: Growing, progress: Progress) -> torch.Tensor:
+    def _warmth(self, update: Growing, training: TrainingState) -> torch.Tensor:
         """(2, capacity) factors of the learning rate, for vectors and singular values."""
-        steps = max(1, round(self.config.part_warmup * progress.total))
-        return ((progress.step - self.born[update] + 1) / steps).clamp(max=1)
+        steps = max(1, round(self.config.part_warmup * training.total))
+        return ((training.step - self.born[update] + 1) / steps).clamp(max=1)
 
     @torch.no_grad()
-    def on_step_end(self, progress: Progress) -> None:
+    def on_step_end(self, training: TrainingState) -> None:
         for tensors in self.before.values():
             for parameter, before, warmth in tensors:
                 parameter.copy_(torch.where(warmth < 1, before + warmth * (parameter - before), parameter))
         self.before = {}
         if not next(iter(self.updates.values())).weighed:
             return
-        step = progress.step + 1
-        budget = self.config.budget(step, progress.total, len(self.updates))
+        step = training.step + 1
+        budget = self.config.budget(step, training.total, len(self.updates))
         spent = start = sum(self.ranks().values())
         while spent < budget:
             spent += self._round(budget - spent, step)
@@ -178,14 +178,14 @@ class IncreLoRA(Method):
                 break
         return given
 
-    def memory(self) -> dict[str, torch.Tensor]:
+    def run_state(self) -> dict[str, torch.Tensor]:
         born = {f"{path}.born": self.born[update] for path, update in triplets(self.host).items()}
         return born | {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        self.sensitivity, self.uncertainty = memory["sensitivity"].clone(), memory["uncertainty"].clone()
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.sensitivity, self.uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
         for path, update in triplets(self.host).items():
-            self.born[update] = memory[f"{path}.born"].clone()
+            self.born[update] = state[f"{path}.born"].clone()
         self._weigh()
 
     def _weigh(self) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import Anchored, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class DeltaLoRA(Method):
             self.updates[site] = host.after(site, "lora", update)
             self.originals[site] = host.write(site)
 
-    def on_gradients(self, progress: Progress) -> None:
-        if not self.following and progress.step >= round(self.config.warmup * progress.total):
+    def on_gradients(self, training: TrainingState) -> None:
+        if not self.following and training.step >= round(self.config.warmup * training.total):
             self.following = True
             for update in self.updates.values():
                 update.anchor()
         if self.following:
             self.before = {site: update.factors() for site, update in self.updates.items()}
 
-    def on_step_end(self, progress: Progress) -> None:
+    def on_step_end(self, training: TrainingState) -> None:
         for site, factors in self.before.items():
             add_to_weight(site, self.config.follow * self.updates[site].change(*factors))
         self.before = {}
@@ -89,11 +89,11 @@ class DeltaLoRA(Method):
             followed = self.config.follow * self.updates[site].moved()
             site.weight.copy_(original.to(followed) + followed)
 
-    def memory(self) -> dict[str, torch.Tensor]:
+    def run_state(self) -> dict[str, torch.Tensor]:
         return {"following": torch.tensor(self.following)}
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        self.following = bool(memory["following"])
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.following = bool(state["following"])
 
     def state(self) -> dict[str, torch.Tensor]:
         state = self.host.state()

@@ -47,7 +47,7 @@ from peftlib.mechanisms import structured
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
 from peftlib.mechanisms.structured import Block
-from peftlib.methods.base import ConfigError, Method, MethodConfig, Progress, at_least, between
+from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least, between
 
 _NAME = "units"
 
@@ -139,8 +139,8 @@ class LoRAPrune(Method):
         return {block.name: block.gone for block in self.blocks}
 
     @torch.no_grad()
-    def on_gradients(self, progress: Progress) -> None:
-        if progress.step == 0:
+    def on_gradients(self, training: TrainingState) -> None:
+        if training.step == 0:
             self._restart()
         scores = {b.name: self._score(b) for b in self.blocks if len(b.gone) < _count(self.config.ratio, b)}
         if all(bool(score.isfinite().all()) for score in scores.values()):
@@ -166,9 +166,9 @@ class LoRAPrune(Method):
             total += sums / (torch.linalg.norm(sums) + 1e-8)
         return total
 
-    def on_step_end(self, progress: Progress) -> None:
-        step = progress.step + 1
-        share = self.config.share(step, progress.total)
+    def on_step_end(self, training: TrainingState) -> None:
+        step = training.step + 1
+        share = self.config.share(step, training.total)
         if share == self.config.ratio or step % self.config.interval == 0:
             self._mask(share)
 
@@ -196,11 +196,11 @@ class LoRAPrune(Method):
             structured.cut(self.host, block, _NAME)
         self.scores = {}
 
-    def memory(self) -> dict[str, torch.Tensor]:
+    def run_state(self) -> dict[str, torch.Tensor]:
         return dict(self.scores)
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
-        self.scores = {name: score.to(self.host.device).clone() for name, score in memory.items()}
+    def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.scores = {name: score.to(self.host.device).clone() for name, score in state.items()}
 
     def notes(self) -> dict[str, Any]:
         return {"gone": {name: anatomy.runs(units) for name, units in self.gone().items() if units}}

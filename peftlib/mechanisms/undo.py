@@ -1,0 +1,61 @@
+"""The steps that take a change back. They are module-level functions, put off by ``functools.partial`` with modules and
+tensors as arguments, so that a deep copy of a model undoes its own changes and not the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def take_out(module: nn.Module, name: str) -> None:
+    del module._modules[name]
+
+
+def put_module(owner: nn.Module, name: str, module: nn.Module) -> None:
+    present = owner._modules[name]
+    device = next((tensor.device for tensor in (*present.parameters(), *present.buffers())), None)
+    owner._modules[name] = module if device is None else module.to(device)
+
+
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    present = module._parameters[name]
+    parameter.data = parameter.data.to(present.device, present.dtype)
+    module._parameters[name] = parameter
+
+
+def unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
+    """Make the parameter plain again, in its old place among the module's."""
+    # torch keeps the computed parameter on a class of the module's own and takes it from there; deep copies share that
+    # class, so this module gets its own first.
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for other in order:
+        if other in module._parameters:
+            module._parameters[other] = module._parameters.pop(other)
+
+
+def write_computed(parameter: nn.Parameter, child: nn.Module) -> None:
+    parameter.data.copy_(child(parameter).detach())
+
+
+def copy_back(parameter: nn.Parameter, original: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(original)
+
+
+def puts_back(undo: Callable, parameter: nn.Parameter) -> bool:
+    return isinstance(undo, partial) and undo.func is copy_back and undo.args[0] is parameter
+
+
+def restore(function: Callable[[], None]) -> None:
+    function()
+
+
+def restores(undo: Callable) -> bool:
+    """Whether this undo step puts old values back, which a merge must not do."""
+    return isinstance(undo, partial) and undo.func in (copy_back, put_module, restore)
