@@ -8,7 +8,7 @@ from peftlib import saved
 from peftlib.adapted import Adapted
 from peftlib.errors import LoadError, StateError
 from peftlib.methods.base import SavedAdapter
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 def add_vector(adapted: Adapted, vector: str | os.PathLike | SavedAdapter) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from peftlib.mechanisms import importance, phase
+from peftlib.mechanisms import importance, warmup
 from peftlib.mechanisms.importance import Batch
 from peftlib.mechanisms.sparse import top_entries
 
@@ -41,7 +41,7 @@ def search(
     ``beside`` are trained along, such as a task head, and not pruned.
     """
     parameters, beside = list(parameters), list(beside)
-    batches = batches if phase.sized(batches) else list(batches)
+    batches = batches if warmup.sized(batches) else list(batches)
     starts = [p.detach().clone() for p in (*parameters, *beside)]
     masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
     total = sum(p.numel() for p in parameters)
@@ -52,7 +52,7 @@ def search(
             parameter.copy_(torch.where(mask, parameter, start))
 
     for round_ in range(1, rounds + 1):
-        phase.train(
+        warmup.train(
             model,
             [{"params": [*parameters, *beside], "lr": rate}],
             batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from types import ModuleType
 
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
@@ -27,13 +28,13 @@ def find(name: str) -> type[Method]:
             "method", name, available, hint="It is in the survey's taxonomy but not in peftlib yet." if planned else ""
         )
     module = importlib.import_module(taxonomy.entry(name).module)
-    classes = [
-        c
-        for _, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, Method) and c.__module__ == module.__name__
-    ]
-    (cls,) = classes
+    (cls,) = (c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and _of(c, module))
     return cls
+
+
+def _of(cls: type, module: ModuleType) -> bool:
+    """Whether a class is defined in a module, or in ``method.py`` of a package."""
+    return cls.__module__ in (module.__name__, f"{module.__name__}.method")
 
 
 def config(name: str, **options) -> MethodConfig:

@@ -59,8 +59,9 @@ class MethodConfig:
 
     @property
     def method(self) -> str:
-        """The registry name: the config's module is the method's file."""
-        return type(self).__module__.rpartition(".")[2]
+        """The registry name: the config stands in the method's file, or in ``method.py`` of its package."""
+        *_, folder, module = type(self).__module__.split(".")
+        return folder if module == "method" else module
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -21,7 +21,7 @@ from peftlib.adapted import Adapted
 from peftlib.errors import StateError, UnknownNameError
 from peftlib.mechanisms.mask import StraightThroughMask
 from peftlib.mechanisms.sparse import SparseValues
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 from peftlib.report.figures import CLASSES, INK, STYLE
 
 By = Literal["tensor", "matrix", "layer", "site"]

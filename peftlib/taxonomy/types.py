@@ -81,13 +81,14 @@ class Entry:
 
     @property
     def module(self) -> str:
-        """The dotted name of the method's module."""
+        """The dotted name of the method's module, or of its package."""
         return ".".join(["peftlib", "methods", *self.category.split("/"), self.name])
 
     @property
     def file(self) -> str:
-        """The method's file, relative to the folder that holds ``peftlib``."""
-        return self.module.replace(".", "/") + ".py"
+        """The file that holds the method's class, relative to the folder that holds ``peftlib``."""
+        path = self.module.replace(".", "/")
+        return f"{path}/method.py" if (_PACKAGE.parent / path).is_dir() else f"{path}.py"
 
     @property
     def design(self) -> Design:

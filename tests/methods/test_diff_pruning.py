@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import DataError
-from peftlib.mechanisms import hard_concrete, phase
+from peftlib.mechanisms import hard_concrete, warmup
 from peftlib.methods import ConfigError
 
 
@@ -113,13 +113,13 @@ def test_the_price_closes_gates(structured, monkeypatch):
 
 
 def test_the_head_trains_through_and_is_not_priced(monkeypatch):
-    groups, run = [], phase.train
+    groups, run = [], warmup.train
 
     def watched(model, given, *args, **more):
         groups.extend(given)
         return run(model, given, *args, **more)
 
-    monkeypatch.setattr(phase, "train", watched)
+    monkeypatch.setattr(warmup, "train", watched)
     adapted = attached(first_rate=1e-2)
     learned, gates = (list(g["params"]) for g in groups)
     assert [p for p in learned if any(p is h for h in adapted.model.classifier.parameters())]

@@ -11,7 +11,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits
 from peftlib.errors import TargetError, UnsupportedError
-from peftlib.mechanisms import importance, phase
+from peftlib.mechanisms import importance, warmup
 from peftlib.methods import ConfigError
 
 
@@ -64,7 +64,7 @@ def test_the_vectors_are_the_best_that_have_the_size():
     model = backbone("bert")
     biases = [p for n, p in model.named_parameters() if n in adapted.method.candidates]
     start = [p.detach().clone() for p in biases]
-    phase.train(model, [{"params": [*biases, *model.classifier.parameters()], "lr": 3e-3}], halves(), epochs=1.0)
+    warmup.train(model, [{"params": [*biases, *model.classifier.parameters()], "lr": 3e-3}], halves(), epochs=1.0)
     scores = importance.first_order(model.eval(), biases, halves(), starts=start)
     vectors = adapted.method.vectors
     values = [abs(float(scores[i][a:b].sum())) for i, a, b in vectors]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import TargetError, UnsupportedError
-from peftlib.mechanisms import phase
+from peftlib.mechanisms import warmup
 from peftlib.methods import ConfigError
 
 
@@ -39,7 +39,7 @@ def test_the_entries_are_the_largest_of_change_times_gradient():
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     biases = [p for n, p in model.named_parameters() if n in adapted.method.candidates]
     everything = [*biases, *model.classifier.parameters()]
-    phase.train(model, [{"params": everything, "lr": 3e-3}], halves(), epochs=2.0)
+    warmup.train(model, [{"params": everything, "lr": 3e-3}], halves(), epochs=2.0)
     model.eval().zero_grad()
     sum(model(**part).loss / 2 for part in halves()).backward()
     names = list(adapted.method.candidates)

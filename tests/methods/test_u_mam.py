@@ -8,7 +8,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import MergeError, StateError, TargetError
-from peftlib.mechanisms import phase
+from peftlib.mechanisms import warmup
 from peftlib.methods.base import ConfigError
 
 SMALL = {"length": 5, "bottleneck": 6, "steps": 2}
@@ -44,7 +44,7 @@ def test_the_entries_are_those_with_the_largest_product_of_change_and_gradient()
     head = [p for p in twin.host.anatomy.head.values() if p.requires_grad]
     twin.guard.running = twin.lifecycle(1)
     groups = [{"params": [*parameters.values(), *head], "lr": 1e-3}]
-    phase.train(twin.model, groups, [batch("bert")], epochs=1.0, steps=1, seed=twin.method.seed + 1)
+    warmup.train(twin.model, groups, [batch("bert")], epochs=1.0, steps=1, seed=twin.method.seed + 1)
     found = torch.autograd.grad(twin.model.eval()(**batch("bert")).loss, list(parameters.values()))
     scores = torch.cat([(p.detach() * g).abs().flatten() for p, g in zip(parameters.values(), found)])
     places = [(n, i) for n, p in parameters.items() for i in range(p.numel())]

@@ -58,7 +58,7 @@ from peftlib.mechanisms.masking import (
 )
 from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
 from peftlib.methods.base import Method, MethodConfig, at_least, between
-from peftlib.methods.per_task import PerTask
+from peftlib.methods.bases.per_task import PerTask
 
 KEEP = {"adapter": 0.5, "prefix": 0.1, "lora": 0.1}
 MASK_RATE = {"adapter": 30.0, "prefix": 1.0, "lora": 300.0}

@@ -45,7 +45,7 @@ from peftlib.mechanisms.bottleneck import Bottleneck
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank
 from peftlib.methods.base import Method, MethodConfig, at_least, between
-from peftlib.methods.pruned import PrunedCombination
+from peftlib.methods.bases.pruned import PrunedCombination
 
 FORMS, SCOPES = ("adapter", "lora", "mam"), ("global", "local")
 SCORES = ("snip", "grasp", "magnitude", "synflow", "random")

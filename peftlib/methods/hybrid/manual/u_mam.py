@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from peftlib.mechanisms import importance, phase, pruned
+from peftlib.mechanisms import importance, pruned, warmup
 from peftlib.methods.base import Method, MethodConfig, at_least, between
-from peftlib.methods.pruned import PrunedCombination
+from peftlib.methods.bases.pruned import PrunedCombination
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class UMAM(PrunedCombination):
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c, parameters = self.config, list(self.candidates.values())
-        batches = batches if phase.sized(batches) else list(batches)
+        batches = batches if warmup.sized(batches) else list(batches)
         beside = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         starts = [p.detach().clone() for p in (*parameters, *beside)]
         masks = [torch.ones_like(p) for p in parameters]
@@ -73,7 +73,7 @@ class UMAM(PrunedCombination):
                 parameter.mul_(mask)
 
         for round_ in range(1, c.rounds + 1):
-            phase.train(
+            warmup.train(
                 self.host.model,
                 [{"params": [*parameters, *beside], "lr": c.search_rate}],
                 batches,

@@ -13,7 +13,7 @@ indices. Merge: exact, they are the backbone's own entries. Trained without the 
 ``int(density * biases)`` or, where no vectors have that size together, the next smaller number that some have.
 
 The search is :meth:`Adapted.calibrate`, with an optimizer of its own, so that afterwards k values train and nothing
-else: see :mod:`peftlib.methods.entries`.
+else: see :mod:`peftlib.methods.bases.entries`.
 
 Source: Lawton et al. 2023, arXiv:2305.16597, of which no code is public. Chosen here: everything that ``u_bitfit``
 chooses, and the exact budget: taking vectors by their score alone would miss it, because they differ in size.
@@ -31,7 +31,7 @@ from torch import nn
 
 from peftlib.mechanisms import pruning
 from peftlib.mechanisms.host import Host
-from peftlib.methods.biases import SearchConfig, SearchedBiases
+from peftlib.methods.bases.biases import SearchConfig, SearchedBiases
 
 
 @dataclass(frozen=True)

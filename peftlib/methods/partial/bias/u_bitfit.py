@@ -12,7 +12,7 @@ sparse values. Start: identity. Stored: k values with their indices. Merge: exac
 Trained without the head: ``k = int(density * biases)``.
 
 The search is :meth:`Adapted.calibrate`, with an optimizer of its own, so that afterwards k values train and nothing
-else: see :mod:`peftlib.methods.entries`.
+else: see :mod:`peftlib.methods.bases.entries`.
 
 Source: Lawton et al. 2023, arXiv:2305.16597, of which no code is public. Chosen here: the share that is kept, the
 length of the search and its learning rate, one round of pruning (``rounds`` for more), scores from a pass over the
@@ -30,7 +30,7 @@ import torch
 
 from peftlib.mechanisms import pruning
 from peftlib.methods.base import at_least
-from peftlib.methods.biases import SearchConfig, SearchedBiases
+from peftlib.methods.bases.biases import SearchConfig, SearchedBiases
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch import nn
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ projection left them, so optimizer states have k entries and nothing moves the r
 indices. Merge: exact, they are the weights' own. Trained without the head: ``k = int(density * parameters below it)``.
 
 The first phase is :meth:`Adapted.calibrate`, a training of its own on the batches given (``fit``: the training data);
-why, :mod:`peftlib.methods.entries` says. It needs more memory than full fine-tuning: w and alpha with gradients and two
-optimizer states each, beside the weights. The model that training starts from is the projected one, not the backbone.
+why, :mod:`peftlib.methods.bases.entries` says. It needs more memory than full fine-tuning: w and alpha with gradients
+and two optimizer states each, beside the weights. The model that training starts from is the projected one, not the backbone.
 
 Source: Guo et al. 2021, arXiv:2012.07463, and its code (l = -1.5, r = 1.5, alpha from 5, lambda = 1.25e-7, alpha's
 learning rate 0.1, three epochs, 0.5 %; head dense and unpenalised). Departures: the penalty of the structured form is
@@ -34,9 +34,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from peftlib.mechanisms import hard_concrete, importance, phase
+from peftlib.mechanisms import hard_concrete, importance, warmup
 from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class DiffPruning(ChosenEntries):
                 + c.penalty * expected
             )
 
-        phase.train(
+        warmup.train(
             self.host.model,
             [
                 {"params": [*w.values(), *self.trained_head().values()], "lr": c.first_rate},

@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-from peftlib.mechanisms import phase
+from peftlib.mechanisms import warmup
 from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LTSFT(ChosenEntries):
         c, head = self.config, self.trained_head()
         everything = [*self.candidates.values(), *head.values()]
         before = [p.detach().to("cpu", copy=True) for p in everything]
-        phase.train(
+        warmup.train(
             self.host.model,
             [{"params": everything, "lr": c.first_rate}],
             batches,

@@ -28,7 +28,7 @@ import torch
 
 from peftlib.mechanisms import importance, sparse
 from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from peftlib.errors import TargetError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from peftlib.mechanisms.experts import Experts, TaskGate
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight, check_rank
 from peftlib.methods.base import ConfigError, MethodConfig, at_least
-from peftlib.methods.per_task import PerTask
+from peftlib.methods.bases.per_task import PerTask
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import pruning
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries
 
 
 @dataclass(frozen=True)

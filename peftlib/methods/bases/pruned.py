@@ -8,8 +8,8 @@ from torch import nn
 from peftlib.mechanisms import pruned, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig
+from peftlib.methods.bases.entries import Budgeted
 from peftlib.methods.combination import Combination
-from peftlib.methods.entries import Budgeted
 
 
 class PrunedCombination(Budgeted, Combination):

@@ -1,0 +1,48 @@
+"""What the methods share that hang one update beside each targeted linear map: the targets, ranks that fit, the merge.
+
+Such a method has ``rank`` and ``targets`` in its config and says in :meth:`LowRankUpdates.update` what the layer beside
+a map is. The layer computes ``y' = layer(x, y)`` from the map's input x (b, t, in) and output y (b, t, out); where it can
+be merged, its ``delta()`` is the (out, in) matrix that it adds to the weight.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from peftlib.anatomy import Site
+from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import add_to_weight, check_rank
+from peftlib.methods.base import Method, MethodConfig
+
+
+class LowRankUpdates(Method):
+    """``updates``: site -> the layer beside its map, in the order of the anatomy."""
+
+    child: ClassVar[str] = "lora"
+    """The layer's name in the module that it stands beside, and so in files."""
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        self.updates: dict[Site, nn.Module] = {}
+
+    def update(self, site: Site) -> nn.Module:
+        """A new layer for this map."""
+        raise NotImplementedError
+
+    def targets(self, host: Host) -> list[Site]:
+        """The maps to update. Raises TargetError for a pattern that matches nothing, or a rank that does not fit."""
+        sites = host.anatomy.sites(self.config.targets)
+        for site in sites:
+            check_rank(self.config.rank, site)
+        return sites
+
+    def attach(self, host: Host) -> None:
+        for site in self.targets(host):
+            self.updates[site] = host.after(site, self.child, self.update(site))
+
+    def merge(self) -> None:
+        """``W <- W + delta``, rounded once to W's dtype."""
+        for site, update in self.updates.items():
+            add_to_weight(site, update.delta())
