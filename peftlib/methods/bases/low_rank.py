@@ -1,8 +1,8 @@
 """What the methods share that hang one update beside each targeted linear map: the targets, ranks that fit, the merge.
 
 Such a method has ``rank`` and ``targets`` in its config and says in :meth:`LowRankUpdates.update` what the layer beside
-a map is. The layer computes ``y' = layer(x, y)`` from the map's input x (b, t, in) and output y (b, t, out); where it can
-be merged, its ``delta()`` is the (out, in) matrix that it adds to the weight.
+a map is. The layer computes ``y' = layer(x, y)`` from the map's input x (b, t, in) and output y (b, t, out); where it
+can be merged, its ``delta()`` is the (out, in) matrix that it adds to the weight.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ indices. Merge: exact, they are the weights' own. Trained without the head: ``k 
 
 The first phase is :meth:`Adapted.calibrate`, a training of its own on the batches given (``fit``: the training data);
 why, :mod:`peftlib.methods.bases.entries` says. It needs more memory than full fine-tuning: w and alpha with gradients
-and two optimizer states each, beside the weights. The model that training starts from is the projected one, not the backbone.
+and two optimizer states each, beside the weights. The model that training starts from is the projected one, not the
+backbone.
 
 Source: Guo et al. 2021, arXiv:2012.07463, and its code (l = -1.5, r = 1.5, alpha from 5, lambda = 1.25e-7, alpha's
 learning rate 0.1, three epochs, 0.5 %; head dense and unpenalised). Departures: the penalty of the structured form is
