@@ -8,19 +8,24 @@
 
 from __future__ import annotations
 
-from peftlib import backbones, tasks
-from peftlib.adapted import Adapted, Count, attach, load
-from peftlib.bank import Bank
-from peftlib.errors import PeftlibError
-from peftlib.interchange import from_hf_peft, to_hf_peft
-from peftlib.methods import config, find
-from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, TrainingState
-from peftlib.methods.combination import combine
-from peftlib.saved import read
-from peftlib.taxonomy import Entry, methods
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from peftlib.errors import ConfigError, EntryError, PeftlibError
+from peftlib.taxonomy import Entry
 from peftlib.taxonomy import entry as card
-from peftlib.training import FitResult, fit
-from peftlib.vectors import add_vector
+
+if TYPE_CHECKING:
+    from peftlib import backbones, methods, tasks
+    from peftlib.adapted import Adapted, Count, attach, load
+    from peftlib.bank import Bank
+    from peftlib.interchange import from_hf_peft, to_hf_peft
+    from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
+    from peftlib.methods.combination import combine
+    from peftlib.methods.registry import config, find, register
+    from peftlib.saved import read
+    from peftlib.training import FitResult, fit
+    from peftlib.vectors import add_vector
 
 __version__ = "0.1.0"
 
@@ -30,7 +35,9 @@ __all__ = [
     "ConfigError",
     "Count",
     "Entry",
+    "EntryError",
     "FitResult",
+    "ForwardPass",
     "Method",
     "MethodConfig",
     "PeftlibError",
@@ -48,14 +55,39 @@ __all__ = [
     "load",
     "methods",
     "read",
+    "register",
     "tasks",
     "to_hf_peft",
 ]
 
+# Imported when asked for, so that what needs no torch (the list of methods, the cards) does not wait for it.
+_PLACES = {
+    "adapted": ("Adapted", "Count", "attach", "load"),
+    "bank": ("Bank",),
+    "interchange": ("from_hf_peft", "to_hf_peft"),
+    "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
+    "methods.combination": ("combine",),
+    "methods.registry": ("config", "find", "register"),
+    "saved": ("read",),
+    "training": ("FitResult", "fit"),
+    "vectors": ("add_vector",),
+}
+_PLACE_OF = {name: f"peftlib.{module}" for module, names in _PLACES.items() for name in names}
 
-def __getattr__(name: str):
-    """``peftlib.LoRAConfig`` and the like: each available method's config class, imported when asked for."""
-    for method in methods() if name.endswith("Config") else ():
-        if method.replace("_", "") + "config" == name.lower() and find(method).Config.__name__ == name:
-            return find(method).Config
+
+def __getattr__(name: str) -> Any:
+    """The public names; ``peftlib.LoRAConfig`` and the like, each method's config class; the modules of the package."""
+    if name in _PLACE_OF:
+        return getattr(importlib.import_module(_PLACE_OF[name]), name)
+    if name.endswith("Config"):
+        find = importlib.import_module("peftlib.methods.registry").find
+        for method in importlib.import_module("peftlib.taxonomy").methods():
+            if method.replace("_", "") + "config" == name.lower() and find(method).Config.__name__ == name:
+                return find(method).Config
+    elif not name.startswith("_") and importlib.util.find_spec(f"peftlib.{name}"):
+        return importlib.import_module(f"peftlib.{name}")
     raise AttributeError(f"module 'peftlib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,8 +14,8 @@ from torch import nn
 from peftlib import saved
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.host import Host
-from peftlib.methods import resolve
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
+from peftlib.methods.registry import resolve
 from peftlib.training.lifecycle import Guard, Lifecycle
 
 

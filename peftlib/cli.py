@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,20 +20,20 @@ out = Console()
 def methods(args: argparse.Namespace) -> int:
     from peftlib import taxonomy
 
-    table = Table("method", "class", "paper", "start", "merge", title="Methods in the survey's order")
-    for name in taxonomy.methods(args.category, available=not args.all):
-        entry = taxonomy.entry(name)
-        missing = "" if entry.available else " [dim](not in peftlib yet)[/dim]"
-        table.add_row(name + missing, entry.category, entry.arxiv or entry.cite, entry.start, entry.merge)
+    table = Table("method", "class", "origin", "paper", "start", "merge", title="Methods in the survey's order")
+    for entry in map(taxonomy.entry, taxonomy.methods(args.category)):
+        paper = entry.arxiv or entry.cite
+        table.add_row(entry.name, entry.category, entry.origin, paper, entry.start, entry.merge)
     out.print(table)
     return 0
 
 
 def card(args: argparse.Namespace) -> int:
     from peftlib import taxonomy
-    from peftlib.methods import find
+    from peftlib.taxonomy import options
 
     entry = taxonomy.entry(args.method)
+    values, rate = options.options(entry), options.learning_rate(entry)
     facts = [
         f"# {entry.title} (`{entry.name}`)",
         entry.summary,
@@ -44,15 +44,11 @@ def card(args: argparse.Namespace) -> int:
         f"- **count** `{entry.count}`",
         f"- **start** {entry.start}. {entry.start_note}",
         f"- **merge** {entry.merge}. {entry.merge_note}",
-        *(f"- **during training** {moment}" for moment in entry.life),
+        *(f"- **during training** {line}" for line in entry.life),
         f"- **paper** arXiv:{entry.arxiv}" if entry.arxiv else f"- **paper** {entry.cite}",
+        f"- **origin** {entry.origin}",
+        f"- **options** `{', '.join(f'{n}={v!r}' for n, v in values.items()) or 'none'}`; learning rate `{rate:g}`",
     ]
-    if entry.available:
-        cls = find(entry.name)
-        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls.Config))
-        facts.append(f"- **options** `{options or 'none'}`; default learning rate `{cls.learning_rate:g}`")
-    else:
-        facts.append("- not in peftlib yet")
     out.print(Markdown("\n\n".join(facts[:4]) + "\n\n" + "\n".join(facts[4:])))
     return 0
 
@@ -131,6 +127,22 @@ def search(args: argparse.Namespace) -> int:
         out.print(table)
         out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
     return 0
+
+
+def conformance(args: argparse.Namespace) -> int:
+    from peftlib.conformance import suite
+
+    failed = 0
+    for method in args.methods:
+        table = Table("check", *suite.SIGNS, title=f"{method}: families by outcome")
+        for check, cells in suite.run(method, args.family or (), args.check or ()):
+            columns = {sign: [f for f, cell in cells.items() if cell.partition(":")[0] == sign] for sign in suite.SIGNS}
+            table.add_row(check, *(", ".join(families) for families in columns.values()))
+            for family in columns["fails"]:
+                failed += 1
+                out.print(f"[red]{method}, {check} on {family}[/red]: {cells[family]}", highlight=False, soft_wrap=True)
+        out.print(table)
+    return 1 if failed else 0
 
 
 def fingerprint(args: argparse.Namespace) -> int:
@@ -306,6 +318,20 @@ def _results(rows: list[dict], title: str | None = None) -> None:
     out.print(table)
 
 
+def _import_methods(args: argparse.Namespace) -> None:
+    """Where a method is given as ``module:Class``, import it from the present folder and go on with its name."""
+    given = [*(getattr(args, "methods", None) or ()), getattr(args, "method", "")]
+    if not any(":" in name for name in given):
+        return
+    from peftlib.methods.registry import named
+
+    sys.path.insert(0, os.getcwd())
+    if "methods" in args:
+        args.methods = [named(name) for name in args.methods or ()]
+    else:
+        args.method = named(args.method)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     top = argparse.ArgumentParser(prog="peftlib", description=__doc__)
@@ -323,7 +349,6 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(methods, "list the methods in the survey's order")
     sub.add_argument("category", nargs="?", help="a part of the taxonomy, such as additive/adapters")
-    sub.add_argument("--all", action="store_true", help="also those that have no code yet")
     sub = command(card, "what a method is: equation, sites, what trains, merge, options")
     sub.add_argument("method")
     sub = stored(command(run, "one run: train, measure, record"))
@@ -354,6 +379,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=1, help="s3delta: runs at a time (default: 1)")
     sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of s3delta")
     sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
+    sub = command(conformance, "check a method, peftlib's or your own, on tiny models of every family")
+    sub.add_argument("methods", nargs="+", metavar="METHOD", help="a name, or module:Class of a registered method")
+    sub.add_argument("--family", nargs="+", metavar="NAME", help="default: all")
+    sub.add_argument("--check", nargs="+", metavar="NAME", help="default: all")
     sub = command(fingerprint, "what each method computes, in numbers, compared with the record")
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
     sub.add_argument("--record", action="store_true", help="record what differs, after a change that was meant")
@@ -410,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Errors that peftlib raises on purpose are printed in one line; exit status 2."""
     args = parser().parse_args(argv)
     try:
+        _import_methods(args)
         return args.function(args)
     except PeftlibError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)

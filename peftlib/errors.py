@@ -23,6 +23,18 @@ class UnknownNameError(PeftlibError, ValueError):
         super().__init__(message + (f" {hint}" if hint else ""))
 
 
+class ConfigError(PeftlibError, ValueError):
+    """A value that a method's config cannot have."""
+
+
+class EntryError(PeftlibError, ValueError):
+    """A method's entry in which a field is missing, wrong or taken: ``entry`` and ``field`` say which."""
+
+    def __init__(self, entry: str, field: str, problem: str):
+        self.entry, self.field = entry, field
+        super().__init__(f"entry of {entry or 'a method'}: {field} {problem}")
+
+
 class TargetError(PeftlibError, ValueError):
     """A target that matches nothing, or a value that does not fit the matrix it is meant for."""
 

@@ -32,8 +32,8 @@ from peftlib import anatomy
 from peftlib.adapted import Adapted, attach
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import LoadError, StateError, UnsupportedError
-from peftlib.methods import config as method_config
 from peftlib.methods.base import MethodConfig
+from peftlib.methods.registry import config as method_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning", "PREFIX_TUNING": "prefix_tuning"}

@@ -21,8 +21,8 @@ from torch import nn
 
 from peftlib import anatomy
 from peftlib.errors import LoadError, StateError
-from peftlib.methods import config as method_config
 from peftlib.methods.base import SavedAdapter
+from peftlib.methods.registry import config as method_config
 
 FORMAT = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"

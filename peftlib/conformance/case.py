@@ -18,41 +18,8 @@ ENCODERS = ("bert", "roberta", "electra", "distilbert")
 ENCODER_DECODERS = ("t5", "mt5", "bart")
 LABELS = (0, 1, 1, 0, 1, 0, 0, 1)
 
-# Settings where a method's defaults are made for larger backbones or longer training, and do not fit these.
-SETTINGS: dict[str, dict] = {
-    "qa_lora": {"rank": 8, "group": 8},  # groups of 32 inputs leave a tiny model one or two
-    "qlora": {"rank": 8},  # rank 64 is wider than a tiny model
-    "loftq": {"rank": 8, "alpha": 8.0, "iterations": 1},  # the same; and every check attaches several times
-    "mam_adapter": {"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
-    "p_tuning": {"length": 32},  # twenty vectors do not move a tiny random backbone enough
-    "prompt_tuning": {"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
-    "fish_mask": {"density": 0.1},  # 0.5 % of a tiny model is less than its head
-    "child_tuning_f": {"density": 0.7},  # of a head's two biases one must pass once in three steps
-    "u_bitfit": {"density": 0.9},  # half of a tiny model's few hundred biases do not tell eight texts apart
-    "s_bitfit": {"density": 0.9},
-    "hadamard_adapter": {"head_stage": 0.0},  # half of three steps is too little to move the rest
-    "pasta": {"dropout": 0.0},  # some checks compare two runs of the same steps
-    "moelora": {"dropout": 0.0},  # some checks compare two runs of the same steps
-    "l_lora": {"dropout": 0.0},  # the same
-    "krona": {"factor": 8},  # 32 does not divide every matrix of a tiny model
-    "hyperformer_pp": {"reduction": 4},  # 32 leaves a tiny model one unit
-    "ladder_side_tuning": {"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
-    "mpt": {"length": 32},  # as its sources
-    "adapter_drop": {"max_dropped": 1},  # every layer must have its adapter in one of three steps
-    "u_mam": {"length": 8, "bottleneck": 32, "steps": 4},  # wider than the whole backbone otherwise
-    "s4": {"budget": 0.1, "groups": (1, 0, 0, 1)},  # two layers with all four methods; 0.5 % is less than their biases
-    "autopeft": {"serial": 32, "parallel": 32, "length": 8},  # adapters wider than the whole backbone otherwise
-    "s3delta": {"budget": 0.0285, "steps": 1},  # 0.1 % is one candidate; no sum of sizes is 2.85 %; attached often
-    "unipelt": {"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
-    "lora_prune": {"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
-    "spot": {"probe_steps": 2},  # it is attached hundreds of times
-}
-
-# Options of the sources of methods that build on other adapters.
+# Options of the sources of methods that build on other adapters, where they are not the source's own for tiny models.
 SOURCES: dict[str, dict] = {
-    "spot": SETTINGS["prompt_tuning"],
-    "attempt": SETTINGS["prompt_tuning"],
-    "mpt": SETTINGS["prompt_tuning"],
     "adapter_fusion": {"robust": False},  # the plain adapter of its paper
     "mera": {"robust": False},
 }
@@ -128,7 +95,7 @@ class Case:
 
     @property
     def config(self) -> peftlib.MethodConfig:
-        return peftlib.config(self.method, **{**SETTINGS.get(self.method, {}), **self.options})
+        return peftlib.config(self.method, **{**peftlib.card(self.method).tiny, **self.options})
 
     def backbone(self) -> nn.Module:
         return backbone(self.family, self.head).to(self.dtype)
@@ -211,7 +178,8 @@ def sources(
     cls = peftlib.find(method)
     made = []
     for seed in range(max(2, cls.fewest_sources) if set(cls.source_methods) - {method} else 0):
-        config = peftlib.config(cls.source_methods[0], **SOURCES.get(method, {}))
+        kind = cls.source_methods[0]
+        config = peftlib.config(kind, **SOURCES.get(method, peftlib.card(kind).tiny))
         adapted = peftlib.attach(cut(backbone(family, head), layers).to(dtype), config, seed=seed)
         adapted.model.to(dtype)
         train(adapted, batch(family, head), steps=1 + seed)

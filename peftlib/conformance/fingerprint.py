@@ -30,7 +30,7 @@ from transformers import get_scheduler
 
 from peftlib.conformance.case import Case, logits
 from peftlib.errors import DataError, MergeError, UnsupportedError
-from peftlib.methods import find
+from peftlib.methods.registry import find
 from peftlib.sources import write_text
 
 FAMILIES = ("bert", "gpt2", "t5")

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from peftlib.conformance.case import FAMILIES, supported_family
 from peftlib.conformance.checks import CHECKS, Declined
-from peftlib.errors import PeftlibError, UnsupportedError
-from peftlib.methods import find
+from peftlib.errors import PeftlibError, UnknownNameError, UnsupportedError
+from peftlib.methods.registry import find
+from peftlib.taxonomy import entry
+
+SIGNS = ("yes", "no", "not supported", "fails")
+"""How a cell of the matrix begins."""
+
+
+def run(
+    method: str, families: Collection[str] = (), checks: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each check with its cells, family -> one of ``SIGNS`` and the reason; by default all checks on all families.
+
+    Raises UnknownNameError for a method, family or check that does not exist.
+    """
+    for kind, names, known in (("family", families, FAMILIES), ("check", checks, CHECKS)):
+        for name in names:
+            if name not in known:
+                raise UnknownNameError(kind, name, known)
+    for name in checks or CHECKS:
+        cells = {}
+        for family in CHECKS[name].families or (supported_family(method),):
+            if not families or family in families:
+                with tempfile.TemporaryDirectory() as scratch:
+                    try:
+                        cells[family] = outcome(method, name, family, Path(scratch))
+                    except Exception as error:  # whatever it is, it is this cell's
+                        cells[family] = f"fails: {type(error).__name__}: {error}"
+        yield name, cells
 
 
 def outcome(method: str, name: str, family: str, tmp: Path) -> str:
@@ -17,7 +47,7 @@ def outcome(method: str, name: str, family: str, tmp: Path) -> str:
         case.start()
     except UnsupportedError as error:
         return f"not supported: {error}"
-    exceptions = find(method).exceptions
+    exceptions = entry(method).exceptions | find(method).exceptions
     reason = exceptions.get(f"{name} on {family}", exceptions.get(name))
     try:
         check.run(case, tmp)

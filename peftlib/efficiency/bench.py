@@ -20,8 +20,8 @@ from torch import nn
 
 from peftlib import backbones, taxonomy
 from peftlib.adapted import Adapted, attach
-from peftlib.methods import config, stand_ins
 from peftlib.methods.base import MethodConfig, SavedAdapter
+from peftlib.methods.registry import config, stand_ins
 
 
 @dataclass(frozen=True)

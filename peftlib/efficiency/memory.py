@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from peftlib import backbones
 from peftlib.adapted import attach
 from peftlib.efficiency.bench import random_batch, untrained_sources
-from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
+from peftlib.methods.registry import config
 
 COMPARED = ("full", "lora", "bitfit", "fish_mask", "sam", "lt_sft", "diff_pruning")
 """The methods that are compared by default: full fine-tuning, LoRA, and those that train entries of frozen tensors."""

@@ -25,8 +25,8 @@ from peftlib import backbones
 from peftlib.adapted import attach
 from peftlib.efficiency.bench import random_batch, take_turns
 from peftlib.errors import UnknownNameError
-from peftlib.methods import config
 from peftlib.methods.base import MethodConfig
+from peftlib.methods.registry import config
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapter_drop": {f"k = {k}": {"dropped": k, "robust": False, "bottleneck": 48} for k in range(6)},

@@ -17,8 +17,8 @@ from peftlib.efficiency.measure import PeakMemory, folder_bytes
 from peftlib.experiments.provenance import provenance, revision
 from peftlib.experiments.spec import RunSpec, source_specs
 from peftlib.experiments.store import Store
-from peftlib.methods import config as method_config
 from peftlib.methods.base import SavedAdapter
+from peftlib.methods.registry import config as method_config
 from peftlib.saved import read
 from peftlib.training import FitResult, evaluate_task, fit
 

@@ -30,9 +30,9 @@ from peftlib.experiments.run import execute
 from peftlib.experiments.spec import RunSpec, run_spec
 from peftlib.experiments.store import RESULTS
 from peftlib.experiments.sweep import progress_bar
-from peftlib.methods import find
 from peftlib.methods.base import at_least, one_of
 from peftlib.methods.hybrid.automatic.s3delta import SEARCHING
+from peftlib.methods.registry import find
 
 Point = tuple[int, ...]
 STRATEGIES = ("bayesian", "random")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftlib.errors import UnknownNameError
-from peftlib.methods import config as method_config
-from peftlib.methods import find
+from peftlib.methods.registry import config as method_config
+from peftlib.methods.registry import find
 
 
 @dataclass(frozen=True)

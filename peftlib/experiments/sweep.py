@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import time
@@ -17,13 +18,16 @@ from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.experiments.run import run
 from peftlib.experiments.spec import RunSpec
 from peftlib.experiments.store import Store
+from peftlib.methods.registry import outside
 
 Outcome = tuple[RunSpec, str]
 
 
-def _one(root: str, threads: int | None, spec: RunSpec) -> str:
+def _one(root: str, threads: int | None, modules: Sequence[str], spec: RunSpec) -> str:
     if threads:
         torch.set_num_threads(threads)
+    for module in modules:
+        importlib.import_module(module)  # it registers methods from outside of peftlib
     return run(spec, Store(root))
 
 
@@ -33,7 +37,7 @@ def local(specs: Sequence[RunSpec], store: Store, workers: int = 1) -> Iterator[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peftlib.experiments.run"])
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        jobs = {pool.submit(_one, str(store.root), threads, spec): spec for spec in specs}
+        jobs = {pool.submit(_one, str(store.root), threads, outside(), spec): spec for spec in specs}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
 
@@ -52,7 +56,7 @@ def on_ray(specs: Sequence[RunSpec], store: Store, workers: int = 1) -> Iterator
     ray.init(ignore_reinit_error=True)
     gpus = 1 / workers if torch.cuda.is_available() else 0
     one = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(_one)
-    pending = {one.remote(str(store.root.resolve()), None, spec): spec for spec in specs}
+    pending = {one.remote(str(store.root.resolve()), None, outside(), spec): spec for spec in specs}
     while pending:
         (ready, *_), _ = ray.wait(list(pending))
         yield pending.pop(ready), ray.get(ready)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from peftlib import taxonomy
-from peftlib.errors import MergeError, PeftlibError
+from peftlib.errors import ConfigError, MergeError
 from peftlib.mechanisms.host import Host
 
 HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
@@ -57,18 +57,19 @@ class ForwardPass:
 class MethodConfig:
     """Base of the methods' configs: frozen dataclasses whose fields are JSON values."""
 
+    registered_as: ClassVar[str] = ""
+    """The name of a method from outside of peftlib."""
+
     @property
     def method(self) -> str:
-        """The registry name: the config stands in the method's file, or in ``method.py`` of its package."""
+        """The method's name: its file's, or its package's, whose class is in ``method.py``."""
+        if own := vars(type(self)).get("registered_as"):
+            return own
         *_, folder, module = type(self).__module__.split(".")
         return folder if module == "method" else module
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-class ConfigError(PeftlibError, ValueError):
-    """A value that a method's config cannot have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class SavedAdapter:
     def method(self) -> Method:
         """A fresh, unattached method of this adapter's config."""
         # Imported late: the registry itself knows this class.
-        return importlib.import_module("peftlib.methods").resolve(self.config)
+        return importlib.import_module("peftlib.methods.registry").resolve(self.config)
 
 
 class Method:

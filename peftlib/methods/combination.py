@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import length_hint
@@ -12,6 +11,7 @@ import torch
 
 from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.methods import registry
 from peftlib.methods.base import HOOKS, ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
 
 
@@ -29,8 +29,6 @@ class CombinationConfig(MethodConfig):
 
 def make_parts(configs: Iterable[dict]) -> list[Method]:
     """Unattached methods, one for each ``{"method": name, **options}``."""
-    # Imported late: the registry itself knows the class below.
-    registry = importlib.import_module("peftlib.methods")
     return [registry.resolve(c["method"], **{k: v for k, v in c.items() if k != "method"}) for c in configs]
 
 
@@ -178,6 +176,5 @@ def combine(*parts: str | MethodConfig) -> CombinationConfig:
     """
     if len(parts) < 2:
         raise ConfigError(f"a combination needs at least two methods, and {len(parts)} were given")
-    registry = importlib.import_module("peftlib.methods")
     configs = [registry.resolve(part).config for part in parts]
     return CombinationConfig(tuple({"method": c.method, **c.as_dict()} for c in configs))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlib import taxonomy
-from peftlib.methods import find
+from peftlib.methods.registry import find
 from peftlib.report import markdown
 from peftlib.report.conformance import Matrix
 from peftlib.report.counts import BACKBONES
@@ -39,8 +39,6 @@ class Sources:
 def page(entry: Entry, sources: Sources) -> str:
     """The card of one method as a MyST page below ``cards/``."""
     parts = [f"# {entry.title}", _place(entry), entry.summary + f" Source: {{cite:t}}`{entry.cite}`."]
-    if not entry.available:
-        parts.append(":::{note}\nNot in peftlib yet: below are the facts of its paper, and no numbers.\n:::")
     parts += [
         markdown.figure(
             f"../figures/sites-{entry.name}.svg",
@@ -57,8 +55,7 @@ def page(entry: Entry, sources: Sources) -> str:
     if entry.original:
         links["original"] = f"[original code](https://github.com/{entry.original})"
     parts.append("**Read on:** " + " · ".join([*links.values(), "[all methods](../taxonomy.md)"]))
-    if entry.available:
-        parts += [*_use(entry), *_counts(entry, sources), *_measured(entry, sources), *_conformance(entry, sources)]
+    parts += [*_use(entry), *_counts(entry, sources), *_measured(entry, sources), *_conformance(entry, sources)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from peftlib import backbones, taxonomy
 from peftlib.adapted import attach
 from peftlib.errors import StateError, UnsupportedError
-from peftlib.methods import stand_ins
+from peftlib.methods.registry import stand_ins
 
 BACKBONES = {
     "roberta-base": ("RoBERTa-base, 2 classes", "classification"),

@@ -18,7 +18,7 @@ from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.transforms import Bbox
 
 from peftlib import taxonomy
-from peftlib.taxonomy import design
+from peftlib.taxonomy import types
 
 INK, TOUCHED, ADDED, PLAIN = "#747c89", "#d97706", "#0f766e", "#9ca3af"
 CLASSES = {
@@ -27,7 +27,9 @@ CLASSES = {
     "reparameterized": "#2563eb",
     "hybrid": "#be185d",
     "unified": "#b45309",
+    "since_survey": "#0369a1",
     "baselines": "#6b7280",
+    "yours": "#4d7c0f",
 }
 STYLE = {
     "figure.facecolor": "none",
@@ -171,7 +173,7 @@ def sites_diagram(method: str, title: bool = True) -> Figure:
 
 @mpl.rc_context(STYLE)
 def taxonomy_tree() -> Figure:
-    """The survey's taxonomy as a tree, one line a method: filled marks are in peftlib."""
+    """The taxonomy as a tree, one line a method."""
     blocks = [c for c in taxonomy.CATEGORIES if c.path != "baselines"]
     of = {c.path: [e for e in taxonomy.METHODS if e.category == c.path] for c in blocks}
     leaves = [c for c in blocks if of[c.path]]
@@ -194,9 +196,7 @@ def taxonomy_tree() -> Figure:
         axes.text(x + 0.15, at, " › ".join(titles), fontsize=8.5, weight="bold", va="center", color=colour)
         for number, entry in enumerate(of[path], 1):
             y = at + number
-            axes.plot(
-                [x + 0.3], [y], "o", markersize=5, color=colour, markerfacecolor=colour if entry.available else "none"
-            )
+            axes.plot([x + 0.3], [y], "o", markersize=5, color=colour)
             axes.text(x + 0.48, y, entry.title, fontsize=8.5, va="center")
     axes.set_xlim(-0.1, 12)
     axes.set_ylim(rows, -0.8)
@@ -208,13 +208,13 @@ def taxonomy_tree() -> Figure:
 
 @mpl.rc_context(STYLE)
 def design_space() -> Figure:
-    """Every method of the survey in the design space: a mark under each word of each dimension that describes it."""
+    """Every method in the design space: a mark under each word of each dimension that describes it."""
     entries = [e for e in taxonomy.METHODS if e.category != "baselines"]
     dimensions = {
-        "form of the change": list(design.FORMS),
-        "what it modifies": list(design.REPRESENTATIONS),
-        "insertion": list(design.INSERTIONS),
-        "composition": list(design.COMPOSITIONS),
+        "form of the change": list(types.FORMS),
+        "what it modifies": list(types.REPRESENTATIONS),
+        "insertion": list(types.INSERTIONS),
+        "composition": list(types.COMPOSITIONS),
     }
     figure, axes = _figure(9.5, 0.17 * len(entries) + 1.6)
     left, ticks = 0.0, {}

@@ -35,8 +35,7 @@ def links(entry: Entry, repository: str, chapters: Mapping[str, str], up: str = 
     found = {"card": f"[card]({up}cards/{entry.name}.md)"}
     if entry.arxiv:
         found["paper"] = f"[arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})"
-    if entry.available and f'"{entry.name}"' in chapters.get(entry.chapter, "").replace("\\", ""):
+    if f'"{entry.name}"' in chapters.get(entry.chapter, "").replace("\\", ""):
         found["chapter"] = f"[chapter]({up}notebooks/{entry.chapter}.ipynb)"
-    if entry.available:
-        found["code"] = f"[code]({repository}/{entry.file})"
+    found["code"] = f"[code]({repository}/{entry.file})"
     return found

@@ -20,7 +20,7 @@ from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs, r
 from peftlib.report import cards, conformance, costs, figures, markdown, notebooks, searches
 from peftlib.report.counts import counts
 from peftlib.report.standings import Standings
-from peftlib.taxonomy import design
+from peftlib.taxonomy import types
 
 MEASURED = "embedded"
 """The profile of the leaderboard and the cards. What a notebook measures is in its chapter."""
@@ -102,18 +102,16 @@ def svg(figure: Figure) -> bytes:
 
 def taxonomy_page(sources: cards.Sources) -> str:
     """The tree, one line a method."""
-    survey = [e for e in taxonomy.METHODS if e.category != "baselines"]
-    missing = [e.title for e in survey if not e.available]
-    there = f"all but {', '.join(missing)} (○)" if missing else "all of them"
+    survey, since = (sum(e.origin == origin for e in taxonomy.METHODS) for origin in ("survey", "since the survey"))
+    later = f", and {since} that came after it" if since else ""
     parts = [
         "# Taxonomy",
-        f"The {len(survey)} methods of the survey {{cite:p}}`xu2023survey` in its five classes; {there} are in peftlib "
-        "(●). Every method has a card. "
-        "The folders below `peftlib/methods/` are this tree.",
+        f"The {survey} methods of the survey {{cite:p}}`xu2023survey` in its five classes{later}. Every method has a "
+        "card. The folders below `peftlib/methods/` are this tree.",
         markdown.figure(
             "figures/taxonomy.svg",
             "The taxonomy as a tree of classes, categories and methods",
-            "The tree in one picture: filled marks are in peftlib.",
+            "The tree in one picture.",
         ),
     ]
     for node in taxonomy.tree():
@@ -134,9 +132,8 @@ def _branch(node: taxonomy.Node, depth: int, sources: cards.Sources) -> Iterator
 
 def _line(entry: taxonomy.Entry, sources: cards.Sources) -> str:
     links = markdown.links(entry, sources.repository, sources.chapters)
-    sign = "●" if entry.available else "○"
     rest = " · ".join(text for name, text in links.items() if name not in ("card", "chapter"))
-    return f"- {sign} [{entry.title}](cards/{entry.name}.md): {entry.summary}" + (f" {rest}" if rest else "")
+    return f"- [{entry.title}](cards/{entry.name}.md): {entry.summary}" + (f" {rest}" if rest else "")
 
 
 def _anchor(path: str) -> str:
@@ -163,9 +160,9 @@ def design_page() -> str:
         *(
             f"**{title}.** " + "; ".join(f"{word}: {meaning}" for word, meaning in words.items()) + "."
             for title, words in (
-                ("Form of the change", design.FORMS),
-                ("Insertion", design.INSERTIONS),
-                ("Composition", design.COMPOSITIONS),
+                ("Form of the change", types.FORMS),
+                ("Insertion", types.INSERTIONS),
+                ("Composition", types.COMPOSITIONS),
             )
         ),
         "## The methods",

@@ -10,7 +10,7 @@ from typing import Any
 from peftlib import taxonomy
 from peftlib.experiments import SEARCH_RATES, Store, profile, summarize
 from peftlib.experiments.spec import track_settings, with_defaults
-from peftlib.methods import find
+from peftlib.methods.registry import find
 
 Record = dict[str, Any]
 

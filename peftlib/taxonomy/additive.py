@@ -51,6 +51,9 @@ METHODS = (
         equation=r"h \leftarrow h + W_{\mathrm{up}}\, \sigma(W_{\mathrm{down}} h)",
         symbols=_BOTTLENECK + r"$\sigma$: nonlinearity.",
         sites=("attention.output", "ffn.down", "norms"),
+        form="bottleneck + tensors",
+        insertion="sequential + in place",
+        composition="added + replaced",
         trains="Two bottlenecks a layer and, as in the paper, the layers' norms.",
         count="L * (2 if variant == 'houlsby' else 1) * "
         "(2 * d * bottleneck + bottleneck + d + (2 * d if train_norms else 0))",
@@ -70,6 +73,9 @@ METHODS = (
         equation=r"h \leftarrow h + W_{\mathrm{up}}\, \mathrm{ReLU}\bigl(W_{\mathrm{down}}\, \mathrm{LN}(h)\bigr)",
         symbols=_BOTTLENECK + r"$\mathrm{LN}$: a new, trained layer norm.",
         sites=("layers",),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="Bottleneck and norm of every layer.",
         count="L * (2 * d * bottleneck + bottleneck + d + 2 * d)",
         start="near",
@@ -92,6 +98,9 @@ METHODS = (
         symbols=r"$w \in \mathbb{R}^{d}$: the layer's router; $\mathcal{S}$: the $k$ chosen tokens; "
         r"$\lambda \in [0, 1]$: their gates, zero for all others.",
         sites=("layers", "norms"),
+        form="bottleneck + tensors",
+        insertion="parallel + in place",
+        composition="added + gated + replaced",
         trains="Router and parallel adapter of every layer and, as in the paper, the layers' norms.",
         count="L * (d + 2 * d * bottleneck + bottleneck + d) + (4 * L * d if train_norms else 0)",
         start="changed",
@@ -113,6 +122,9 @@ METHODS = (
         symbols=r"$x \in \mathbb{R}^{d}$: input of the block; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
         r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $s$: fixed scale, 4.",
         sites=("ffn.up", "ffn.down"),
+        form="bottleneck",
+        insertion="parallel",
+        composition="scaled",
         trains="One bottleneck a layer.",
         count="L * (2 * d * bottleneck + bottleneck + d)",
         start="identity",
@@ -134,6 +146,9 @@ METHODS = (
         symbols=r"$\ell$: layer, counted from the input; $k$: layers without adapter, fixed (specialized) or drawn at "
         r"each step (robust) and free at inference.",
         sites=("ffn.down",),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="One bottleneck in every layer that has one.",
         count="(L if robust else L - dropped) * (2 * d * bottleneck + bottleneck + d)",
         start="near",
@@ -141,6 +156,7 @@ METHODS = (
         merge="no",
         merge_note=_NONLINEAR,
         life=("on_step_start: in the robust form, draw how many layers go without", "inference: k is chosen freely"),
+        tiny={"max_dropped": 1},  # every layer must have its adapter in one of three steps
     ),
     Entry(
         name="tiny_attention_adapter",
@@ -154,6 +170,9 @@ METHODS = (
         symbols=r"$q^{(j)}, k^{(j)}, v^{(j)}$: query, key and value of tiny head $j$, each of size 1 by default; "
         r"$W_O^{(j)} \in \mathbb{R}^{d \times 1}$; $s$ runs over all positions that are not padding.",
         sites=("attention.output",),
+        form="attention",
+        insertion="sequential",
+        composition="added",
         trains="The four projections of the tiny heads in every layer.",
         count="L * (4 * d * heads * head_dim + 3 * heads * head_dim + d)",
         start="identity",
@@ -174,6 +193,9 @@ METHODS = (
         symbols=r"$h \in \mathbb{R}^{d}$: what the adapters read; $z_n \in \mathbb{R}^{d}$: what the "
         r"adapter of task $n$ would add; $W_Q, W_K, W_V \in \mathbb{R}^{d \times d}$: trained.",
         sites=("ffn.down",),
+        form="bottleneck + attention",
+        insertion="sequential",
+        composition="gated",
         trains="Query, key (with biases) and value matrices of the fusion in every layer.",
         count="L * (3 * d * d + 2 * d)",
         start="changed",
@@ -200,6 +222,9 @@ METHODS = (
         symbols=r"$T_n \in \mathbb{R}^{r \times r}$: transport plan, scaled to a (soft) permutation of the bottleneck "
         r"neurons, found on weights or on activations.",
         sites=("ffn.down",),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="The one merged adapter.",
         count="L * (2 * d * sources[0].config.bottleneck + sources[0].config.bottleneck + d)",
         start="changed",
@@ -224,6 +249,9 @@ METHODS = (
         symbols=r"$e_t, e_{\ell}, e_p$: trained embeddings of task, layer and place (after attention or after the "
         r"feed-forward block); $\mathcal{H}$: the hypernetwork; $\gamma, \beta$: norm after the adapter.",
         sites=("attention.output", "ffn.down", "norms"),
+        form="bottleneck + tensors",
+        insertion="sequential + in place",
+        composition="added + replaced",
         trains="Hypernetwork, embeddings and the backbone's own norms.",
         count="(tasks + L + 2) * embedding + (3 * embedding * hidden + hidden) + (hidden * embedding + embedding) "
         "+ 2 * embedding + (embedding + 1) * (2 * d * (d // reduction) + d // reduction + 3 * d) "
@@ -234,6 +262,7 @@ METHODS = (
         merge_note=_NONLINEAR,
         life=("every forward: generate the adapters of the batch's tasks (task_ids)",),
         original="rabeehk/hyperformer",
+        tiny={"reduction": 4},  # 32 leaves a tiny model one unit
     ),
     Entry(
         name="adapter_soup",
@@ -246,6 +275,9 @@ METHODS = (
         symbols=r"$\theta_n$: weights of the adapter of domain $n$; $\mathcal{N}$: the nearest domains, by similarity "
         r"of sentence embeddings or by clusters.",
         sites=("layers",),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="One adapter a domain, each on its own; the soup itself needs no training.",
         count="L * (2 * d * sources[0].config.bottleneck + sources[0].config.bottleneck + 3 * d)",
         start="changed",
@@ -269,6 +301,9 @@ METHODS = (
         r"after its segments and one [MASK]; $v_c \in \mathbb{R}^{d}$: trained vector of class $c$; $f$: frozen "
         r"network.",
         sites=("embeddings", "head"),
+        form="vector",
+        insertion="input",
+        composition="joined",
         trains="Prompt embeddings and class vectors; the class vectors are the task head.",
         count="sum(template) * d",
         start="changed",
@@ -289,6 +324,9 @@ METHODS = (
         symbols=r"$P \in \mathbb{R}^{m \times d}$: trained prompt; $E(x) \in \mathbb{R}^{n \times d}$: embeddings of "
         r"the input; $f$: frozen network.",
         sites=("embeddings",),
+        form="vector",
+        insertion="input",
+        composition="joined",
         trains="The prompt.",
         count="length * d",
         start="changed",
@@ -299,6 +337,7 @@ METHODS = (
         below_head="Prompts learn slowly: the paper trains them for 30,000 steps at a rate of 0.3, the track has 80 "
         "steps and rates up to 0.01, of which the largest is the best; and the paper finds prompts behind other "
         "methods on small models.",
+        tiny={"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
     ),
     Entry(
         name="prefix_tuning",
@@ -312,6 +351,9 @@ METHODS = (
         symbols=r"$P_K, P_V \in \mathbb{R}^{m \times d}$: keys and values of each layer; $E_P$: embeddings from which "
         r"an MLP makes them while training; without the MLP they train themselves.",
         sites=("attention.key", "attention.value"),
+        form="attention",
+        insertion="parallel",
+        composition="gated",
         trains="An MLP that makes the keys and values of every layer, or those themselves; stored are keys and values.",
         count="length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) if reparametrize else 2 * L * length * d",
         start="changed",
@@ -332,6 +374,9 @@ METHODS = (
         symbols=r"$E_j \in \mathbb{R}^{d}$: trained inputs of the encoder; $P_j \in \mathbb{R}^{d}$: prompt "
         r"embeddings, stored as they are after training.",
         sites=("embeddings",),
+        form="vector",
+        insertion="input",
+        composition="joined",
         trains="The encoder and its inputs; stored are the m embeddings that it makes.",
         count="length * d + (lambda h: 8 * h * (d + h + 2) + 8 * h * (3 * h + 2) + (2 * h + 1) * (2 * h + d))"
         "(hidden or d // 2)",
@@ -343,6 +388,7 @@ METHODS = (
         original="THUDM/P-tuning",
         below_head="A prompt changes what the frozen network computes from the first step on, and 80 steps do not find "
         "one that helps; of the rates within the search's tie the largest had the lowest loss.",
+        tiny={"length": 32},  # twenty vectors do not move a tiny random backbone enough
     ),
     Entry(
         name="spot",
@@ -356,6 +402,9 @@ METHODS = (
         symbols=r"$P \in \mathbb{R}^{m \times d}$: prompts; $\bar{P}$: mean over the positions of a prompt, the "
         r"task's embedding; $s$ runs over the sources.",
         sites=("embeddings",),
+        form="vector",
+        insertion="input",
+        composition="joined",
         trains="The target's prompt.",
         count="sources[0].config.length * d",
         start="changed",
@@ -369,6 +418,7 @@ METHODS = (
         original="google-research/prompt-tuning",
         below_head="A prompt of another task is where training starts, and from there on it learns as slowly as "
         "prompt tuning does: 80 steps at rates up to 0.01, of which the largest is the best.",
+        tiny={"probe_steps": 2},  # it is attached hundreds of times
     ),
     Entry(
         name="attempt",
@@ -384,6 +434,9 @@ METHODS = (
         r"$\hat{P}_j, \hat{X} \in \mathbb{R}^{d}$: maxima over the tokens; $T$: temperature; "
         r"$W_{\mathrm{down}}, W_{\mathrm{up}}$: trained, without biases.",
         sites=("embeddings",),
+        form="vector + attention",
+        insertion="input",
+        composition="joined + gated",
         trains="The target's prompt, one for each task, and the two projections of the attention network.",
         count="tasks * sources[0].config.length * d + 2 * d * bottleneck",
         start="changed",
@@ -405,6 +458,9 @@ METHODS = (
         symbols=r"$P^{*} \in \mathbb{R}^{m \times d}$: shared prompt; $u_k \in \mathbb{R}^{m}$, "
         r"$v_k \in \mathbb{R}^{d}$: factors of task $k$.",
         sites=("embeddings",),
+        form="vector",
+        insertion="input",
+        composition="joined",
         trains="The shared prompt and the factors of every task.",
         count="length * d + (tasks or max(1, len(sources))) * (length + d) * rank",
         start="changed",
@@ -418,6 +474,7 @@ METHODS = (
         original="huggingface/peft",
         below_head="The shared prompt and its task's change learn as slowly as prompt tuning does: 80 steps at rates "
         "up to 0.01, of which the largest is the best.",
+        tiny={"length": 32},  # as its sources
     ),
     # Others
     Entry(
@@ -433,6 +490,9 @@ METHODS = (
         symbols=r"$h_{\ell} \in \mathbb{R}^{d}$: output of backbone layer $\ell$; $W_{\ell} \in \mathbb{R}^{d/r \times "
         r"d}$: ladder; $s_{\ell} \in \mathbb{R}^{d/r}$: side state; $\alpha_{\ell}$: gate, zero at first; $T = 0.1$.",
         sites=("embeddings", "layers", "head"),
+        form="network",
+        insertion="beside",
+        composition="gated",
         trains="Side layers, ladders, gates and the last up-projection.",
         count="(L - len(dropped_layers)) * (4 * (d // reduction) * (d // reduction + 1) + 2 * (d // reduction) * "
         "(f // reduction) + f // reduction + 5 * (d // reduction) + (d + 1) * (d // reduction) + 1) "
@@ -446,6 +506,7 @@ METHODS = (
             "training: the backbone runs without a graph",
         ),
         original="ylsung/Ladder-Side-Tuning",
+        tiny={"reduction": 4},  # an eighth of a head of eight leaves no pair for rotary positions
     ),
     Entry(
         name="ia3",
@@ -459,6 +520,9 @@ METHODS = (
         symbols=r"$l_k, l_v \in \mathbb{R}^{d}$, $l_f \in \mathbb{R}^{f}$: trained vectors of each layer; $p$: head "
         r"size; $\gamma$: the block's nonlinearity.",
         sites=("attention.key", "attention.value", "ffn.down"),
+        form="vector",
+        insertion="sequential",
+        composition="multiplied",
         trains="Three vectors a layer.",
         count="L * (2 * d + f)",
         start="identity",
@@ -480,6 +544,9 @@ METHODS = (
         symbols=r"$v_{\ell, p} \in \mathbb{R}^{d}$: vector of layer $\ell$ for the $p$-th special token ([CLS], first "
         r"and second [SEP]); $e$: dropout.",
         sites=("layers",),
+        form="vector",
+        insertion="sequential",
+        composition="added",
         trains="One vector a layer and special token.",
         count="L * d * tokens",
         start="near",
@@ -487,6 +554,7 @@ METHODS = (
         merge="no",
         merge_note="It depends on where the special tokens stand.",
         original="luka-group/PASTA",
+        tiny={"dropout": 0.0},  # some checks compare two runs of the same steps
     ),
     Entry(
         name="attention_fusion",
@@ -500,6 +568,9 @@ METHODS = (
         symbols=r"$q \in \mathbb{R}^{d}$: trained task query; $h_{\ell, t} \in \mathbb{R}^{d}$: output of layer "
         r"$\ell$ at token $t$.",
         sites=("layers", "head"),
+        form="attention",
+        insertion="beside",
+        composition="joined",
         trains="The query.",
         count="d",
         start="changed",
@@ -519,6 +590,9 @@ METHODS = (
         symbols=r"$a \in \mathbb{R}^{d}$: output of the attention block before the residual sum; $w, b \in "
         r"\mathbb{R}^{d}$: trained vectors.",
         sites=("attention.output", "norms"),
+        form="vector + tensors",
+        insertion="sequential + in place",
+        composition="multiplied + added + replaced",
         trains="Two vectors and one norm a layer.",
         count="L * d * (1 + shift + 2 * train_norms)",
         start="identity",
@@ -527,5 +601,6 @@ METHODS = (
         merge_note="Scale and shift fold into the output projection, which needs a bias for the shift; the norm is the "
         "backbone's own.",
         life=("on_gradients: the head trains alone in the first stage, then vectors and norms without it",),
+        tiny={"head_stage": 0.0},  # half of three steps is too little to move the rest
     ),
 )

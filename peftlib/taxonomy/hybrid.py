@@ -39,6 +39,9 @@ METHODS = (
         r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: the adapter; "
         r"$s$: its fixed scale.",
         sites=("attention.key", "attention.value", "ffn.down"),
+        form="attention + bottleneck",
+        insertion="parallel",
+        composition="gated + scaled",
         trains="The parallel adapter of every layer, and an MLP that makes the keys and values or those themselves.",
         count="L * (2 * d * bottleneck + bottleneck + d) + (length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) "
         "if reparametrize else 2 * L * length * d)",
@@ -47,6 +50,7 @@ METHODS = (
         merge="no",
         merge_note="A prefix depends on the query and the adapter is nonlinear.",
         original="jxhe/unify-parameter-efficient-tuning",
+        tiny={"length": 8, "hidden": 64, "bottleneck": 32},  # wider than the whole backbone otherwise
     ),
     Entry(
         name="u_mam",
@@ -60,6 +64,9 @@ METHODS = (
         symbols=r"$\delta$: all entries of the prefixes and adapters; $s$: first-order estimate of the loss change "
         r"when an entry is set to zero; $z$: binary mask with $k$ ones.",
         sites=("attention.key", "attention.value", "ffn.down"),
+        form="attention + bottleneck",
+        insertion="parallel",
+        composition="gated + scaled",
         trains="The entries of a MAM adapter that survive pruning, chosen in a search before training.",
         count="int(density * L * (2 * length * d + 2 * d * bottleneck + bottleneck + d))",
         start="changed",
@@ -67,6 +74,7 @@ METHODS = (
         merge="no",
         merge_note="A prefix depends on the query and the adapter is nonlinear.",
         life=("calibrate: train all entries for a while, score and prune them round by round, then start anew",),
+        tiny={"length": 8, "bottleneck": 32, "steps": 4},  # wider than the whole backbone otherwise
     ),
     Entry(
         name="compacter",
@@ -81,6 +89,9 @@ METHODS = (
         r"$s_i \in \mathbb{R}^{\frac{d}{n} \times r}$, $t_i \in \mathbb{R}^{\frac{b}{n} \times r}$: "
         r"an adapter's own factors; $b$: bottleneck.",
         sites=("attention.output", "ffn.down", "norms"),
+        form="bottleneck + tensors",
+        insertion="sequential + in place",
+        composition="added + replaced",
         trains="The shared matrices, each adapter's factors and biases, and the layers' norms.",
         count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3 "
         "+ 4 * L * d * train_norms",
@@ -103,6 +114,9 @@ METHODS = (
         symbols=r"$\mathcal{G}_m \in (0, 1)$: gate of module $m$; $w_m \in \mathbb{R}^{d}$, $b_m$: its weights; "
         r"$\Delta_m$: what the module adds at its own place.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
+        form="low-rank + attention + bottleneck",
+        insertion="parallel + sequential",
+        composition="scaled + gated",
         trains="The three modules and their gates in every layer.",
         count="L * (len(targets) * 2 * d * rank + 2 * d * bottleneck + bottleneck + d + (len(targets) + 2) * (d + 1)) "
         "+ (length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) if reparametrize else 2 * L * length * d)",
@@ -112,6 +126,7 @@ METHODS = (
         merge="no",
         merge_note="The gates depend on the input.",
         original="morningmoni/UniPELT",
+        tiny={"length": 8, "hidden": 64, "bottleneck": 16},  # an MLP wider than the whole backbone otherwise
     ),
     Entry(
         name="autopeft",
@@ -126,6 +141,9 @@ METHODS = (
         symbols=r"$r_{\mathrm{serial}}, r_{\mathrm{parallel}}$: bottlenecks; $m$: prefix length; "
         r"$z_{\ell} \in \{0, 1\}$: whether layer $\ell$ has modules; $\mathcal{C}$: the search space.",
         sites=("attention.key", "attention.value", "ffn.down"),
+        form="attention + bottleneck",
+        insertion="parallel + sequential",
+        composition="gated + added",
         trains="Serial adapter, parallel adapter and prefix of the layers that the structure switches on.",
         count="(sum(layers) if layers else L) * (2 * d * (serial + parallel) + serial + parallel "
         "+ d * ((serial > 0) + (parallel > 0)) + 2 * length * d)",
@@ -135,6 +153,7 @@ METHODS = (
         merge_note="Adapters are nonlinear and a prefix depends on the query.",
         life=("before training: search the structures, each scored by a training run of its own",),
         original="cambridgeltl/autopeft",
+        tiny={"serial": 32, "parallel": 32, "length": 8},  # adapters wider than the whole backbone otherwise
     ),
     Entry(
         name="s3delta",
@@ -159,6 +178,9 @@ METHODS = (
             "biases",
             "norms",
         ),
+        form="low-rank + bottleneck + vector",
+        insertion="parallel + sequential",
+        composition="scaled + added + multiplied",
         trains="While searching, all candidates (LoRA, low-rank adapter, biases, norms) and their gates; afterwards "
         "the chosen ones, at most the budget.",
         count="int(budget * total)",
@@ -171,6 +193,7 @@ METHODS = (
             "probable candidates that fit the budget, from their start",
         ),
         original="thunlp/S3Delta",
+        tiny={"budget": 0.0285, "steps": 1},  # 0.1 % is one candidate; no sum of sizes is 2.85 %; attached often
     ),
     Entry(
         name="s4",
@@ -184,6 +207,9 @@ METHODS = (
         symbols=r"$G_1, \dots, G_4$: layer groups from the input to the output; $A$: adapter; $L$: LoRA; $P$: prefix; "
         r"$B$: biases.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down", "biases"),
+        form="low-rank + attention + bottleneck + tensors",
+        insertion="parallel + sequential + in place",
+        composition="gated + scaled + added + replaced",
         trains="In every layer the modules of its group.",
         count="(lambda share, a, p, b, r: sum((round(sum(groups[:i + 1]) * L / sum(groups)) "
         "- round(sum(groups[:i]) * L / sum(groups))) * n for i, n in enumerate("
@@ -196,5 +222,9 @@ METHODS = (
         merge="no",
         merge_note="Adapters are nonlinear and a prefix depends on the query.",
         original="amazon-science/peft-design-spaces",
+        tiny={
+            "budget": 0.1,
+            "groups": (1, 0, 0, 1),
+        },  # two layers with all four methods; 0.5 % is less than their biases
     ),
 )

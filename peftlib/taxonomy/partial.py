@@ -42,6 +42,9 @@ METHODS = (
         symbols=r"$W \in \mathbb{R}^{o \times i}$: any linear map; $b \in \mathbb{R}^{o}$: its bias; norms have a "
         r"trained shift as well.",
         sites=("biases",),
+        form="tensors",
+        insertion="in place",
+        composition="replaced",
         trains="Every bias vector: of attention, feed-forward blocks and norms.",
         count="L * (d + f) if queries_and_inner else L * (7 * d + f) + d + d * pooler",
         start="identity",
@@ -62,6 +65,9 @@ METHODS = (
         symbols=r"$b_0$: pretrained biases; $\delta$: their change; $s$: first-order estimate of the loss change when "
         r"an entry is set back; $z$: binary mask with $k$ ones.",
         sites=("biases",),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The chosen bias entries, as values with indices, and the task head; the search trains all biases.",
         count="int(density * (L * (7 * d + f) + d + d * pooler))",
         start="identity",
@@ -69,6 +75,7 @@ METHODS = (
         merge="exact",
         merge_note="The values are the backbone's own biases.",
         life=("calibrate: train all biases, prune their change to the budget by first-order scores, rewind",),
+        tiny={"density": 0.9},  # half of a tiny model's few hundred biases do not tell eight texts apart
     ),
     Entry(
         name="s_bitfit",
@@ -82,6 +89,9 @@ METHODS = (
         symbols=r"$\delta_j$: change of the $j$-th bias vector; $z_j \in \{0, 1\}$: whether it is kept; $s_j$: its "
         r"score.",
         sites=("biases",),
+        form="tensors",
+        insertion="in place",
+        composition="replaced",
         trains="The chosen bias vectors and the task head; the search trains all biases.",
         count="int(density * (L * (7 * d + f) + d + d * pooler)) // d * d",
         start="identity",
@@ -89,6 +99,7 @@ METHODS = (
         merge="exact",
         merge_note="The values are the backbone's own biases.",
         life=("calibrate: train all biases, prune whole vectors of their change to the budget, rewind",),
+        tiny={"density": 0.9},
     ),
     Entry(
         name="threshold_mask",
@@ -109,6 +120,9 @@ METHODS = (
             "ffn.gate",
             "ffn.down",
         ),
+        form="entries",
+        insertion="in place",
+        composition="multiplied",
         trains="One score a masked weight; stored is one bit each.",
         count="L * (4 * d * d + 2 * d * f)",
         start="changed",
@@ -132,6 +146,9 @@ METHODS = (
         symbols=r"$N$: samples, each with a gradient of its own; $v \in \mathbb{R}^{k}$: trained values of the chosen "
         r"entries; $k$: a fixed share of all parameters.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The chosen k entries, as values with indices, and the task head, which is charged to the budget.",
         count="int(density * (total + head)) - head * charge_head",
         start="identity",
@@ -140,6 +157,7 @@ METHODS = (
         merge_note="The values are the weights' own entries.",
         life=("calibrate: sum squared gradients sample by sample, then fix the mask",),
         original="varunnair18/FISH",
+        tiny={"density": 0.1},  # 0.5 % of a tiny model is less than its head
     ),
     Entry(
         name="lt_sft",
@@ -153,6 +171,9 @@ METHODS = (
         r"\theta_{\mathrm{task} + \mathrm{lang}} = \theta_0 + \phi_{\mathrm{task}} + \phi_{\mathrm{lang}}",
         symbols=r"$\phi$: sparse difference with the $K$ entries that moved most in a first, full training.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The K chosen entries, as values with indices, and the task head; the first phase, which chooses them, "
         "trains everything and needs the memory of full fine-tuning.",
         count="int(density * total)",
@@ -177,6 +198,9 @@ METHODS = (
         r"M_t \sim \mathrm{Bernoulli}(p)",
         symbols=r"$M_t$: mask of the parameters' shape, drawn anew at step $t$; $p$: share of entries that is kept.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="All parameters, a random share at each step.",
         count="total",
         start="identity",
@@ -185,6 +209,7 @@ METHODS = (
         merge_note="There is nothing to fold: the backbone itself is trained.",
         life=("on_gradients: multiply by a fresh Bernoulli mask and divide by p",),
         original="alibaba/AliceMind",
+        tiny={"density": 0.7},  # of a head's two biases one must pass once in three steps
     ),
     Entry(
         name="child_tuning_d",
@@ -201,6 +226,9 @@ METHODS = (
         symbols=r"$F$: Fisher information, averaged over batches $\beta$; $F_{(1-p)}$: its quantile over all encoder "
         r"layers; $p$: share of entries that train.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The chosen share of the layers' entries, as values; embeddings, pooler and head fully.",
         count="train_rest * (total - L * (4 * d * d + 2 * d * f + 9 * d + f)) "
         "+ int(density * L * (4 * d * d + 2 * d * f + 9 * d + f))",
@@ -225,6 +253,9 @@ METHODS = (
         symbols=r"$w$: change of every parameter; $\alpha$: gate parameters, one an entry and, in the structured form, "
         r"one more a tensor; $u \sim \mathcal{U}(0, 1)$; $l < 0 < 1 < r$: stretch; $\lambda$: price of a non-zero.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The k entries that the projection keeps, as values with indices, and the task head; the first phase "
         "trains a change and a gate of every entry and needs more memory than full fine-tuning.",
         count="int(density * total)",
@@ -248,6 +279,9 @@ METHODS = (
         symbols=r"$\mathcal{L}_t$: loss on batch $t$; $M$: binary mask, chosen within each parameter tensor; "
         r"$\delta$: trained change.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="entries",
+        insertion="in place",
+        composition="replaced",
         trains="The chosen share of every tensor's entries, as values with indices, and the task head.",
         count="int(density * total)",
         start="identity",

@@ -78,6 +78,9 @@ METHODS = (
         symbols=r"$z$: the trained point, shared by all groups $\ell$; $\lambda_{\ell}$: trained scale of a group; "
         r"$H$: Walsh-Hadamard transform; $G$: Gaussian diagonal; $\Pi$: permutation; $B$: diagonal of random signs.",
         sites=("weights", "biases", "norms", "embeddings"),
+        form="projection",
+        insertion="in place",
+        composition="gated",
         trains="The point and the groups' scales; their sum is the dimension d'.",
         count="dimension",
         start="identity",
@@ -97,6 +100,9 @@ METHODS = (
         symbols=r"$W \in \mathbb{R}^{o \times i}$: frozen weight; $A \in \mathbb{R}^{r \times i}$, "
         r"$B \in \mathbb{R}^{o \times r}$: trained factors; $\alpha$: scale; $r$: rank.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The two factors of every targeted matrix.",
         count="2 * L * 2 * d * rank",
         start="identity",
@@ -116,6 +122,9 @@ METHODS = (
         symbols=r"$A \in \mathbb{R}^{k \times k}$, $B \in \mathbb{R}^{\frac{o}{k} \times \frac{i}{k}}$: trained "
         r"factors, applied without forming the product; $s$: scale.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The two factors of every targeted matrix, or of every feed-forward block in the forms beside it.",
         count="L * (2 if form == 'krona' else 1) * (factor * factor + (d // factor) * (d // factor)) "
         "+ L * (form == 'krona_b_res')",
@@ -123,6 +132,7 @@ METHODS = (
         start_note="B starts at zero.",
         merge="exact",
         merge_note="The scaled Kronecker product is added to the weight (the form beside attention's projections).",
+        tiny={"factor": 8},  # 32 does not divide every matrix of a tiny model
     ),
     Entry(
         name="dylora",
@@ -136,6 +146,9 @@ METHODS = (
         symbols=r"$A \in \mathbb{R}^{r \times i}$, $B \in \mathbb{R}^{o \times r}$: trained factors; $b$: the rank of "
         r"this step; in the frozen form only component $b$ gets a gradient.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The two factors of every targeted matrix, as far as the drawn rank goes.",
         count="2 * L * 2 * d * rank",
         start="identity",
@@ -159,6 +172,9 @@ METHODS = (
         r"$Q \in \mathbb{R}^{r \times i}$: trained; $r$: the initial rank; $\gamma$: weight of the orthogonality "
         r"penalty, a mean over all matrices.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The three factors of every targeted matrix at the initial rank.",
         count="2 * L * (2 * d * rank + rank)",
         start="identity",
@@ -185,6 +201,9 @@ METHODS = (
         symbols=r"$a_{k,j} \in \mathbb{R}^{i}$, $b_{k,j} \in \mathbb{R}^{o}$, $\lambda_{k,j}$: component $j$ of matrix "
         r"$k$; $r_k$: its current rank; component $r_k + 1$ is the reserve, with a tiny fixed $\lambda$.",
         sites=_LINEARS,
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="One component and the reserve of every matrix at first; at the end the budget's components. Counted is "
         "the room for as many as the rounds can bring one matrix.",
         count="min(d, 1 + grow * max(1, ceil(6 * L * (target_rank - 1) / (min(top, 6 * L) * grow)))) "
@@ -212,6 +231,9 @@ METHODS = (
         symbols=r"$A_t \in \mathbb{R}^{r \times i}$, $B_t \in \mathbb{R}^{o \times r}$: LoRA's factors after step $t$; "
         r"$\lambda$: how far the weight follows; it starts after a warm-up of $K$ steps.",
         sites=("attention.query", "attention.value"),
+        form="low-rank + tensors",
+        insertion="parallel + in place",
+        composition="scaled + replaced",
         trains="LoRA's factors; the targeted weights move with them.",
         count="2 * L * 2 * d * rank",
         start="identity",
@@ -233,6 +255,9 @@ METHODS = (
         symbols=r"$g_A, g_B$: gradients of LoRA's factors $A, B$; $s$: importance of a weight, summed over a head or a "
         r"channel, of unit norm a matrix, and smoothed over steps.",
         sites=("attention.heads", *_LINEARS),
+        form="low-rank + entries",
+        insertion="parallel + in place",
+        composition="scaled + multiplied",
         trains="LoRA's factors on all linear maps, before the cut.",
         count="L * rank * (8 * d + 2 * (d + f))",
         start="identity",
@@ -246,6 +271,7 @@ METHODS = (
             "on_train_end: cut them out of the weights",
         ),
         original="aim-uofa/LoRAPrune",
+        tiny={"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
     ),
     Entry(
         name="qlora",
@@ -259,6 +285,9 @@ METHODS = (
         symbols=r"$W^{\mathrm{NF4}}$: 4-bit codes in blocks of 64; $c_2$: the blocks' 8-bit scales; $c_1$: scales of "
         r"these scales; $A \in \mathbb{R}^{r \times i}$, $B \in \mathbb{R}^{o \times r}$: trained factors.",
         sites=_LINEARS,
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="LoRA's factors on every linear map of the layers.",
         count="L * rank * (8 * d + 2 * (d + f))",
         start="near",
@@ -267,6 +296,7 @@ METHODS = (
         merge_note="The product is added to the dequantized weight, which then is a plain, unquantized one.",
         life=("attach: quantize the frozen weights",),
         original="artidoro/qlora",
+        tiny={"rank": 8},  # rank 64 is wider than a tiny model
     ),
     Entry(
         name="qa_lora",
@@ -280,6 +310,9 @@ METHODS = (
         symbols=r"$\tilde{W}$: group-wise INT4 weight with scales and zero points; $\operatorname{pool}_{g}$: mean "
         r"over groups of $g$ inputs; $A \in \mathbb{R}^{r \times i/g}$, $B \in \mathbb{R}^{o \times r}$: trained.",
         sites=_LINEARS,
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="LoRA's factors; A has one column a group.",
         count="L * rank * (4 * (d // group + d) + (d // group + f) + (f // group + d))",
         start="near",
@@ -288,6 +321,7 @@ METHODS = (
         merge_note="The update is constant within a group and moves the zero points, which are floats.",
         life=("attach: quantize the frozen weights",),
         original="yuhuixu1993/qa-lora",
+        tiny={"rank": 8, "group": 8},  # groups of 32 inputs leave a tiny model one or two
     ),
     Entry(
         name="loftq",
@@ -302,6 +336,9 @@ METHODS = (
         symbols=r"$q$: quantization to $N$ bits and back; $\operatorname{SVD}_r$: best rank-$r$ approximation, split "
         r"evenly between the factors.",
         sites=_LINEARS,
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="LoRA's factors on every linear map of the layers, from that start.",
         count="L * rank * (8 * d + 2 * (d + f))",
         start="near",
@@ -310,6 +347,7 @@ METHODS = (
         merge_note="The product is added to the dequantized weight, which then is a plain, unquantized one.",
         life=("attach: alternate quantization and decomposition, and keep the best iterate",),
         original="yxli2123/LoftQ",
+        tiny={"rank": 8, "alpha": 8.0, "iterations": 1},  # the same; and every check attaches several times
     ),
     Entry(
         name="kernel_mix",
@@ -326,6 +364,9 @@ METHODS = (
         r"of head $h$; barred factors: shared by all heads; $k_h$: the head's key; $o_h$: the head's output; biases "
         r"are left out.",
         sites=("attention.query", "attention.value", "attention.output", "attention.heads"),
+        form="low-rank",
+        insertion="parallel",
+        composition="added",
         trains="Factors of each head, shared factors, and a bias for each of the three maps that has one.",
         count="L * d * (('query' in maps) * ((H + 1) * rank_query + (rank_query > 0) + 2 * shared_rank_query) "
         "+ ('value' in maps) * (2 * rank_value + (rank_value > 0) + 2 * shared_rank_value) "
@@ -349,6 +390,9 @@ METHODS = (
         symbols=r"$\theta$: LoRA's factors; $\Sigma$: inverse of the Kronecker-factored curvature plus the prior "
         r"precision; $J$: Jacobian of the logits.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="LoRA's factors; curvature and prior precision are estimated afterwards.",
         count="2 * L * 2 * d * rank",
         start="identity",
@@ -372,6 +416,9 @@ METHODS = (
         symbols=r"$A_0 \in \mathbb{R}^{r \times i}$: frozen random factor; $B \in \mathbb{R}^{o \times r}$: trained "
         r"factor.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The second factor of every targeted matrix.",
         count="2 * L * d * rank",
         start="identity",
@@ -392,6 +439,9 @@ METHODS = (
         symbols=r"$A_i, B_i$: factors of the $N$ source modules; $w \in \mathbb{R}^{N}$: searched weights; "
         r"$\lambda$: price of their size.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="gated",
         trains="One weight a source module, found without gradients.",
         count="len(sources)",
         start="changed",
@@ -414,6 +464,9 @@ METHODS = (
         symbols=r"$A_i \in \mathbb{R}^{\frac{r}{N} \times i}$, $B_i \in \mathbb{R}^{o \times \frac{r}{N}}$: the $N$ "
         r"experts; $e_t$: embedding of task $t$; $W_g$: the gate, one for the whole model.",
         sites=_LINEARS,
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled + gated",
         trains="Experts, task embeddings and gate.",
         count="L * rank * (8 * d + 2 * (d + f)) + (1 if shared_gate else 6 * L) * task_dim * (tasks + experts)",
         start="identity",
@@ -422,6 +475,7 @@ METHODS = (
         merge_note="For one task the weighted experts are one product, which is added to the weight.",
         life=("every forward: weigh the experts by the tasks of the batch's rows (task_ids)",),
         original="liuqidong07/MOELoRA-peft",
+        tiny={"dropout": 0.0},  # some checks compare two runs of the same steps
     ),
     Entry(
         name="l_lora",
@@ -436,6 +490,9 @@ METHODS = (
         symbols=r"$A_0, B_0$: start of the factors, the same for all tasks; $\Delta A, \Delta B$: trained change; "
         r"with $B_0 = 0$ only $\Delta B$ has a gradient; $\lambda$: scale of the sum over tasks $t$.",
         sites=("attention.query", "attention.value"),
+        form="low-rank",
+        insertion="parallel",
+        composition="scaled",
         trains="The second factor, the only one that the expansion at a zero B depends on.",
         count="2 * L * d * rank * (2 if std_B else 1)",
         start="identity",
@@ -444,5 +501,6 @@ METHODS = (
         merge_note="The expansion is linear in the input; it is added to the weight.",
         life=("sources: changes of modules with the same start are added, as task arithmetic",),
         original="tanganke/peta",
+        tiny={"dropout": 0.0},  # the same
     ),
 )

@@ -30,6 +30,9 @@ METHODS = (
         r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: the shared up-projection; $p, q$: predictions of two passes; "
         r"$w$: weight of the consistency loss.",
         sites=("ffn.down",),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="M down-projections and one up-projection a layer; after training one of each remains.",
         count="L * (experts * (d * bottleneck + bottleneck) + bottleneck * d + d) if form == 'adapter' else "
         "L * len(targets) * (experts + 1) * d * rank",
@@ -59,6 +62,9 @@ METHODS = (
         symbols=r"$M$: binary masks, fixed before training; $s$: score of an entry; $\tau$: threshold that keeps the "
         r"wanted share of all entries.",
         sites=("attention.output", "ffn.down"),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added",
         trains="The entries of the adapters that the mask keeps, and their biases.",
         count="(lambda adapters, sizes: adapters * (bottleneck + d) + (int(density * sum(n * s for n, s in sizes)) "
         "if scope == 'global' else sum(n * int(density * s) for n, s in sizes)))("
@@ -85,6 +91,9 @@ METHODS = (
         r"scores of layer $\ell$, of the prototype's shape; $M_{\ell}$: their binary mask, with $k$ entries kept in "
         r"each tensor. With several tasks, the mask is $\max(M_{\ell}, M_t)$ for a row of task $t$.",
         sites=("attention.query", "attention.key", "attention.value", "ffn.down"),
+        form="bottleneck",
+        insertion="sequential",
+        composition="added + multiplied",
         trains="The prototype and the scores of every layer; stored are the prototype and one bit a score.",
         count="(L + 1) * 2 * d * bottleneck + bottleneck + d if form == 'adapter' else "
         "length * d + (d + 1) * hidden + 2 * d * (hidden + 1) + 2 * L * length * d if form == 'prefix' else "

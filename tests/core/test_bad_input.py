@@ -41,12 +41,6 @@ def test_an_unknown_method_names_near_ones():
         peftlib.card("bitfitt")
 
 
-def test_a_method_that_is_planned_says_so():
-    planned = [m for m in peftlib.methods(available=False) if m not in peftlib.methods()]
-    for name in planned[:3]:
-        refused(UnknownNameError, f"unknown method '{name}'.*taxonomy but not in peftlib yet", name)
-
-
 def test_an_unknown_option_names_near_ones():
     refused(UnknownNameError, r"unknown option of lora 'rnak'; did you mean 'rank'", "lora", rnak=4)
 

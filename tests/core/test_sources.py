@@ -175,7 +175,7 @@ class Mean(base.Method):
     source_methods = ("lora",)
 
     def attach(self, host):
-        from peftlib.methods import resolve
+        from peftlib.methods.registry import resolve
 
         self.part = resolve(self.sources[0].config)
         self.part.attach(host)
@@ -191,8 +191,8 @@ class Mean(base.Method):
 def mean(monkeypatch):
     """Registered as a method for the time of a test."""
     from peftlib import adapted, saved
-    from peftlib.methods import config as known_config
-    from peftlib.methods import resolve as known_resolve
+    from peftlib.methods.registry import config as known_config
+    from peftlib.methods.registry import resolve as known_resolve
 
     def resolve(method, **options):
         return Mean(MeanConfig()) if method in ("mean", MeanConfig()) else known_resolve(method, **options)

@@ -7,7 +7,7 @@ import peftlib
 from peftlib import cli
 from peftlib.efficiency import bench
 from peftlib.experiments import read_costs
-from peftlib.methods import stand_ins
+from peftlib.methods.registry import stand_ins
 from tests.methods.helpers import backbone, inputs
 
 OPTIONS = {"backbone": "tiny-bert", "batch_size": 2, "length": 8, "turns": 1, "device": "cpu"}

@@ -5,7 +5,7 @@ import pytest
 from peftlib import experiments
 from peftlib.errors import UnknownNameError
 from peftlib.experiments.spec import source_specs
-from peftlib.methods import find
+from peftlib.methods.registry import find
 
 
 def test_key_depends_on_everything_and_on_nothing_else():

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, train
-from peftlib.errors import StateError, TargetError
-from peftlib.methods import ConfigError
+from peftlib.errors import ConfigError, StateError, TargetError
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
 

@@ -7,7 +7,8 @@ import torch
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, train
-from peftlib.methods import ConfigError, TrainingState
+from peftlib.errors import ConfigError
+from peftlib.methods.base import TrainingState
 
 
 def gradients(adapted: peftlib.Adapted, step: int = 0) -> tuple[dict, dict]:

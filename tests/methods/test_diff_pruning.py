@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.errors import DataError
+from peftlib.errors import ConfigError, DataError
 from peftlib.mechanisms import hard_concrete, warmup
-from peftlib.methods import ConfigError
 
 
 def halves(family: str = "bert") -> list[dict]:

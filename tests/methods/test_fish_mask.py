@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.errors import StateError, TargetError, UnsupportedError
-from peftlib.methods import ConfigError
+from peftlib.errors import ConfigError, StateError, TargetError, UnsupportedError
 
 
 def attached(family: str = "bert", head: str = "classification", **options) -> peftlib.Adapted:

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.errors import DataError, LoadError, StateError, TargetError
-from peftlib.methods import ConfigError
+from peftlib.errors import ConfigError, DataError, LoadError, StateError, TargetError
 
 
 def halves(family: str = "bert") -> list[dict]:

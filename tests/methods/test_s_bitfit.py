@@ -10,9 +10,8 @@ import torch
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits
-from peftlib.errors import TargetError, UnsupportedError
+from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.mechanisms import importance, warmup
-from peftlib.methods import ConfigError
 
 
 def halves(family: str = "bert") -> list[dict]:

@@ -7,9 +7,8 @@ import torch
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, train
-from peftlib.errors import TargetError
+from peftlib.errors import ConfigError, TargetError
 from peftlib.mechanisms.sparse import shares
-from peftlib.methods import ConfigError
 
 
 def parts(family: str, count: int = 4) -> list[dict]:

@@ -49,13 +49,13 @@ def test_svg_is_the_same_each_time():
     assert b"<svg" in first
 
 
-def test_tree_names_every_method_and_marks_those_in_peftlib():
+def test_tree_names_and_marks_every_method():
     (axes,) = figures.taxonomy_tree().axes
     texts = {text.get_text() for text in axes.texts}
     survey = [e for e in taxonomy.METHODS if e.category != "baselines"]
     assert {e.title for e in survey} <= texts
     filled = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() != "none"]
-    assert len(filled) == sum(e.available for e in survey)
+    assert len(filled) == len(survey)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_loss_curves_are_the_history(standings):
 
 def test_names_do_not_cover_each_other_or_points():
     """Forty methods, many of them close together."""
-    names = taxonomy.methods(available=False)[:40]
+    names = taxonomy.methods()[:40]
     rows = [
         {"method": name, "trained": 10 ** (3 + n % 5), "mean": 0.7 + 0.004 * (n % 9), "std": 0.002, "seeds": [0, 1]}
         for n, name in enumerate(names)

@@ -9,7 +9,7 @@ import pytest
 
 from peftlib import taxonomy
 from peftlib.experiments import SEARCH_RATES, Store
-from peftlib.methods import find
+from peftlib.methods.registry import find
 from peftlib.report import Standings
 
 from .stored import TRAINED, make, put

@@ -15,48 +15,14 @@ from pybtex.plugin import find_plugin
 import peftlib
 from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
-from peftlib.methods import find, stand_ins
+from peftlib.methods.registry import find, stand_ins
 from peftlib.taxonomy import CATEGORIES, METHODS, Entry
 
 PACKAGE = Path(peftlib.__file__).parent
-SURVEY = [e for e in METHODS if e.category != "baselines"]
+SURVEY = [e for e in METHODS if e.origin == "survey"]
 
 # RoBERTa-base without its task head, and the two-class head.
 SHAPE = {"L": 12, "d": 768, "f": 3072, "H": 12, "V": 50265, "total": 124_055_040, "head": 592_130, "pooler": 0}
-
-# Settings under which the methods that have no config yet are counted.
-SETTINGS = {
-    "bottleneck": 64,
-    "length": 20,
-    "rank": 8,
-    "density": 0.005,
-    "train_norms": True,
-    "reduction": 32,
-    "tasks": 3,
-    # by one method each
-    "dropped": 5,
-    "robust": False,
-    "heads": 1,
-    "head_dim": 1,
-    "embedding": 64,
-    "hidden": 128,
-    "tokens": 3,
-    "dimension": 1000,
-    "group": 32,
-    "sources": ("a", "b", "c"),
-    "experts": 4,
-    "task_dim": 64,
-    "shared_gate": True,
-    "std_B": 0.0,
-    "divisions": 4,
-    "plus_plus": False,
-    "layers": (1,) * 12,
-    "serial": 48,
-    "parallel": 48,
-    "groups": (2, 4, 4, 2),
-    "form": "adapter",
-    "last_layers": None,
-}
 
 # What the words of `sites` can be: the sites of peftlib.anatomy, and kinds of tensors.
 SITES = {
@@ -83,10 +49,8 @@ COMMANDS = {*NAMES.split(), *"{}|, \\"}
 
 
 def values_for(entry: Entry) -> dict:
-    """The shape with the config's defaults where peftlib has the method, else with the settings above."""
-    if entry.available:
-        return SHAPE | dataclasses.asdict(find(entry.name).Config()) | {"sources": stand_ins(entry.name)}
-    return SHAPE | SETTINGS
+    """The shape with the config's defaults."""
+    return SHAPE | dataclasses.asdict(find(entry.name).Config()) | {"sources": stand_ins(entry.name)}
 
 
 def check_latex(source: str) -> None:
@@ -146,7 +110,7 @@ def test_59_methods_in_five_classes():
 
 def test_order_is_the_survey_s_with_the_baselines_last():
     classes = [e.category.split("/")[0] for e in METHODS]
-    order = ["additive", "partial", "reparameterized", "hybrid", "unified", "baselines"]
+    order = ["additive", "partial", "reparameterized", "hybrid", "unified", "since_survey", "baselines"]
     assert classes == sorted(classes, key=order.index)
     paths = [c.path for c in CATEGORIES]
     assert [e.category for e in METHODS] == sorted([e.category for e in METHODS], key=paths.index)
@@ -168,7 +132,8 @@ def test_every_branch_hangs_on_the_tree_and_has_a_chapter_where_methods_are():
         assert not c.parent or paths.index(c.parent) < paths.index(c.path)
         assert c.title
         assert c.summary
-        assert bool(c.chapter) == any(e.category == c.path for e in METHODS)
+        if c.path != "since_survey":
+            assert bool(c.chapter) == any(e.category == c.path for e in METHODS)
         assert re.fullmatch(r"\d\d_[a-z_]+", c.chapter) or not c.chapter
     chapters = [c.chapter for c in CATEGORIES if c.chapter and c.path != "baselines"]
     assert chapters == sorted(chapters)
@@ -191,18 +156,15 @@ def test_tree_holds_every_method_once():
 
 
 def test_methods_by_category():
-    assert taxonomy.methods("partial/bias", available=False) == ["bitfit", "u_bitfit", "s_bitfit"]
-    assert taxonomy.methods("unified", available=False) == ["adamix", "sparse_adapter", "propetl"]
-    assert len(taxonomy.methods("reparameterized/lora", available=False)) == 14
-    assert len(taxonomy.methods(available=False)) == 61
-    here = taxonomy.methods()
-    assert here == [e.name for e in METHODS if e.available]
-    assert here[-2:] == ["full", "head"]
-    assert "lora" in here
+    assert taxonomy.methods("partial/bias") == ["bitfit", "u_bitfit", "s_bitfit"]
+    assert taxonomy.methods("unified") == ["adamix", "sparse_adapter", "propetl"]
+    assert len(taxonomy.methods("reparameterized/lora")) == 14
+    assert taxonomy.methods() == [e.name for e in METHODS]
+    assert taxonomy.methods()[-2:] == ["full", "head"]
 
 
 def test_a_category_is_not_the_prefix_of_another_one_s_name():
-    assert "lora" in taxonomy.methods("reparameterized/low_rank", available=False)
+    assert "lora" in taxonomy.methods("reparameterized/low_rank")
     with pytest.raises(UnknownNameError, match="'reparameterized/lo'"):
         taxonomy.methods("reparameterized/lo")
 
@@ -274,7 +236,7 @@ def test_count_is_a_whole_number_on_roberta_base(entry):
 @every()
 def test_count_uses_the_shape_and_the_config_only(entry):
     allowed = {"ceil", "enumerate", "int", "len", "max", "min", "round", "sum"} | values_for(entry).keys()
-    for source in stand_ins(entry.name) if entry.available else ():
+    for source in stand_ins(entry.name):
         allowed |= {"config"} | source.config.as_dict().keys()
     assert set(compile(entry.count, entry.name, "eval").co_names) <= allowed
 
@@ -357,7 +319,7 @@ def test_every_method_file_has_an_entry_and_lies_in_its_category():
         if p.name not in ("__init__.py", "layer.py", "search.py") and p.parent.name != "bases"
     }
     assert files <= {e.file for e in METHODS}
-    assert files == {e.file for e in METHODS if e.available}
+    assert files == {e.file for e in METHODS}
 
 
 def test_every_folder_of_methods_is_a_category():
@@ -368,14 +330,14 @@ def test_every_folder_of_methods_is_a_category():
         assert (PACKAGE / "methods" / folder / "__init__.py").is_file()
 
 
-@every([e for e in METHODS if e.available])
-def test_available_method_is_found_and_named_after_its_file(entry):
+@every(METHODS)
+def test_method_is_found_and_named_after_its_file(entry):
     cls = find(entry.name)
     assert cls.__module__ in (entry.module, f"{entry.module}.method")
     assert cls.Config().method == entry.name
 
 
-@every([e for e in SURVEY if e.available])
+@every(SURVEY)
 def test_the_method_s_file_names_its_paper(entry, references):
     name = f"arXiv:{entry.arxiv}" if entry.arxiv else references.entries[entry.cite].fields["doi"]
     assert name in importlib.import_module(entry.module).__doc__

@@ -1,4 +1,5 @@
-"""The design space says of every method what its code does, as far as a model with the method attached shows it."""
+"""Entries: what they refuse, and that the design space says of every method what its code does, as far as
+a model with the method attached shows it."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from torch.nn.utils import parametrize
 import peftlib
 from peftlib import taxonomy
 from peftlib.conformance.case import Case
-from peftlib.errors import UnsupportedError
+from peftlib.errors import EntryError, UnsupportedError
 from peftlib.mechanisms.low_rank import Anchored
 from peftlib.methods.reparameterized.lora.weight_update.lora_prune import LoRAPrune
-from peftlib.taxonomy import design
+from peftlib.taxonomy import types
 
 
 @functools.cache
@@ -37,27 +38,21 @@ def children(adapted) -> list[tuple[nn.Module, nn.Module]]:
 
 
 every = pytest.mark.parametrize("entry", taxonomy.METHODS, ids=lambda e: e.name)
-available = pytest.mark.parametrize(
-    "entry", [e for e in taxonomy.METHODS if e.available and e.name != "head"], ids=lambda e: e.name
-)
+changing = pytest.mark.parametrize("entry", [e for e in taxonomy.METHODS if e.name != "head"], ids=lambda e: e.name)
 
 
 @every
 def test_every_method_has_its_place(entry):
-    words = (design.FORMS, design.INSERTIONS, design.COMPOSITIONS)
-    for known, said in zip(words, (entry.design.form, entry.design.insertion, entry.design.composition), strict=True):
+    words = (types.FORMS, types.REPRESENTATIONS, types.INSERTIONS, types.COMPOSITIONS)
+    for known, said in zip(words, entry.place, strict=True):
         assert said
         assert len(set(said)) == len(said)
         assert set(said) <= known.keys()
     assert entry.modifies
-    assert all(any(site in sites for sites in design.REPRESENTATIONS.values()) for site in entry.sites)
+    assert all(any(site in sites for sites in types.REPRESENTATIONS.values()) for site in entry.sites)
 
 
-def test_nothing_else_has_a_place():
-    assert list(design.DESIGNS) == [e.name for e in taxonomy.METHODS]
-
-
-@available
+@changing
 def test_what_changes_in_place_is_the_network_s_own_weights(entry):
     """Their new values are what is stored, or what a parametrization or the method itself makes of what is stored."""
     adapted, own = attached(entry.name)
@@ -67,13 +62,13 @@ def test_what_changes_in_place_is_the_network_s_own_weights(entry):
     stored = {name.removesuffix(".values") for name in adapted.method.state()} - set(adapted.head_names)
     # Delta-LoRA moves weights step by step, LoRAPrune cuts them when training ends.
     moved = any(isinstance(child, Anchored) for child in beside) or isinstance(adapted.method, LoRAPrune)
-    assert ("in place" in entry.design.insertion) == (bool(stored & own) or (made and not beside) or moved)
-    only = set(entry.design.insertion) == {"in place"}
+    assert ("in place" in entry.place[2]) == (bool(stored & own) or (made and not beside) or moved)
+    only = set(entry.place[2]) == {"in place"}
     assert not (only and beside)
     assert only or children(adapted)
 
 
-@available
+@changing
 def test_a_child_hangs_on_a_site_that_the_entry_names(entry):
     adapted, _ = attached(entry.name)
     owners = {id(owner) for owner, _ in children(adapted)}
@@ -92,15 +87,51 @@ OTHER_FACTORS = {
 }
 
 
-@available
+@changing
 def test_what_is_scaled_has_the_factor_as_an_option(entry):
     options = {field.name for field in dataclasses.fields(peftlib.find(entry.name).Config)}
     scaled = bool(options & FACTORS) and entry.name not in OTHER_FACTORS
-    assert ("scaled" in entry.design.composition) == scaled
+    assert ("scaled" in entry.place[3]) == scaled
 
 
 def test_hybrids_are_the_sum_of_their_parts():
     for name in ("mam_adapter", "unipelt"):
         method = peftlib.find(name)(peftlib.config(name))
-        parts = [word for part in method.parts for word in taxonomy.entry(part.name).design.form if word != "tensors"]
-        assert set(taxonomy.entry(name).design.form) == set(parts)
+        parts = [word for part in method.parts for word in taxonomy.entry(part.name).place[0] if word != "tensors"]
+        assert set(taxonomy.entry(name).place[0]) == set(parts)
+
+
+ENTRY = dataclasses.asdict(taxonomy.entry("lora")) | {"name": "mine", "origin": "yours"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("title", "", "entry of mine: title is empty"),
+        ("equation", "", "equation is empty"),
+        ("name", "my method", "entry of my method: name is 'my method'"),
+        ("form", "bottelneck", "form has 'bottelneck'; known are bottleneck"),
+        ("insertion", "parallel + above", "insertion has 'above'"),
+        ("composition", "", "composition has ''"),
+        ("start", "zero", "start is 'zero'; known are identity, near, changed"),
+        ("merge", "yes", "merge is 'yes'"),
+        ("origin", "mine", "origin is 'mine'"),
+        ("count", "2 * L *", "count is no formula"),
+    ],
+)
+def test_an_entry_with_a_wrong_field_names_it(field, value, match):
+    with pytest.raises(EntryError, match=match) as error:
+        taxonomy.Entry(**(ENTRY | {field: value}))
+    assert error.value.field == field
+
+
+def test_an_entry_without_a_field_names_it():
+    with pytest.raises(TypeError, match="'equation'"):
+        taxonomy.Entry(**{name: value for name, value in ENTRY.items() if name != "equation"})
+
+
+def test_a_formula_names_sizes_and_options_only():
+    entry = taxonomy.Entry(**(ENTRY | {"count": "sum(rank for layer in range_) + L"}))
+    with pytest.raises(EntryError, match=r"count names 'range_'; known are L, d, .*, rank"):
+        entry.check_count(["rank"])
+    taxonomy.entry("increlora").check_count(f.name for f in dataclasses.fields(peftlib.find("increlora").Config))
