@@ -115,6 +115,8 @@ class Method:
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: ClassVar[int] = 2
     """How many sources it needs at least, where it takes any."""
+    hf_peft: ClassVar[Any] = None
+    """How HF peft's files hold its adapters, a :class:`peftlib.methods.bases.hf_peft.Format`; None: not at all."""
     exceptions: ClassVar[dict[str, str]] = {}
     """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
     The suite sees to it that a check named here really fails."""

@@ -174,7 +174,7 @@ def _change(folder, **settings) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"peft_type": "VERA"}, UnsupportedError, "VERA.*LORA, IA3"),
+        ({"peft_type": "LOHA"}, UnsupportedError, "LOHA.*IA3, LORA"),
         ({"use_dora": True}, UnsupportedError, "use_dora"),
         ({"bias": "lora_only"}, UnsupportedError, "bias='lora_only'"),
         ({"alpha_pattern": {"query": 3}}, UnsupportedError, "alpha_pattern"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.scaling import ScaleInput, ScaleOutput
 from peftlib.methods.base import Method, MethodConfig
+from peftlib.methods.bases import hf_peft
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class IA3Config(MethodConfig):
 class IA3(Method):
     Config = IA3Config
     learning_rate = 1e-2
+    hf_peft = hf_peft.IA3()
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -29,6 +29,7 @@ from peftlib.mechanisms import attention, positions
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.bases import hf_peft
 
 ROLES = ("encoder", "decoder", "cross")
 
@@ -66,6 +67,7 @@ class PrefixTuningConfig(MethodConfig):
 class PrefixTuning(Method):
     Config = PrefixTuningConfig
     learning_rate = 5e-4
+    hf_peft = hf_peft.Prefix()
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

@@ -25,6 +25,7 @@ from peftlib.errors import TargetError
 from peftlib.mechanisms import prompt
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.bases import hf_peft
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class PromptTuningConfig(MethodConfig):
 class PromptTuning(Method):
     Config = PromptTuningConfig
     learning_rate = 1e-2
+    hf_peft = hf_peft.Prompt()
     exceptions = {  # noqa: RUF012
         f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and norms "
         "behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull them."

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from peftlib.anatomy import Site
 from peftlib.mechanisms.low_rank import LowRank
 from peftlib.methods.base import MethodConfig, at_least
+from peftlib.methods.bases import hf_peft
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
@@ -44,6 +45,7 @@ class LoRAConfig(MethodConfig):
 class LoRA(LowRankUpdates):
     Config = LoRAConfig
     learning_rate = 2e-3
+    hf_peft = hf_peft.LowRank()
 
     def update(self, site: Site) -> LowRank:
         c = self.config
