@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from peftlib import backbones
+from peftlib import backbones, taxonomy
 from peftlib.mechanisms import structure
+from peftlib.methods import registry
+from peftlib.methods.base import Method
+from peftlib.methods.registry import register
 
 
 def backbone(family: str, head: str = "classification") -> nn.Module:
@@ -29,6 +35,18 @@ def perturb(adapted, std: float = 0.3, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in adapted.trainable().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+
+
+@contextmanager
+def registered(cls: type[Method], name: str, **fields) -> Iterator[None]:
+    """Inside ``with``, a method of this name, whose entry is LoRA's but for these fields."""
+    entry = {"name": name, "category": "yours", "count": "0", "tiny": {}} | fields
+    register(cls, entry=dataclasses.replace(taxonomy.entry("lora"), **entry))
+    try:
+        yield
+    finally:
+        registry._REGISTERED.pop(name)
+        taxonomy._ENTRY_OF.pop(name)
 
 
 def interrupt(monkeypatch, owner, name: str, at: int) -> list[None]:

@@ -171,7 +171,7 @@ def test_the_seed_decides(pair):
 
 
 def test_left_over_tensors_are_named(tmp_path):
-    from tests.core.test_files import rewrite
+    from tests.test_saved import rewrite
 
     both = combined(("lora", "bitfit"))
     folder = both.save(tmp_path / "adapter")

@@ -18,6 +18,7 @@ import peftlib
 from peftlib import saved as module
 from peftlib.conformance.case import Case, backbone, inputs, logits, train
 from peftlib.errors import LoadError, StateError
+from tests.methods.helpers import perturb
 
 LORA = Case("lora", "bert")
 
@@ -315,3 +316,16 @@ def test_loading_onto_an_attached_model_is_an_error(saved):
     with pytest.raises(StateError, match="lora is already attached"):
         peftlib.load(model, saved)
     assert torch.isfinite(logits(model, **inputs("bert"))).all()
+
+
+def test_what_is_read_is_what_was_taken(tmp_path):
+    adapted = Case("lora", "bert").trained()
+    read, taken = peftlib.read(adapted.save(tmp_path / "mine")), adapted.snapshot()
+    assert read.name == "mine" and read.config == taken.config == adapted.config
+    assert read.head == taken.head and read.backbone == taken.backbone
+    assert read.state.keys() == taken.state.keys()
+    assert all(torch.equal(read.state[n], taken.state[n]) for n in read.state)
+    before = Case("lora", "bert").logits(adapted.model)
+    perturb(adapted)
+    again = peftlib.load(backbone("bert"), taken)
+    assert torch.equal(Case("lora", "bert").logits(again.model), before)
