@@ -17,8 +17,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch.utils.data import DataLoader
 
-from peftlib.errors import DataError, StateError, UnsupportedError
-from peftlib.methods.base import at_least
+from peftlib.errors import DataError, StateError, UnknownNameError, UnsupportedError
+from peftlib.methods.base import ConfigError, at_least
 
 if TYPE_CHECKING:
     from peftlib.adapted import Adapted
@@ -58,6 +58,7 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.06,
     schedule: str = "linear",
+    schedule_options: dict | None = None,
     max_grad_norm: float = 1.0,
     gradient_accumulation: int = 1,
     precision: Precision = "no",
@@ -80,7 +81,8 @@ def fit(
         learning_rate: default: the method's own, found by a stated search.
         head_learning_rate: the task head's; default: the same as ``learning_rate``.
         warmup: share of the steps in which the rate rises linearly from 0.
-        schedule: a scheduler name of transformers.
+        schedule: a scheduler name of transformers' ``get_scheduler``; ``schedule_options`` are what it takes beside
+            the numbers of steps, such as ``{"num_cycles": 2}`` of "cosine_with_restarts".
         precision: autocast: "no", "bf16" or "fp16"; trained parameters stay in their own dtype.
         group_by_length: make batches of rows of similar length, in random order: less padding, faster steps.
         evaluate_on: split to evaluate on at the end (and every ``evaluate_every`` steps); None: never.
@@ -90,7 +92,7 @@ def fit(
     The process group, if any, is the one that ``accelerate launch`` or ``torchrun`` set up.
 
     Raises DataError for a task without labels or with an empty split, UnsupportedError for one that the model's head
-    is not made for.
+    is not made for, UnknownNameError for another schedule and ConfigError for options that it does not take.
     """
     # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
     # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
@@ -100,6 +102,7 @@ def fit(
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     _check_task(adapted, task)
+    _check_schedule(schedule, schedule_options)
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
     model = adapted.model
@@ -150,7 +153,7 @@ def fit(
     with _prepared(accelerator, model, optimizer, loader) as (wrapped, optimizer, prepared):
         total = steps if steps is not None else max(1, round(epochs * len(prepared) / gradient_accumulation))
         at_least("steps", total, 1)
-        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
+        scheduler = get_scheduler(schedule, optimizer, round(warmup * total), total, schedule_options)
         result = FitResult(steps=total, metrics={}, calibration_seconds=calibration)
         batches = _forever(prepared)
 
@@ -271,6 +274,19 @@ def _check_task(adapted: Adapted, task) -> None:
             f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has "
             f"{adapted.model.config.num_labels}: load the backbone with num_labels={task.num_labels}"
         )
+
+
+def _check_schedule(name: str, options: dict | None) -> None:
+    from transformers import SchedulerType, get_scheduler
+
+    # These two follow a metric, which a step of this loop does not have.
+    known = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+    if name not in known:
+        raise UnknownNameError("schedule", name, known)
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule_options={options!r} do not fit the schedule {name!r}: {error}") from error
 
 
 def _check_labels(task, split: str, tokenizer, max_length: int | None) -> None:
