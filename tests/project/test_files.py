@@ -81,6 +81,14 @@ def test_traces_are_recognized(kind, line):
     assert TRACES[kind].search(line)
 
 
+def test_files_of_the_library_that_are_no_modules_are_package_data():
+    """An installed peftlib has them only where pyproject.toml says so."""
+    declared = pyproject()["tool"]["setuptools"]["package-data"]
+    data = {ROOT.joinpath(*p.split("."), file) for p, patterns in declared.items() for file in patterns}
+    packaged = {path for pattern in data for path in pattern.parent.glob(pattern.name)}
+    assert packaged == {path for path in tracked() if path.is_relative_to(ROOT / "peftlib") and path.suffix != ".py"}
+
+
 def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert pyproject()["project"]["version"] == peftlib.__version__ == citation["version"]
