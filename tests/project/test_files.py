@@ -89,6 +89,13 @@ def test_files_of_the_library_that_are_no_modules_are_package_data():
     assert packaged == {path for path in tracked() if path.is_relative_to(ROOT / "peftlib") and path.suffix != ".py"}
 
 
+def test_paths_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:\.ci|book|peftlib|results|tests|tools)/[\w./]*)`", text)
+    assert len(named) > 30
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert pyproject()["project"]["version"] == peftlib.__version__ == citation["version"]
