@@ -9,6 +9,7 @@ PORT ?= 8000
 # Two workers by default: the machine that the times in README.md are meant for has two cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+UPGRADE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,8 +84,8 @@ serve: ## Serve the built book on this machine
 	@echo "http://localhost:$(PORT)"
 	$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
-lock: env ## Write requirements.lock and environment.yml from what .venv holds
-	$(BIN)/python tools/lock.py
+lock: env ## Write requirements.lock and environment.yml; UPGRADE="name other==1.2" changes these versions
+	$(BIN)/python tools/lock.py $(UPGRADE)
 
 clean: ## Remove what was built; .venv and results stay
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,9 +1,10 @@
-"""Write requirements.lock and environment.yml from the packages installed in the running Python.
+"""Write requirements.lock and environment.yml: what pyproject.toml requires, at the versions that the lock has.
 
-    .venv/bin/python tools/lock.py
+    .venv/bin/python tools/lock.py [PACKAGE | PACKAGE==VERSION ...]
 
-The lock is the closure of what pyproject.toml requires (with the extras named in ``[tool.peftlib.lock]``),
-at the versions that are installed. Two kinds of packages are treated apart:
+uv resolves the requirements, with the extras of ``[tool.peftlib.lock]``, for the oldest Python of ``requires-python``
+on Linux; it installs nothing. A version that the lock has stays unless a requirement rules it out or the package is
+named here, which takes its newest version or the given one. Two kinds of packages are treated apart:
 
 * CUDA's own packages and Triton are left out: torch requires the ones that fit it, on machines that use them.
 * Packages of ``no-deps`` carry models; what they require is not followed. The lock marks them, and
@@ -13,54 +14,51 @@ at the versions that are installed. Two kinds of packages are treated apart:
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tempfile
 import tomllib
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCK = ROOT / "requirements.lock"
-ENVIRONMENT = ROOT / "environment.yml"
+LOCK, ENVIRONMENT = "requirements.lock", "environment.yml"
 NO_DEPS = "# no-deps"
 BROUGHT_BY_TORCH = re.compile(r"(nvidia-|cuda-|triton$|pytorch-triton)")
 
 
-def resolve(project: dict) -> dict[str, str]:
-    """The closure of the project's requirements: canonical name -> installed version, without local part."""
+def resolve(root: Path, upgrade: Sequence[str] = ()) -> tuple[dict[str, str], set[str]]:
+    """Name -> version of all that the project in ``root`` requires, and those of them that go in without what they
+    require. Exits where no versions fit together, and uv says why, or where they are none that ``upgrade`` asks for."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())
     settings = project["tool"]["peftlib"]["lock"]
-    name = canonicalize_name(project["project"]["name"])
-    extras = project["project"]["optional-dependencies"]
-    no_deps = {canonicalize_name(package) for package in settings["no-deps"]}
+    python = project["project"]["requires-python"].removeprefix(">=")
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / LOCK
 
-    pins: dict[str, str] = {}
-    followed: set[tuple[str, str]] = set()
-    todo = [Requirement(f"{name}[{','.join(settings['extras'])}]"), *map(Requirement, sorted(no_deps))]
-    while todo:
-        requirement = todo.pop()
-        package = canonicalize_name(requirement.name)
-        for extra in ("", *sorted(requirement.extras)):
-            if (package, extra) in followed or BROUGHT_BY_TORCH.match(package):
-                continue
-            followed.add((package, extra))
-            if package == name:
-                lines = extras[extra] if extra else project["project"]["dependencies"]
-            else:
-                pins[package] = metadata.version(package).partition("+")[0]
-                lines = [] if package in no_deps else metadata.requires(package) or []
-            for line in lines:
-                needed = Requirement(line)
-                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                    todo.append(needed)
-    return dict(sorted(pins.items()))
+        def pins(*arguments: str, given: str = "") -> dict[str, str]:
+            # What stands in the output is what uv prefers.
+            output.write_text((root / LOCK).read_text())
+            command = [sys.executable, "-m", "uv", "pip", "compile", *arguments, "--output-file", str(output)]
+            command += ["--python-version", python, "--python-platform", "linux", "--no-header", "--no-annotate", "-q"]
+            command += [part for package in upgrade for part in ("--upgrade-package", package)]
+            if code := subprocess.run(command, cwd=root, input=given, text=True).returncode:
+                raise SystemExit(code)
+            # The local part says which build of a version it is, such as torch's "+cpu". That differs by machine.
+            return {n: v.partition("+")[0] for n, _, v in (x.partition("==") for x in output.read_text().splitlines())}
 
-
-def too_new(pins: dict[str, str], python: str) -> list[str]:
-    """Pins that do not install on the Python release ``python``, as "name version: what it requires"."""
-    wanted = {name: metadata.metadata(name).get("Requires-Python") or "" for name in pins}
-    return [f"{n} {pins[n]}: {w}" for n, w in wanted.items() if not SpecifierSet(w).contains(python)]
+        extras = [part for extra in settings["extras"] for part in ("--extra", extra)]
+        required = pins("pyproject.toml", *extras)
+        alone = pins("-", "--no-deps", given="\n".join(settings["no-deps"]))
+    found = {n: v for n, v in sorted({**required, **alone}.items()) if not BROUGHT_BY_TORCH.match(n)}
+    for wanted in map(Requirement, upgrade):
+        version = found.get(canonicalize_name(wanted.name))
+        if version is None or version not in wanted.specifier:
+            raise SystemExit(f"{wanted} does not fit what is required; it would be {version or 'left out'}")
+    return found, set(alone)
 
 
 def lock_text(pins: dict[str, str], no_deps: set[str]) -> str:
@@ -90,17 +88,12 @@ def environment_text(pins: dict[str, str], no_deps: set[str]) -> str:
     return head + "".join(f"      - {n}=={v}\n" for n, v in pins.items() if n not in no_deps)
 
 
-def main() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    no_deps = {canonicalize_name(package) for package in project["tool"]["peftlib"]["lock"]["no-deps"]}
-    pins = resolve(project)
-    oldest = project["project"]["requires-python"].removeprefix(">=") + ".0"
-    if unfit := too_new(pins, oldest):
-        raise SystemExit(f"not for Python {oldest}: {'; '.join(unfit)}. Install an older version, then lock again.")
-    LOCK.write_text(lock_text(pins, no_deps))
-    ENVIRONMENT.write_text(environment_text(pins, no_deps))
-    print(f"{len(pins)} packages: {LOCK.name}, {ENVIRONMENT.name}")
+def main(root: Path, upgrade: Sequence[str]) -> None:
+    pins, no_deps = resolve(root, upgrade)
+    (root / LOCK).write_text(lock_text(pins, no_deps))
+    (root / ENVIRONMENT).write_text(environment_text(pins, no_deps))
+    print(f"{len(pins)} packages: {LOCK}, {ENVIRONMENT}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ROOT, sys.argv[1:])

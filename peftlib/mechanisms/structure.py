@@ -199,6 +199,7 @@ class Search:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 for step in self._shown(range(done, self.steps)):
                     for optimizer, rate in zip(optimizers, (self.rate, self.gate_rate)):
+                        # Not transformers' get_scheduler, which cannot begin in the middle, as a resumed search does.
                         optimizer.param_groups[0]["lr"] = rate * (1 - step / self.steps)
                     self._step(step, own[step % len(own)], other[step % len(other)], optimizers)
                     last = step + 1 == self.steps

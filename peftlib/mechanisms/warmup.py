@@ -59,6 +59,7 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        # Not transformers' linear schedule, whose first step has the rate 0: a first phase may be a single step.
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
         )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from peftlib import taxonomy
 from peftlib.methods.registry import find
-from peftlib.report import markdown
 from peftlib.report.conformance import Matrix
 from peftlib.report.counts import BACKBONES
+from peftlib.report.rendering import code, link, render
 from peftlib.report.standings import Standings
 from peftlib.taxonomy import Entry
 
@@ -38,138 +39,116 @@ class Sources:
 
 def page(entry: Entry, sources: Sources) -> str:
     """The card of one method as a MyST page below ``cards/``."""
-    parts = [f"# {entry.title}", _place(entry), entry.summary + f" Source: {{cite:t}}`{entry.cite}`."]
-    parts += [
-        markdown.figure(
-            f"../figures/sites-{entry.name}.svg",
-            f"Where {entry.title} acts in a transformer: {', '.join(entry.sites)}",
-            f"Where it acts: {', '.join(f'`{site}`' for site in entry.sites)}. "
-            "One layer is drawn, as in an encoder; a gate is there in families that have one.",
-        ),
-        f"$$\n{entry.equation}\n$$",
-        f"Here {entry.symbols}",
-        _facts(entry),
-    ]
-    links = markdown.links(entry, sources.repository, sources.chapters, up="../")
-    del links["card"]
+    found = links(entry, sources, up="../")
+    del found["card"]
     if entry.original:
-        links["original"] = f"[original code](https://github.com/{entry.original})"
-    parts.append("**Read on:** " + " · ".join([*links.values(), "[all methods](../taxonomy.md)"]))
-    parts += [*_use(entry), *_counts(entry, sources), *_measured(entry, sources), *_conformance(entry, sources)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _place(entry: Entry) -> str:
+        found["original"] = link("original code", f"https://github.com/{entry.original}")
     path = entry.category.split("/")
-    titles = [taxonomy.category("/".join(path[: n + 1])).title for n in range(len(path))]
-    return f"`{entry.name}` · {' › '.join(titles)}"
+    return render(
+        "card.md.j2",
+        entry=entry,
+        titles=[taxonomy.category("/".join(path[: n + 1])).title for n in range(len(path))],
+        place=place(entry),
+        start=_START[entry.start],
+        links=[*found.values(), link("all methods", "../taxonomy.md")],
+        **_facts(entry, sources),
+    )
 
 
-def _facts(entry: Entry) -> str:
-    merge = "Folds exactly into plain weights" if entry.merge == "exact" else "Does not fold into plain weights"
-    form, modifies, insertion, composition = (", ".join(words) for words in entry.place)
-    facts = {
-        "Design space": f"Form: {form}. Modifies: {modifies}. Insertion: {insertion}. Composition: {composition}. "
-        "[The words](../design-space.md)",
-        "Trains": entry.trains,
-        "Starts": f"{_START[entry.start]}. {entry.start_note}",
-        "Merge": f"{merge}. {entry.merge_note}",
-        "Beside gradient steps": "; ".join(entry.life) or "Nothing.",
-        "Trained parameters": f"`{entry.count}`, without the task head",
+def links(entry: Entry, sources: Sources, up: str = "") -> dict[str, Markup]:
+    """Where a reader can go on from a method: card, paper, chapter and code, those that there are. A chapter that does
+    not have the method yet is not linked. ``up`` leads from the page to the source's root."""
+    found = {"card": link("card", f"{up}cards/{entry.name}.md")}
+    if entry.arxiv:
+        found["paper"] = link(f"arXiv:{entry.arxiv}", f"https://arxiv.org/abs/{entry.arxiv}")
+    if f'"{entry.name}"' in sources.chapters.get(entry.chapter, "").replace("\\", ""):
+        found["chapter"] = link("chapter", f"{up}notebooks/{entry.chapter}.ipynb")
+    found["code"] = link("code", f"{sources.repository}/{entry.file}")
+    return found
+
+
+def place(entry: Entry) -> dict[str, str]:
+    """Where a method stands in the design space: dimension -> its words."""
+    return {
+        dimension: ", ".join(words)
+        for dimension, words in zip(("form", "modifies", "insertion", "composition"), entry.place)
     }
-    return "\n\n".join(f"{name}\n: {text}" for name, text in facts.items())
 
 
-def _use(entry: Entry) -> Iterator[str]:
+def _facts(entry: Entry, sources: Sources) -> dict[str, Any]:
+    """What a card says of a method that is there: its use, its counts, its runs, its row of the conformance matrix."""
+    standings, matrix = sources.standings, sources.matrix
+    counts, unsupported = _counts(entry, sources)
+    checked = matrix is not None and entry.name in matrix.methods
+    return {
+        "use": _use(entry),
+        "counts": counts,
+        "unsupported": unsupported,
+        "measured": _measured(entry, standings),
+        "profile": standings.profile.name,
+        "first_track": standings.first,
+        "above_head": None if entry.name == "head" else standings.above_head(entry.name),
+        "conformance": _conformance(entry, matrix) if checked else [],
+        "tally": matrix.tally(entry.name) if checked else {},
+    }
+
+
+def _use(entry: Entry) -> dict[str, Any]:
     cls = find(entry.name)
     fields = dataclasses.fields(cls.Config)
     numbers = [f for f in fields if type(f.default) in (int, float)]
-    given = "".join(f", {f.name}={f.default!r}" for f in numbers[:2])
-    yield "## Use"
-    yield f'```python\nadapted = peftlib.attach(model, "{entry.name}"{given})\n```'
-    if fields:
-        options = ", ".join(f"`{f.name}={f.default!r}`" for f in fields)
-        yield f"Options and defaults: {options}."
-    document = inspect.getdoc(cls.Config)
-    if fields and document and not document.startswith(f"{cls.Config.__name__}("):
-        yield document.replace("``", "`")
-    yield f"Default learning rate of `peftlib.fit`: {cls.learning_rate:g}."
+    document = inspect.getdoc(cls.Config) or ""
+    # A dataclass without a docstring has its signature for one.
+    written = not document.startswith(f"{cls.Config.__name__}(")
+    return {
+        "given": "".join(f", {f.name}={f.default!r}" for f in numbers[:2]),
+        "options": [f"{f.name}={f.default!r}" for f in fields],
+        "document": document.replace("``", "`") if written else "",
+        "learning_rate": cls.learning_rate,
+    }
 
 
-def _counts(entry: Entry, sources: Sources) -> Iterator[str]:
-    rows, notes = [], []
+def _counts(entry: Entry, sources: Sources) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """One row a backbone; and why, of those that cannot host the method."""
+    rows, unsupported = [], {}
     for backbone, (title, _) in BACKBONES.items():
         found = sources.counts[entry.name][backbone]
+        row = dict.fromkeys(("Backbone", "trained", "of which head", "% of all", "stored"), "–") | {"Backbone": title}
         if "unsupported" in found:
-            rows.append((title, "–", "–", "–", "–"))
-            notes.append(f"{title}: {found['unsupported']}")
-            continue
-        rows.append(
-            (
-                title,
-                f"{found['trained']:,}",
-                f"{found['head']:,}" if found["head"] else "–",
-                f"{found['percent']:.3f}",
-                size(found["stored_bytes"]),
-            )
-        )
-    yield "## Parameters on published backbones"
-    yield (
-        "Counted on the attached method at its default options, on the published shapes without weights; "
-        "before calibration where a method has one, stored size then being an upper bound."
-    )
-    yield markdown.table(("Backbone", "trained", "of which head", "% of all", "stored"), rows, "lrrrr")
-    yield from notes
+            unsupported[title] = found["unsupported"]
+        else:
+            row |= {
+                "trained": f"{found['trained']:,}",
+                "of which head": f"{found['head']:,}" if found["head"] else "–",
+                "% of all": f"{found['percent']:.3f}",
+                "stored": size(found["stored_bytes"]),
+            }
+        rows.append(row)
+    return rows, unsupported
 
 
-def _measured(entry: Entry, sources: Sources) -> Iterator[str]:
-    yield "## Measured"
-    standings = sources.standings
-    rows = [
-        (
-            track,
-            f"{standings.metric(track)} {quality(row)}",
-            len(row["seeds"]),
-            f"{row['trained']:,}",
-            f"{1000 * row['seconds_per_step']:.0f}",
-            f"{row['learning_rate']:g}",
-            " ".join(f"`{key}`" for key in row["runs"]),
-        )
+def _measured(entry: Entry, standings: Standings) -> list[dict[str, Any]]:
+    return [
+        {
+            "Track": track,
+            "quality": f"{standings.metric(track)} {quality(row)}",
+            "seeds": len(row["seeds"]),
+            "trained": f"{row['trained']:,}",
+            "ms/step": f"{1000 * row['seconds_per_step']:.0f}",
+            "learning rate": f"{row['learning_rate']:g}",
+            "runs": Markup(" ").join(map(code, row["runs"])),
+        }
         for track, row in standings.of(entry.name).items()
     ]
-    if not rows:
-        yield "No stored runs."
-        return
-    yield (
-        f"Test split, profile `{standings.profile.name}`: mean and standard deviation over seeds, at the learning rate "
-        "that the [stated search](../book/protocol.md) found; all methods are on the [leaderboard](../leaderboard.md)."
-    )
-    head = ("Track", "quality", "seeds", "trained", "ms/step", "learning rate", "runs")
-    yield markdown.table(head, rows, "lrrrrrl")
-    above = standings.above_head(entry.name)
-    if above is not None and entry.name != "head":
-        points = f"{100 * abs(above):.1f} points {'above' if above > 0 else 'below'}"
-        yield f"On {standings.first} it is {points} training the head alone. {entry.below_head}".strip()
 
 
-def _conformance(entry: Entry, sources: Sources) -> Iterator[str]:
-    yield "## Conformance"
-    if sources.matrix is None or entry.name not in sources.matrix.methods:
-        yield "No stored result of the conformance suite."
-        return
+def _conformance(entry: Entry, matrix: Matrix) -> list[dict[str, str]]:
     rows = []
-    for check, cell in sources.matrix.methods[entry.name].items():
-        families = ", ".join(cell.passed) or "–"
+    for check, cell in matrix.methods[entry.name].items():
         rest = cell.reasons() + ([f"fails on {', '.join(cell.failed)}"] if cell.failed else [])
-        rows.append((sources.matrix.checks[check], families, "; ".join(rest)))
-    tally = sources.matrix.tally(entry.name)
-    yield (
-        f"{tally['passed']} checks hold on every family that can host it"
-        + (f", {tally['declined']} are declined for a stated reason" if tally["declined"] else "")
-        + (f", {tally['failed']} fail" if tally["failed"] else "")
-        + "; [the whole matrix](../conformance.md)."
-    )
-    yield markdown.dropdown("Check by check", markdown.table(("Check", "holds on", "does not hold"), rows))
+        holds = ", ".join(cell.passed) or "–"
+        rows.append({"Check": matrix.checks[check], "holds on": holds, "does not hold": "; ".join(rest)})
+    return rows
 
 
 def quality(row: dict[str, Any]) -> str:

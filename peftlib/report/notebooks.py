@@ -1,8 +1,9 @@
 """Execute the notebooks, each only when something it depends on has changed.
 
 Sources in ``notebooks/`` hold no outputs. Executed copies live in ``_build/executed/<profile>/`` beside a JSON file
-that names what they depended on: the notebook, its parameters, the lock file, each module of peftlib that it imported,
-and the run files, where it read the store. When one of those has another hash, the notebook is executed again.
+that names what they depended on: the notebook, its parameters, the lock file, each module of peftlib that it imported
+with its HTML templates, and the run files, where it read the store. When one of those has another hash, the notebook is
+executed again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES, EXECUTED = "notebooks", "_build/executed"
 #: What stands in a notebook that reads the store of results.
 READS_STORE = re.compile(r"\b(Store|Standings)\(")
+#: What a notebook can depend on in the library: modules, and the templates of what is shown in place.
+LIBRARY = ("*.py", "*.html.j2")
 #: The last cell of an executed notebook, removed again: which files of the library its kernel had imported.
 TRACE = """\
 import json as _json, sys as _sys
@@ -70,7 +73,7 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
     target = executed_path(source, profile, root)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Taken before, so that what changes meanwhile counts as changed.
-    library = [str(path.relative_to(root)) for path in (root / "peftlib").rglob("*.py")]
+    library = [str(path.relative_to(root)) for kind in LIBRARY for path in (root / "peftlib").rglob(kind)]
     record = _dependencies(source, profile, library, root)
     notebook = nbformat.read(source, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(TRACE))
@@ -103,7 +106,7 @@ def execute(source: Path, profile: str, root: Path = ROOT, threads: int = 1) -> 
         result = nbformat.read(made, as_version=4)
     trace = result.cells.pop()
     imported = {Path(f).resolve() for f in json.loads("".join(o.get("text", "") for o in trace.outputs))}
-    record["files"] = {name: hashed for name, hashed in record["files"].items() if (root / name).resolve() in imported}
+    record["files"] = {name: hashed for name, hashed in record["files"].items() if _module(root / name) in imported}
     for problem in problems(result):
         raise NotebookError(f"{source.name}: {problem}")
     nbformat.write(tidy(result), target)
@@ -182,6 +185,12 @@ def _dependencies(source: Path, profile: str, files: list[str], root: Path) -> d
         "results": _hash_results(root) if READS_STORE.search(text) else None,
         "files": {name: _hash((root / name).read_bytes()) for name in files},
     }
+
+
+def _module(path: Path) -> Path:
+    """A module itself; for a template the package that it belongs to."""
+    path = path.resolve()
+    return path if path.suffix == ".py" else path.parents[1] / "__init__.py"
 
 
 def _hash_results(root: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from IPython.display import HTML, Markdown
 
 from peftlib import taxonomy
+from peftlib.report.rendering import render
 
 
 def source(name: str) -> Markdown:
@@ -21,13 +22,7 @@ def source(name: str) -> Markdown:
 
 def table(rows: Iterable[dict[str, Any]]) -> HTML:
     """Rows with the same keys as an HTML table that scrolls sideways on a narrow screen."""
-    rows = list(rows)
-    head = "".join(f"<th>{key}</th>" for key in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td{_align(value)}>{_text(value)}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
-    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return HTML(f'<div style="overflow-x:auto"><table class="table">{content}</table></div>')
+    return HTML(render("table.html.j2", rows=list(rows)))
 
 
 def comparison(records: Iterable[dict[str, Any]]) -> HTML:
@@ -48,12 +43,3 @@ def comparison(records: Iterable[dict[str, Any]]) -> HTML:
         for r in sorted(records, key=lambda r: -r["metrics"]["test"][metric])
     ]
     return table(rows)
-
-
-def _text(value: Any) -> str:
-    return str(value).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _align(value: Any) -> str:
-    numeric = str(value).replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdigit()
-    return ' style="text-align:right"' if numeric else ""

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import nn
 
-from peftlib.errors import StateError, UnsupportedError
+from peftlib.errors import ConfigError, StateError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import at_least
 from peftlib.training.evaluation import Precision, Tuned, check_labels, evaluate_task
 from peftlib.training.lifecycle import Lifecycle
@@ -75,6 +75,7 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.06,
     schedule: str = "linear",
+    schedule_options: dict | None = None,
     max_grad_norm: float = 1.0,
     gradient_accumulation: int = 1,
     precision: Precision = "no",
@@ -98,7 +99,8 @@ def fit(
         learning_rate: default: the method's own, found by a stated search.
         head_learning_rate: the task head's; default: the same as ``learning_rate``.
         warmup: share of the steps in which the rate rises linearly from 0.
-        schedule: a scheduler name of transformers.
+        schedule: a scheduler name of transformers' ``get_scheduler``; ``schedule_options`` are what it takes beside
+            the numbers of steps, such as ``{"num_cycles": 2}`` of "cosine_with_restarts".
         precision: autocast: "no", "bf16" or "fp16"; trained parameters stay in their own dtype.
         group_by_length: make batches of rows of similar length, in random order: less padding, faster steps.
         evaluate_on: split to evaluate on at the end (and every ``evaluate_every`` steps); None: never.
@@ -110,11 +112,12 @@ def fit(
     The process group, if any, is the one that ``accelerate launch`` or ``torchrun`` set up.
 
     Raises DataError for a task without labels or with an empty split, UnsupportedError for one that the model's head
-    is not made for.
+    is not made for, UnknownNameError for another schedule and ConfigError for options that it does not take.
     """
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     _check_task(adapted, task)
+    _check_schedule(schedule, schedule_options)
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
     adapted.model.to(accelerator.device)
@@ -142,7 +145,7 @@ def fit(
         with _prepared(accelerator, adapted.model, optimizer, loader) as (model, optimizer, batches):
             total = steps if steps is not None else max(1, round(epochs * len(batches) / gradient_accumulation))
             at_least("steps", total, 1)
-            scheduler = _scheduler(schedule, optimizer, warmup, total)
+            scheduler = _scheduler(schedule, optimizer, warmup, total, schedule_options)
             step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), max_grad_norm)
             title = f"{adapted.name} on {task.name}"
             bar, stream = _bar(title, total, progress and accelerator.is_main_process), _forever(batches)
@@ -217,13 +220,26 @@ def _calibrate(adapted: Trainable, loader: Iterable, checkpoint: str | os.PathLi
     return time.perf_counter() - began
 
 
-def _scheduler(name: str, optimizer: Any, warmup: float, total: int) -> Any:
+def _scheduler(name: str, optimizer: Any, warmup: float, total: int, options: dict | None) -> Any:
     # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
     # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import get_scheduler
 
-    return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * total), num_training_steps=total)
+    return get_scheduler(name, optimizer, round(warmup * total), total, options)
+
+
+def _check_schedule(name: str, options: dict | None) -> None:
+    from transformers import SchedulerType, get_scheduler
+
+    # These two follow a metric, which a step of this loop does not have.
+    known = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+    if name not in known:
+        raise UnknownNameError("schedule", name, known)
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule_options={options!r} do not fit the schedule {name!r}: {error}") from error
 
 
 @contextmanager

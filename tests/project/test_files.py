@@ -81,6 +81,21 @@ def test_traces_are_recognized(kind, line):
     assert TRACES[kind].search(line)
 
 
+def test_files_of_the_library_that_are_no_modules_are_package_data():
+    """An installed peftlib has them only where pyproject.toml says so."""
+    declared = pyproject()["tool"]["setuptools"]["package-data"]
+    data = {ROOT.joinpath(*p.split("."), file) for p, patterns in declared.items() for file in patterns}
+    packaged = {path for pattern in data for path in pattern.parent.glob(pattern.name)}
+    assert packaged == {path for path in tracked() if path.is_relative_to(ROOT / "peftlib") and path.suffix != ".py"}
+
+
+def test_paths_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:\.ci|book|peftlib|results|tests|tools)/[\w./]*)`", text)
+    assert len(named) > 30
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert pyproject()["project"]["version"] == peftlib.__version__ == citation["version"]

@@ -39,6 +39,9 @@ def root(tmp_path):
     (tmp_path / "peftlib" / "__init__.py").write_text("")
     (tmp_path / "peftlib" / "used.py").write_text("ANSWER = 42\n")
     (tmp_path / "peftlib" / "unused.py").write_text("")
+    (tmp_path / "peftlib" / "shown" / "templates").mkdir(parents=True)
+    for name in ("__init__.py", "templates/table.html.j2", "templates/page.md.j2"):
+        (tmp_path / "peftlib" / "shown" / name).write_text("")
     return tmp_path
 
 
@@ -51,13 +54,13 @@ def run(root: Path, profile: str = "smoke", **more) -> list[Path]:
 
 
 def test_executed_once_until_something_it_depends_on_changes(root):
-    source = write(root, "10_one", COUNT, "from peftlib import used\nprint(used.ANSWER)")
+    source = write(root, "10_one", COUNT, "from peftlib import shown, used\nprint(used.ANSWER)")
     (target,) = run(root)
     cell = nbformat.read(target, as_version=4).cells[1]
     assert cell.outputs[0].text == "42\n"
     assert not [c for c in nbformat.read(source, as_version=4).cells if c.outputs]
 
-    for name in ("unused.py", "new.py"):
+    for name in ("unused.py", "new.py", "shown/templates/page.md.j2"):
         (root / "peftlib" / name).write_text("# changed\n")
     (root / "results" / "run.json").write_text("{}")
     run(root)
@@ -67,6 +70,7 @@ def test_executed_once_until_something_it_depends_on_changes(root):
     for path, text in (
         # Of another length: Python takes a module's old bytecode for that of a change of the same second and size.
         (root / "peftlib" / "used.py", "ANSWER = 40 + 3\n"),
+        (root / "peftlib" / "shown" / "templates" / "table.html.j2", "changed"),
         (root / "requirements.lock", "nothing==2\n"),
     ):
         path.write_text(text)

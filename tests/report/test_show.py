@@ -21,7 +21,7 @@ def test_source_is_the_file_of_the_library():
 
 def test_table_escapes_and_aligns():
     html = report.table([{"name": "<a & b>", "count": "1,234"}, {"name": "c", "count": "5e-4"}]).data
-    assert "&lt;a &amp; b>" in html
+    assert "&lt;a &amp; b&gt;" in html
     assert html.count('style="text-align:right"') == 2
     assert "overflow-x:auto" in html
 

@@ -240,6 +240,17 @@ def test_a_mixture_reports_each_task():
     assert {"smoke/accuracy", "smoke-pair/accuracy", "mean", "accuracy", "loss"} <= result.metrics.keys()
 
 
+def test_the_schedule_takes_its_options():
+    """Half a wave has the factors 1 and 1/2 in two steps; a whole one 1 and 0, so that its second step does nothing."""
+    (one_step, _), (half_wave, _), (wave, _) = (
+        fitted(warmup=0.0, steps=1),
+        fitted(warmup=0.0, steps=2, schedule="cosine"),
+        fitted(warmup=0.0, steps=2, schedule="cosine", schedule_options={"num_cycles": 1.0}),
+    )
+    assert equal(wave, one_step)
+    assert distance(half_wave, one_step) > 0
+
+
 # Bad input
 
 
@@ -288,6 +299,15 @@ def test_a_task_for_another_head_says_how_to_load_the_backbone():
 )
 def test_sizes_that_cannot_be_are_named(options):
     refuse(peftlib.ConfigError, next(iter(options)), tasks.load("smoke"), **options)
+
+
+def test_an_unknown_schedule_or_option_of_one_is_named():
+    task = tasks.load("smoke")
+    refuse(UnknownNameError, "'cosin'; did you mean 'cosine'.*Known: linear,.*inverse_sqrt", task, schedule="cosin")
+    refuse(UnknownNameError, "schedule 'reduce_lr_on_plateau'", task, schedule="reduce_lr_on_plateau")
+    wrong = {"schedule": "cosine", "schedule_options": {"num_cyles": 2}}
+    refuse(peftlib.ConfigError, r"schedule_options=.*num_cyles.*'cosine'", task, **wrong)
+    refuse(peftlib.ConfigError, "'warmup_stable_decay'.*num_decay_steps", task, schedule="warmup_stable_decay")
 
 
 def test_training_after_leaving_is_an_error():
