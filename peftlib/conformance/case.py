@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-import peftlib
+from peftlib import anatomy, backbones
+from peftlib.adapted import Adapted, attach
 from peftlib.backbones import tiny
+from peftlib.errors import UnsupportedError
+from peftlib.methods.base import MethodConfig, SavedAdapter
+from peftlib.methods.registry import config as make_config
+from peftlib.methods.registry import find
+from peftlib.taxonomy import entry
 
 FAMILIES = tuple(f for f in tiny.FAMILIES if f != "xlm-roberta")  # RoBERTa's own architecture and table
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
@@ -33,9 +39,9 @@ def lm_head(family: str) -> str:
 
 
 @functools.cache
-def _backbone(family: str, head: str) -> peftlib.backbones.Backbone:
+def _backbone(family: str, head: str) -> backbones.Backbone:
     # Without dropout, so that two runs of the same steps can be compared.
-    return peftlib.backbones.load(f"tiny-{family}", head=head, dropout=0.0)
+    return backbones.load(f"tiny-{family}", head=head, dropout=0.0)
 
 
 def tokenizer(family: str):
@@ -94,8 +100,8 @@ class Case:
     options: dict = field(default_factory=dict, kw_only=True)
 
     @property
-    def config(self) -> peftlib.MethodConfig:
-        return peftlib.config(self.method, **{**peftlib.card(self.method).tiny, **self.options})
+    def config(self) -> MethodConfig:
+        return make_config(self.method, **{**entry(self.method).tiny, **self.options})
 
     def backbone(self) -> nn.Module:
         return backbone(self.family, self.head).to(self.dtype)
@@ -109,19 +115,19 @@ class Case:
     def logits(self, model: nn.Module) -> torch.Tensor:
         return logits(model, **self.inputs())
 
-    def start(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
+    def start(self, model: nn.Module | None = None, **options) -> Adapted:
         """The method on a fresh backbone, with sources where it builds on some."""
         model = self.backbone() if model is None else model
         given = sources(self.method, self.family, self.head, model.config.num_hidden_layers, self.dtype)
-        return peftlib.attach(model, self.config, sources=given, **options)
+        return attach(model, self.config, sources=given, **options)
 
-    def attach(self, model: nn.Module | None = None, **options) -> peftlib.Adapted:
+    def attach(self, model: nn.Module | None = None, **options) -> Adapted:
         """As :meth:`start`, calibrated where it must be."""
         adapted = self.start(model, **options)
         adapted.calibrate([self.batch()])
         return adapted
 
-    def trained(self, steps: int = 3, **options) -> peftlib.Adapted:
+    def trained(self, steps: int = 3, **options) -> Adapted:
         """The method after a few large steps, so that it computes something else than at its start."""
         adapted = self.attach(**options)
         train(adapted, self.batch(), steps)
@@ -129,7 +135,7 @@ class Case:
 
 
 def train(
-    adapted: peftlib.Adapted,
+    adapted: Adapted,
     data: dict[str, torch.Tensor],
     steps: int = 3,
     *,
@@ -163,7 +169,7 @@ def train(
 
 def cut(model: nn.Module, layers: int) -> nn.Module:
     """The model with the first layers of each stack only."""
-    for path in {layer.path.rpartition(".")[0] for layer in peftlib.anatomy.of(model).layers}:
+    for path in {layer.path.rpartition(".")[0] for layer in anatomy.of(model).layers}:
         del model.get_submodule(path)[layers:]
     model.config.num_hidden_layers = layers
     return model
@@ -172,15 +178,15 @@ def cut(model: nn.Module, layers: int) -> nn.Module:
 @functools.cache
 def sources(
     method: str, family: str, head: str, layers: int, dtype: torch.dtype = torch.float32
-) -> tuple[peftlib.SavedAdapter, ...]:
+) -> tuple[SavedAdapter, ...]:
     """Adapters that differ, for a method that builds on some of another method; none for the others. ``layers`` of each
     stack are those of the backbone that they are for, and ``dtype`` is its."""
-    cls = peftlib.find(method)
+    cls = find(method)
     made = []
     for seed in range(max(2, cls.fewest_sources) if set(cls.source_methods) - {method} else 0):
         kind = cls.source_methods[0]
-        config = peftlib.config(kind, **SOURCES.get(method, peftlib.card(kind).tiny))
-        adapted = peftlib.attach(cut(backbone(family, head), layers).to(dtype), config, seed=seed)
+        config = make_config(kind, **SOURCES.get(method, entry(kind).tiny))
+        adapted = attach(cut(backbone(family, head), layers).to(dtype), config, seed=seed)
         adapted.model.to(dtype)
         train(adapted, batch(family, head), steps=1 + seed)
         made.append(adapted.snapshot())
@@ -192,7 +198,7 @@ def supported_family(method: str) -> str:
     for family in FAMILIES:
         try:
             Case(method, family).start()
-        except peftlib.errors.UnsupportedError:
+        except UnsupportedError:
             continue
         return family
     raise AssertionError(f"{method} supports no family")

@@ -22,9 +22,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import peftlib
+from peftlib.adapted import Adapted, load
 from peftlib.conformance.case import ENCODERS, FAMILIES, Case, cut, lm_head, logits, train
 from peftlib.errors import MergeError, StateError, UnsupportedError
+from peftlib.methods.registry import find
+from peftlib.taxonomy import entry
 
 
 class Declined(Exception):
@@ -80,7 +82,7 @@ def start(case: Case, tmp: Path) -> None:
     before = case.logits(model)
     case.attach(model)
     after = case.logits(model)
-    promise = peftlib.card(case.method).start
+    promise = entry(case.method).start
     if promise == "identity":
         assert torch.equal(before, after), f"the start moved the logits by {(after - before).abs().max():.1e}"
         return
@@ -106,7 +108,7 @@ def count(case: Case, tmp: Path) -> None:
         "pooler": int(getattr(parts.base, "pooler", None) is not None),
         "sources": adapted.method.sources,
     }
-    card = peftlib.card(case.method)
+    card = entry(case.method)
     assert size.method == card.trained(**values, **dataclasses.asdict(case.config)), card.count
 
 
@@ -117,7 +119,7 @@ def seed(case: Case, tmp: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state), "attach() drew from the global random state"
     assert first.keys() == second.keys()
     # Where a calibration draws, it may choose other tensors with another seed.
-    assert first.keys() == other.keys() or peftlib.find(case.method).calibrates
+    assert first.keys() == other.keys() or find(case.method).calibrates
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
@@ -236,7 +238,7 @@ def save_load(case: Case, tmp: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = peftlib.load(model, folder)
+        loaded = load(model, folder)
     assert loaded.config == adapted.config
     after = case.logits(loaded.model)
     assert torch.equal(before, after), f"the logits differ by {(before - after).abs().max():.1e}"
@@ -250,7 +252,7 @@ def save_load(case: Case, tmp: Path) -> None:
 
 @check("Merged, the outputs are those of the unmerged model (1e-9 in float64, 1e-5 in float32)")
 def merge(case: Case, tmp: Path) -> None:
-    card = peftlib.card(case.method)
+    card = entry(case.method)
     if card.merge == "no":
         adapted = case.trained()
         before = case.logits(adapted.model)
@@ -366,7 +368,7 @@ def bf16_backbone(case: Case, tmp: Path) -> None:
     assert torch.isfinite(torch.tensor(losses)).all()
     assert {p.dtype for p in adapted.trainable().values() if id(p) not in own} <= {torch.float32}
     assert case.logits(model).dtype == torch.bfloat16
-    loaded = peftlib.load(case.backbone().to(torch.bfloat16), adapted.save(tmp / "adapter"))
+    loaded = load(case.backbone().to(torch.bfloat16), adapted.save(tmp / "adapter"))
     assert torch.equal(case.logits(loaded.model), case.logits(model))
 
 
@@ -379,7 +381,7 @@ def checkpointing(case: Case, tmp: Path) -> None:
         if on:
             adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-        def look(step: int, adapted: peftlib.Adapted = adapted) -> None:
+        def look(step: int, adapted: Adapted = adapted) -> None:
             found.append({n: p.grad.clone() for n, p in adapted.trainable().items() if p.grad is not None})
 
         torch.manual_seed(0)
@@ -457,7 +459,7 @@ def trainer(case: Case, tmp: Path) -> None:
     still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
     assert not still, f"four steps did not move {still[:5]}"
     assert adapted.guard.running is None
-    loaded = peftlib.load(case.backbone(), adapted.save(tmp / "adapter"))
+    loaded = load(case.backbone(), adapted.save(tmp / "adapter"))
     assert torch.equal(case.logits(loaded.model), case.logits(adapted.model))
 
     resumed = case.attach()
@@ -467,7 +469,7 @@ def trainer(case: Case, tmp: Path) -> None:
     assert not differ, f"resumed from its second step it ends elsewhere: {differ[:5]}"
 
 
-def _train_with_trainer(adapted: peftlib.Adapted, case: Case, folder: Path, checkpoint: str | None = None) -> None:
+def _train_with_trainer(adapted: Adapted, case: Case, folder: Path, checkpoint: str | None = None) -> None:
     """Four steps of two forwards each, with a checkpoint after the second."""
     data = case.batch()
     rows = [{k: v[i] for k, v in data.items()} for i in range(len(data["labels"]))]
@@ -543,7 +545,7 @@ def assert_same_structure(now: dict[str, tuple], before: dict[str, tuple]) -> No
         assert now[name] == described, f"{name or 'the model'} is not as it was"
 
 
-def _watch_moments(adapted: peftlib.Adapted) -> Counter:
+def _watch_moments(adapted: Adapted) -> Counter:
     """Counts how often each moment of the attached method is called."""
     called: Counter = Counter()
     for moment in adapted.method.hooks():
@@ -557,6 +559,6 @@ def _watch_moments(adapted: peftlib.Adapted) -> Counter:
     return called
 
 
-def _assert_called(adapted: peftlib.Adapted, called: Counter, steps: int, forwards: int) -> None:
+def _assert_called(adapted: Adapted, called: Counter, steps: int, forwards: int) -> None:
     times = {"penalty": forwards, "on_train_end": 1}
     assert dict(called) == {m: times.get(m, steps) for m in adapted.method.hooks()}

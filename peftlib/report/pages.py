@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from peftlib import tasks, taxonomy
 from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs, read_costs
-from peftlib.report import cards, conformance, costs, figures, notebooks, searches
+from peftlib.report import cards, conformance, costs, figures, house, notebooks, searches
 from peftlib.report.counts import counts
 from peftlib.report.rendering import code, link, render
 from peftlib.report.standings import Standings
@@ -51,6 +51,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {
         "taxonomy.md": taxonomy_page(sources),
         "design-space.md": design_page(),
+        "house.md": house_page(sources.repository),
         "leaderboard.md": leaderboard_page(standings),
         "costs.md": costs_page(memory, step, variants),
         "searches.md": searches_page(found, structures),
@@ -59,6 +60,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
         "tables/tracks.md": tracks_table(standings),
         "figures/taxonomy.svg": svg(figures.taxonomy_tree()),
         "figures/design-space.svg": svg(figures.design_space()),
+        "figures/house.svg": svg(house.house()),
         "figures/costs.svg": svg(costs.cost_figure(memory, step)),
         "figures/searches.svg": svg(searches.search_figure(found)),
     }
@@ -133,6 +135,15 @@ def design_page() -> str:
         if entry.category != "baselines"
     ]
     return render("design-space.md.j2", words=words, rows=rows)
+
+
+def house_page(repository: str) -> str:
+    """The library's rooms and what each imports."""
+    rows = [
+        {"room": code(room.name), "what is there": Markup(room.says), "it imports": ", ".join(room.imports)}
+        for room in reversed(house.rooms())
+    ]
+    return render("house.md.j2", rows=rows, contributing=f"{repository}/CONTRIBUTING.md")
 
 
 def leaderboard_page(standings: Standings) -> str:
