@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,8 +32,24 @@ from peftlib import anatomy
 from peftlib.adapted import Adapted, attach
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import LoadError, StateError, UnsupportedError
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.prefix import Prefix
+from peftlib.mechanisms.prompt import Prompt
+from peftlib.mechanisms.scaling import ScaleInput, ScaleOutput
 from peftlib.methods import config as method_config
 from peftlib.methods.base import MethodConfig
+
+if TYPE_CHECKING:
+    from peftlib.methods.additive.others.ia3 import IA3Config
+    from peftlib.methods.additive.soft_prompts.prefix_tuning import PrefixTuningConfig
+    from peftlib.methods.additive.soft_prompts.prompt_tuning import PromptTuningConfig
+    from peftlib.methods.reparameterized.low_rank.lora import LoRAConfig
+
+T = TypeVar("T")
+
+Folder = str | os.PathLike[str]
+Settings = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning", "PREFIX_TUNING": "prefix_tuning"}
@@ -56,7 +72,7 @@ _TASKS = {
 """End of a model's class name -> HF peft's name of the task, on which its prompts and prefixes depend."""
 
 
-def from_hf_peft(model: nn.Module, folder: str | os.PathLike, *, keep_original: bool = True) -> Adapted:
+def from_hf_peft(model: nn.Module, folder: Folder, *, keep_original: bool = True) -> Adapted:
     """Attach an adapter that HF peft saved to the backbone it was made for; it then trains, saves and merges as ours.
 
     Where the file holds parts of the task head, the head trains on from them; parts that it lacks stay as they are in
@@ -89,7 +105,7 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike, *, keep_original: 
     return adapted
 
 
-def to_hf_peft(adapted: Adapted, folder: str | os.PathLike) -> Path:
+def to_hf_peft(adapted: Adapted, folder: Folder) -> Path:
     """Write what HF peft's ``PeftModel.from_pretrained(model, folder)`` loads onto the same backbone.
 
     Raises UnsupportedError for a method or an option that HF peft does not have, StateError for a folder that holds
@@ -129,7 +145,7 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike) -> Path:
 Fill = Callable[[Adapted], None]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(folder: Path) -> tuple[Settings, Tensors]:
     if not (folder / CONFIG).is_file():
         raise LoadError(f"{folder} has no {CONFIG}; is it a folder that HF peft saved?")
     if not (folder / WEIGHTS).is_file():
@@ -149,7 +165,7 @@ def _inside(name: str, kind: str) -> str:
     return name.removeprefix("base_model.").removeprefix("model." if kind in ("LORA", "IA3") else "")
 
 
-def _sites(parts: Anatomy, path: str, folder) -> list[Site]:
+def _sites(parts: Anatomy, path: str, folder: Folder) -> list[Site]:
     found = [site for site in parts.sites() if site.path == path]
     if not found:
         known = dict(parts.model.named_modules())
@@ -165,13 +181,13 @@ def _patterns(parts: Anatomy, sites: list[Site]) -> tuple[str, ...]:
     return names if len(parts.sites(names)) == len(sites) else tuple(dict.fromkeys(site.path for site in sites))
 
 
-def _lora(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+def _lora(settings: Settings, tensors: Tensors, parts: Anatomy, folder: Folder) -> tuple[MethodConfig, Fill]:
     variant = [name for name in _VARIANTS if settings.get(name)]
     if settings.get("bias", "none") != "none":
         variant.append(f"bias={settings['bias']!r}")
     if variant:
         raise UnsupportedError(f"{folder} is a LoRA with {', '.join(variant)}, which peftlib's lora does not have")
-    starts: dict[str, torch.Tensor] = {}
+    starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for path in sorted({n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")}):
         A, B = tensors.pop(f"{path}.lora_A.weight"), tensors.pop(f"{path}.lora_B.weight", None)
         if B is None:
@@ -194,14 +210,14 @@ def _lora(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[Method
     )
 
     def fill(adapted: Adapted) -> None:
-        for site, update in adapted.method.updates.items():
+        for site, update in _updates(adapted).items():
             for name, value in zip("AB", starts[str(site)]):
                 _copy(getattr(update, name), value, f"{site}.lora_{name}")
 
     return config, fill
 
 
-def _ia3(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+def _ia3(settings: Settings, tensors: Tensors, parts: Anatomy, folder: Folder) -> tuple[MethodConfig, Fill]:
     scales: dict[str, torch.Tensor] = {}
     outputs, inputs = [], []
     for name in sorted(n for n in tensors if n.endswith(".ia3_l")):
@@ -221,13 +237,13 @@ def _ia3(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodC
     config = method_config("ia3", outputs=_patterns(parts, outputs), inputs=_patterns(parts, inputs))
 
     def fill(adapted: Adapted) -> None:
-        for site, child in adapted.method.scales.items():
+        for site, child in _scales(adapted).items():
             _copy(child.scale, scales[str(site)], f"{site}.ia3_l")
 
     return config, fill
 
 
-def _prompt(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+def _prompt(settings: Settings, tensors: Tensors, parts: Anatomy, folder: Folder) -> tuple[MethodConfig, Fill]:
     vectors = _embeddings(tensors, folder)
     if (settings.get("num_transformer_submodules") or 1) > 1:
         raise UnsupportedError(
@@ -236,13 +252,12 @@ def _prompt(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[Meth
         )
 
     def fill(adapted: Adapted) -> None:
-        (child,) = adapted.host.paths().values()
-        _copy(child.vectors, vectors, "prompt_embeddings")
+        _copy(_prompt_child(adapted).vectors, vectors, "prompt_embeddings")
 
     return method_config("prompt_tuning", length=len(vectors), init="random"), fill
 
 
-def _prefix(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+def _prefix(settings: Settings, tensors: Tensors, parts: Anatomy, folder: Folder) -> tuple[MethodConfig, Fill]:
     embeddings = _embeddings(tensors, folder)
     if len(parts.stacks) > 1:
         return _decoder_prefix(settings, embeddings, parts, folder)
@@ -256,13 +271,15 @@ def _prefix(settings: dict, tensors: dict, parts: Anatomy, folder) -> tuple[Meth
 
     def fill(adapted: Adapted) -> None:
         for layer, (key, value) in zip(adapted.host.anatomy.layers, pairs):
-            _copy(layer.attention.prefix.key, key, "prompt_embeddings")
-            _copy(layer.attention.prefix.value, value, "prompt_embeddings")
+            _copy(_prefix_child(layer).key, key, "prompt_embeddings")
+            _copy(_prefix_child(layer).value, value, "prompt_embeddings")
 
     return method_config("prefix_tuning", length=len(embeddings), reparametrize=False), fill
 
 
-def _decoder_prefix(settings: dict, embeddings: torch.Tensor, parts: Anatomy, folder) -> tuple[MethodConfig, Fill]:
+def _decoder_prefix(
+    settings: Settings, embeddings: torch.Tensor, parts: Anatomy, folder: Folder
+) -> tuple[MethodConfig, Fill]:
     """Of an encoder-decoder backbone, where ``num_transformer_submodules`` of 2 repeat the row of keys and values."""
     _counts_by_bias(parts)
     if settings.get("num_transformer_submodules") != 2:
@@ -282,14 +299,14 @@ def _decoder_prefix(settings: dict, embeddings: torch.Tensor, parts: Anatomy, fo
 
     def fill(adapted: Adapted) -> None:
         for i, layer in enumerate(_decoder(adapted.host.anatomy)):
-            _copy(layer.attention.prefix.key, row[4 * i], "prompt_embeddings")
-            _copy(layer.attention.prefix.value, row[4 * i + 1], "prompt_embeddings")
+            _copy(_prefix_child(layer).key, row[4 * i], "prompt_embeddings")
+            _copy(_prefix_child(layer).value, row[4 * i + 1], "prompt_embeddings")
 
-    options = {"attentions": ("decoder",), "relative_bias": True}
+    options: Settings = {"attentions": ("decoder",), "relative_bias": True}
     return method_config("prefix_tuning", length=length, reparametrize=False, **options), fill
 
 
-def _embeddings(tensors: dict, folder) -> torch.Tensor:
+def _embeddings(tensors: Tensors, folder: Folder) -> torch.Tensor:
     if "prompt_embeddings" not in tensors:
         raise LoadError(f"{folder} has no prompt_embeddings")
     found = tensors.pop("prompt_embeddings")
@@ -297,11 +314,32 @@ def _embeddings(tensors: dict, folder) -> torch.Tensor:
     return found
 
 
-def _all_used(left: dict, used, folder) -> None:
+def _all_used(left: Tensors, used: Sized, folder: Folder) -> None:
     if left:
         raise UnsupportedError(f"{folder} holds {len(left)} tensors that peftlib has no place for: {sorted(left)[:3]}")
     if not len(used):
         raise LoadError(f"{folder} holds no adapter's tensors")
+
+
+def _updates(adapted: Adapted) -> dict[Site, LowRank]:
+    """The update at each site of a lora."""
+    method: Any = adapted.method
+    return method.updates
+
+
+def _scales(adapted: Adapted) -> dict[Site, ScaleInput | ScaleOutput]:
+    """The scale at each site of an ia3."""
+    method: Any = adapted.method
+    return method.scales
+
+
+def _prompt_child(adapted: Adapted) -> Prompt:
+    (child,) = adapted.host.paths().values()
+    return cast(Prompt, child)
+
+
+def _prefix_child(layer: Layer) -> Prefix:
+    return cast(Prefix, layer.attention.prefix)
 
 
 def _copy(parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
@@ -343,16 +381,16 @@ def _targets(model: nn.Module, paths: list[str]) -> list[str]:
     return short if hits == set(paths) else sorted(paths)
 
 
-def _by_module(children: dict[Site, nn.Module]) -> dict[str, dict[Site, nn.Module]]:
-    found: dict[str, dict[Site, nn.Module]] = {}
+def _by_module(children: dict[Site, T]) -> dict[str, dict[Site, T]]:
+    found: dict[str, dict[Site, T]] = {}
     for site, child in children.items():
         found.setdefault(site.path, {})[site] = child
     return found
 
 
-def _write_lora(adapted: Adapted) -> tuple[dict, dict]:
-    c, tensors, ranks = adapted.config, {}, {}
-    modules = _by_module(adapted.method.updates)
+def _write_lora(adapted: Adapted) -> tuple[Settings, Tensors]:
+    c, tensors, ranks = cast("LoRAConfig", adapted.config), {}, {}
+    modules = _by_module(_updates(adapted))
     for path, updates in modules.items():
         # The parts of a fused map have factors of their own: theirs are these side by side, of the sum of the ranks.
         A = torch.cat([update.A for update in updates.values()])
@@ -372,18 +410,18 @@ def _write_lora(adapted: Adapted) -> tuple[dict, dict]:
         "lora_dropout": c.dropout,
         "bias": "none",
         "target_modules": _targets(adapted.model, list(modules)),
-        "fan_in_fan_out": any(site.transposed for site in adapted.method.updates),
+        "fan_in_fan_out": any(site.transposed for site in _updates(adapted)),
         "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {path: c.scale * r**root for path, r in ranks.items() if r != rank},
     }
     return settings, tensors
 
 
-def _write_ia3(adapted: Adapted) -> tuple[dict, dict]:
-    tensors, rows = {}, []
-    modules = _by_module(adapted.method.scales)
-    inputs = {site.path for site in adapted.host.anatomy.sites(adapted.config.inputs)}
-    outputs = {site.path for site in adapted.host.anatomy.sites(adapted.config.outputs)}
+def _write_ia3(adapted: Adapted) -> tuple[Settings, Tensors]:
+    c, tensors, rows = cast("IA3Config", adapted.config), {}, []
+    modules = _by_module(_scales(adapted))
+    inputs = {site.path for site in adapted.host.anatomy.sites(c.inputs)}
+    outputs = {site.path for site in adapted.host.anatomy.sites(c.outputs)}
     if both := inputs & outputs:
         raise UnsupportedError(f"HF peft's (IA)3 scales the input or the output of a map; here {min(both)} has both")
     for path, scales in modules.items():
@@ -400,12 +438,12 @@ def _write_ia3(adapted: Adapted) -> tuple[dict, dict]:
     settings = {
         "target_modules": sorted(modules),
         "feedforward_modules": sorted(rows),
-        "fan_in_fan_out": any(site.transposed for site in adapted.method.scales),
+        "fan_in_fan_out": any(site.transposed for site in _scales(adapted)),
     }
     return settings, tensors
 
 
-def _virtual_tokens(adapted: Adapted) -> dict:
+def _virtual_tokens(adapted: Adapted) -> Settings:
     if _task(adapted.model) is None:
         raise UnsupportedError(
             f"HF peft has no prompts or prefixes for {type(adapted.model).__name__}; it knows the tasks "
@@ -413,7 +451,7 @@ def _virtual_tokens(adapted: Adapted) -> dict:
         )
     parts = adapted.host.anatomy
     return {
-        "num_virtual_tokens": adapted.config.length,
+        "num_virtual_tokens": cast("PromptTuningConfig | PrefixTuningConfig", adapted.config).length,
         "num_transformer_submodules": 1,
         "num_layers": parts.num_layers,
         "num_attention_heads": parts.kv_heads,
@@ -421,30 +459,28 @@ def _virtual_tokens(adapted: Adapted) -> dict:
     }
 
 
-def _write_prompt(adapted: Adapted) -> tuple[dict, dict]:
-    if adapted.config.position != "front":
-        raise UnsupportedError(
-            f"HF peft's prompts stand in front of the input, not at position={adapted.config.position!r}"
-        )
-    (child,) = adapted.host.paths().values()
-    settings = _virtual_tokens(adapted) | {"token_dim": child.vectors.shape[1], "prompt_tuning_init": "RANDOM"}
-    return settings, {"prompt_embeddings": child.vectors}
+def _write_prompt(adapted: Adapted) -> tuple[Settings, Tensors]:
+    c, vectors = cast("PromptTuningConfig", adapted.config), _prompt_child(adapted).vectors
+    if c.position != "front":
+        raise UnsupportedError(f"HF peft's prompts stand in front of the input, not at position={c.position!r}")
+    settings = _virtual_tokens(adapted) | {"token_dim": vectors.shape[1], "prompt_tuning_init": "RANDOM"}
+    return settings, {"prompt_embeddings": vectors}
 
 
-def _write_prefix(adapted: Adapted) -> tuple[dict, dict]:
+def _write_prefix(adapted: Adapted) -> tuple[Settings, Tensors]:
     parts = adapted.host.anatomy
     if len(parts.stacks) > 1:
         return _write_decoder_prefix(adapted)
-    if not adapted.config.shift_positions:
+    if not cast("PrefixTuningConfig", adapted.config).shift_positions:
         raise UnsupportedError("HF peft's prefixes shift the text's positions; shift_positions=False cannot be written")
     with torch.no_grad():
-        pairs = torch.stack([torch.stack(layer.attention.prefix.pair()) for layer in parts.layers])
+        pairs = torch.stack([torch.stack(_prefix_child(layer).pair()) for layer in parts.layers])
     settings = _virtual_tokens(adapted) | {"prefix_projection": False}
     return settings, {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).flatten(1)}
 
 
-def _write_decoder_prefix(adapted: Adapted) -> tuple[dict, dict]:
-    c, parts = adapted.config, adapted.host.anatomy
+def _write_decoder_prefix(adapted: Adapted) -> tuple[Settings, Tensors]:
+    c, parts = cast("PrefixTuningConfig", adapted.config), adapted.host.anatomy
     _counts_by_bias(parts)
     if set(c.attentions) != {"decoder"} or not c.relative_bias:
         raise UnsupportedError(
@@ -455,7 +491,7 @@ def _write_decoder_prefix(adapted: Adapted) -> tuple[dict, dict]:
     layers = _decoder(parts)
     places = 2 * len(layers)  # pairs a row: as many layers as HF peft is told of
     with torch.no_grad():
-        pairs = [layer.attention.prefix.pair() for layer in layers]
+        pairs = [_prefix_child(layer).pair() for layer in layers]
         row = pairs[0][0].new_zeros(2 * places, *pairs[0][0].shape)
         for i, pair in enumerate(pairs):
             row[4 * i], row[4 * i + 1] = pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -38,6 +39,27 @@ def test_layering_rule_notices_an_import_that_points_up(tmp_path):
     done = lint_imports(tmp_path)
     assert done.returncode == 1
     assert "peftlib.errors is not allowed to import peftlib.adapted" in done.stdout
+
+
+def test_types_are_checked_strictly(tmp_path):
+    """The checker that lint runs refuses a function without types in the core, and lets it pass around it."""
+    for name, found in (("errors", True), ("report/markdown", False)):
+        module = tmp_path / "peftlib" / f"{name}.py"
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text("def untyped(x):\n    return x\n")
+        for folder in {module.parent, tmp_path / "peftlib"}:
+            (folder / "__init__.py").touch()
+        command = [
+            BIN / "mypy",
+            "--config-file",
+            ROOT / "pyproject.toml",
+            "--cache-dir",
+            os.devnull,
+            f"peftlib/{name}.py",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ("no-untyped-def" in done.stdout) is found, done.stdout + done.stderr
+        assert done.returncode == found
 
 
 def test_help_lists_the_commands():
