@@ -62,6 +62,16 @@ def test_types_are_checked_strictly(tmp_path):
         assert done.returncode == found
 
 
+def test_commits_run_what_lint_runs():
+    """The hooks of pre-commit are the commands of `make lint`, in order, and fetch nothing."""
+    recipe = re.search(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"] for hook in repository["hooks"]] == commands
+    assert all(hook["language"] == "unsupported" and not hook["pass_filenames"] for hook in repository["hooks"])
+
+
 def test_help_lists_the_commands():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     listed = set(re.findall(r"^  make (\w+)", done.stdout, re.MULTILINE))

@@ -17,6 +17,7 @@ TOP_LEVEL = {
     ".ci",
     ".github",
     ".gitignore",
+    ".pre-commit-config.yaml",
     "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
