@@ -72,6 +72,23 @@ def test_commits_run_what_lint_runs():
     assert all(hook["language"] == "unsupported" and not hook["pass_filenames"] for hook in repository["hooks"])
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_issue_form(path):
+    """What GitHub asks of a form; it drops one that is not so without a word."""
+    form = yaml.safe_load(path.read_text())
+    assert form.keys() <= {"name", "description", "labels", "body"}
+    assert form["name"]
+    assert form["description"]
+    ids = [element["id"] for element in form["body"]]
+    assert len(ids) == len(set(ids))
+    for element in form["body"]:
+        assert element["type"] in {"input", "textarea", "dropdown", "checkboxes"}
+        assert element["attributes"]["label"]
+        assert bool(element["attributes"].get("options")) == (element["type"] in {"dropdown", "checkboxes"})
+
+
 def test_help_lists_the_commands():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     listed = set(re.findall(r"^  make (\w+)", done.stdout, re.MULTILINE))
