@@ -67,10 +67,11 @@ test: env lint ## Lint, then all tests (they also execute every notebook and bui
 conformance: env ## Check every method on every model family and write results/conformance.json
 	PEFTLIB_CONFORMANCE=write $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/conformance $(PYTEST_ARGS)
 
-lint: env ## Style, formatting and layering
+lint: env ## Style, formatting, layering and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: env ## Put code into the project's style
 	$(BIN)/ruff check --fix .
@@ -88,7 +89,7 @@ lock: env ## Write requirements.lock and environment.yml; UPGRADE="name other==1
 	$(BIN)/python tools/lock.py $(UPGRADE)
 
 clean: ## Remove what was built; .venv and results stay
-	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find peftlib tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and downloaded caches too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Bank:
     Raises ConfigError for an empty mapping, LoadError for an adapter that is damaged or of another backbone.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, str | os.PathLike | SavedAdapter]):
+    def __init__(self, model: nn.Module, adapters: Mapping[str, str | os.PathLike[str] | SavedAdapter]):
         if not adapters:
             raise ConfigError("a bank needs at least one adapter: Bank(model, {name: folder})")
         self.model = model
@@ -51,14 +52,14 @@ class Bank:
         """Attach this adapter in the place of the one in use. Raises UnknownNameError for a name that is not here."""
         if name not in self.adapters:
             raise UnknownNameError("adapter of the bank", name, self.adapters)
-        if name != self.name:
+        if self.adapted is None or name != self.name:
             self.put_away()
             self.adapted, self.name = load(self.model, self.adapters[name]), name
         return self.adapted
 
     def put_away(self) -> nn.Module:
         """Take the adapter in use from the model, which then is the plain backbone; what it learned is kept."""
-        if self.adapted is not None:
+        if self.adapted is not None and self.name is not None:
             self.adapters[self.name] = self.adapted.snapshot()
             self.adapted.detach()
             self.adapted = self.name = None
@@ -71,19 +72,18 @@ class Bank:
         Returns ``logits`` in the order of the rows. For inference: no gradient is kept. Raises DataError for as many
         task ids as there are not rows, or for adapters whose logits do not fit together.
         """
-        ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
+        ids: list[Any] = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
         names = [self.names[i] if isinstance(i, int) and 0 <= i < len(self.names) else i for i in ids]
         rows = len(next(iter(inputs.values())))
         if len(names) != rows:
             raise DataError(f"{len(names)} task ids were given for {rows} rows")
         self.model.eval()
-        answers: list[torch.Tensor | None] = [None] * rows
+        answers: dict[int, torch.Tensor] = {}
         for name in dict.fromkeys(names):
             self.use(name)
             mine = [i for i, n in enumerate(names) if n == name]
             logits = self.model(**{k: v[mine] for k, v in inputs.items()}).logits
-            for row, answer in zip(mine, logits):
-                answers[row] = answer
-        if len({answer.shape for answer in answers}) > 1:
+            answers.update(zip(mine, logits))
+        if len({answer.shape for answer in answers.values()}) > 1:
             raise DataError("these adapters answer with logits of different shapes; use(name) them one by one")
-        return ModelOutput(logits=torch.stack(answers))
+        return ModelOutput(logits=torch.stack([answers[row] for row in range(rows)]))

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ FORMAT = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
 
 
-def write(saved: SavedAdapter, folder: str | os.PathLike) -> Path:
+def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
     """Write a folder whole or not at all; an adapter that is there is replaced.
 
     Raises StateError for a place that holds something else.
@@ -41,6 +42,7 @@ def write(saved: SavedAdapter, folder: str | os.PathLike) -> Path:
         raise StateError(f"{folder} holds other files than an adapter; give a new folder")
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        assert saved.state is not None, "a source without its tensors cannot be written"
         save_file(saved.state, scratch / WEIGHTS, metadata={"format": "pt"})
         document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
         if saved.notes:
@@ -56,7 +58,7 @@ def write(saved: SavedAdapter, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def read(folder: str | os.PathLike) -> SavedAdapter:
+def read(folder: str | os.PathLike[str]) -> SavedAdapter:
     """What :meth:`Adapted.save` wrote, into memory. Its name is the folder's.
 
     Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
@@ -94,22 +96,22 @@ def read(folder: str | os.PathLike) -> SavedAdapter:
     )
 
 
-def identity(model: nn.Module) -> dict:
+def identity(model: nn.Module) -> dict[str, Any]:
     """What tells one backbone from another: class, shapes, and a hash of one weight."""
     parts = anatomy.of(model)
     shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
-    weight = parts.sites()[0].module.weight
+    weight = cast(torch.Tensor, parts.sites()[0].module.weight)
     return {
-        "model_type": model.config.model_type,
+        "model_type": parts.config.model_type,
         "class": type(model).__name__,
-        "name": getattr(model.config, "_name_or_path", ""),
+        "name": getattr(parts.config, "_name_or_path", ""),
         "parameters": sum(p.numel() for p in model.parameters()),
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
         "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
     }
 
 
-def check_backbone(adapter: SavedAdapter, here: dict) -> None:
+def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
     """Raise LoadError when an adapter was made for a backbone of another family or other shapes than that of the
     identity ``here``; warn when the weights differ. An adapter without a record of its backbone passes."""
     if adapter.backbone is None:
@@ -129,11 +131,11 @@ def check_backbone(adapter: SavedAdapter, here: dict) -> None:
         )
 
 
-def _described(saved: SavedAdapter) -> dict:
+def _described(saved: SavedAdapter) -> dict[str, Any]:
     return {"method": saved.config.method, "config": saved.config.as_dict()}
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         document = json.loads(path.read_text())
@@ -153,7 +155,7 @@ def _bytes(weight: torch.Tensor) -> bytes:
     return weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _sha256(weights: Path, document: dict) -> str:
+def _sha256(weights: Path, document: dict[str, Any]) -> str:
     """Of the weights' file and of everything else that the config says."""
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")

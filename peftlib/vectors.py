@@ -11,7 +11,7 @@ from peftlib.methods.base import SavedAdapter
 from peftlib.methods.bases.entries import ChosenEntries
 
 
-def add_vector(adapted: Adapted, vector: str | os.PathLike | SavedAdapter) -> None:
+def add_vector(adapted: Adapted, vector: str | os.PathLike[str] | SavedAdapter) -> None:
     """Add a saved sparse vector to the attached one, as LT-SFT puts a task and a language together:
 
     >>> adapted = peftlib.load(model, "task")
@@ -34,5 +34,6 @@ def add_vector(adapted: Adapted, vector: str | os.PathLike | SavedAdapter) -> No
             f"{other.name} was made for a {there.get('model_type')} backbone with other weights than this "
             f"{here['class']} has; differences add up on one backbone only"
         )
+    assert other.state is not None, "a source without its tensors has no entries to add"
     state = {n: t.to(adapted.host.device) for n, t in other.state.items() if n not in other.head}
     adapted.method.add(state)

@@ -17,12 +17,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from peftlib.anatomy.families import FAMILIES, Family, Stack
 from peftlib.errors import TargetError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Anatomy", "Layer", "Site", "families", "of", "runs"]
 
@@ -49,6 +53,11 @@ class Site:
     part: tuple[int, int] | None = None
 
     @property
+    def _map(self) -> Any:
+        """The module: an nn.Linear, a Conv1D, or one that has taken its place and has its attributes."""
+        return self.module
+
+    @property
     def transposed(self) -> bool:
         """Whether the module stores its weight as (in, out), as transformers' Conv1D does."""
         # A parametrized module has a class of its own, below the one that it had.
@@ -56,11 +65,11 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        return self.module.nx if self.transposed else self.module.in_features
+        return self._map.nx if self.transposed else self._map.in_features
 
     @property
     def out_features(self) -> int:
-        total = self.module.nf if self.transposed else self.module.out_features
+        total = self._map.nf if self.transposed else self._map.out_features
         return total // self.part[1] if self.part else total
 
     @property
@@ -72,7 +81,7 @@ class Site:
     @property
     def weight(self) -> torch.Tensor:
         """The (out_features, in_features) weight; a view, so writing to it changes the module."""
-        weight = self.module.weight.T if self.transposed else self.module.weight
+        weight = self._map.weight.T if self.transposed else self._map.weight
         return weight[self.rows]
 
     @property
@@ -105,7 +114,7 @@ class Layer:
 class Anatomy:
     """The parts of one model. Built by :func:`of`."""
 
-    model: nn.Module
+    model: PreTrainedModel
     family: Family
     layers: list[Layer] = field(default_factory=list)
     """Encoder layers first, then decoder layers."""
@@ -118,7 +127,7 @@ class Anatomy:
         return self.model.base_model
 
     @property
-    def config(self):
+    def config(self) -> Any:
         return self.model.config
 
     @property
@@ -182,10 +191,10 @@ class Anatomy:
     def stacks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layer.stack for layer in self.layers))
 
-    def stack_inputs(self, stack: str) -> nn.Module:
+    def stack_inputs(self, stack: str) -> PreTrainedModel:
         """The module of a stack whose forward takes ``inputs_embeds`` and ``attention_mask``."""
         path = self.family.stacks[stack].inputs
-        return self.base.get_submodule(path) if path else self.base
+        return cast("PreTrainedModel", self.base.get_submodule(path) if path else self.base)
 
     def position_module(self) -> nn.Module | None:
         """The module that takes the position ids of the only stack; None where they are relative or there are two."""
@@ -280,7 +289,7 @@ class Anatomy:
         """Which parts of which layers these module paths are or lie in, one line for each set of layers:
         ``"attention.query, attention.value in encoder layers 0-5 of 6"``. Paths outside the layers are left out."""
         paths = sorted(paths)
-        found: dict[tuple, list[str]] = {}
+        found: dict[tuple[str, int, tuple[int, ...]], list[str]] = {}
         for stack in self.stacks:
             mine = [layer for layer in self.layers if layer.stack == stack]
             at: dict[str, list[int]] = {}
@@ -379,10 +388,10 @@ def of(model: nn.Module) -> Anatomy:
             f"Known: {', '.join(families())}. To add a family, add one Family entry (paths of its attention, "
             "feed-forward and norm modules) to peftlib/anatomy/families.py."
         )
-    parts = Anatomy(model, family)
+    parts = Anatomy(cast("PreTrainedModel", model), family)
     base_path = next((f"{n}." for n, m in model.named_modules() if m is parts.base and n), "")
     for stack, table in family.stacks.items():
-        holder = _first(parts.base, table.layers)
+        holder = cast("nn.ModuleList | None", _first(parts.base, table.layers))
         for index, layer in enumerate(holder if holder is not None else ()):
             parts.layers.append(_layer(stack, table, index, f"{base_path}{table.layers}.{index}", layer))
     if not parts.layers:

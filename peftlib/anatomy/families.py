@@ -8,7 +8,7 @@ Paths are relative to a layer, except ``layers`` and ``norms`` of a stack, which
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Family:
 _DELIMITERS = {"cls": "bos", "sep": "eos"}
 
 
-def _bert(name: str, *model_types: str, **options) -> Family:
+def _bert(name: str, *model_types: str, **options: Any) -> Family:
     return Family(
         name,
         model_types,

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftlib import backbones, taxonomy
 from peftlib.adapted import Adapted, attach
@@ -75,22 +78,19 @@ def row(
         device: default: CUDA where there is one, else the CPU, with torch's number of threads.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def load() -> nn.Module:
-        return backbones.load(backbone, dropout=0.0).model.to(device).train()
-
+    load = partial(loaded, backbone, device)
     model = load()
     batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
     adapted = attach(model, method, sources=untrained_sources(method.method, load))
     adapted.calibrate([batch])
     adapted.model.train()
-    models = {"floor": _floor(load()), "ours": model}
+    models: dict[str, nn.Module] = {"floor": _floor(load()), "ours": model}
     if (theirs := _peft(load, adapted)) is not None:
         models["peft"] = theirs.to(device).train()
     with adapted.lifecycle(turns + 1) as life:
         life.step_start()
         kept = {who: _kept(m, batch) for who, m in models.items()}
-        seconds = take_turns({who: lambda m=m: _step(m, batch) for who, m in models.items()}, turns, device)
+        seconds = take_turns({who: partial(_step, m, batch) for who, m in models.items()}, turns, device)
     steps = {
         who: Step(
             statistics.median(taken),
@@ -102,12 +102,21 @@ def row(
     return Row(name, adapted.count().trained, steps["ours"], steps["floor"], steps.get("peft"))
 
 
+def loaded(backbone: str, device: torch.device) -> PreTrainedModel:
+    """A backbone of :func:`peftlib.backbones.load` without dropout, in training mode on the device."""
+    model = backbones.load(backbone, dropout=0.0).model
+    cast(nn.Module, model).to(device)  # PreTrainedModel.to has lost its signature
+    return model.train()
+
+
 def untrained_sources(method: str, load: Callable[[], nn.Module]) -> list[SavedAdapter]:
     """As many fresh adapters as the method has to build on."""
     return [attach(load(), source.config).snapshot() for source in stand_ins(method)]
 
 
-def random_batch(model: nn.Module, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def random_batch(
+    model: PreTrainedModel, batch_size: int, length: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     """Rows of random tokens without padding, with labels of two classes, on the model's device."""
     ids = torch.randint(10, model.config.vocab_size, (batch_size, length), generator=generator)
     labels = torch.randint(0, 2, (batch_size,), generator=generator)
@@ -134,7 +143,7 @@ def table(rows: Iterable[Row]) -> Table:
     return shown
 
 
-def compare(methods: Iterable[str] = (), *, threads: int = 1, **options) -> Iterator[Row]:
+def compare(methods: Iterable[str] = (), *, threads: int = 1, **options: Any) -> Iterator[Row]:
     """Measure methods (default: all of :func:`cases`) one after the other; ``options`` are those of :func:`row`.
 
     One thread by default: with more, what other processes do on the machine shows in the times.
@@ -155,14 +164,14 @@ def _mb(step: Step) -> str:
     return f"{step.kept / 2**20:.1f}"
 
 
-def _floor(model: nn.Module) -> nn.Module:
+def _floor(model: PreTrainedModel) -> nn.Module:
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     return model
 
 
-def _peft(load: Callable[[], nn.Module], adapted: Adapted) -> nn.Module | None:
+def _peft(load: Callable[[], PreTrainedModel], adapted: Adapted) -> nn.Module | None:
     """The same method by HF peft, on the same sites; None where it is not installed or has no such method."""
     # peft imports bitsandbytes, which logs that a CPU kernel which nothing here uses is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -170,24 +179,31 @@ def _peft(load: Callable[[], nn.Module], adapted: Adapted) -> nn.Module | None:
         import peft
     except ImportError:
         return None
-    c, name = adapted.config, adapted.name
-    task = {"task_type": "SEQ_CLS"}
+    c: Any = adapted.config
+    method: Any = adapted.method
+    made: peft.PeftConfig
+    name, task = adapted.name, peft.TaskType.SEQ_CLS
     if name == "lora":
-        modules = sorted({site.path for site in adapted.method.updates})
-        made = peft.LoraConfig(**task, r=c.rank, lora_alpha=c.alpha, target_modules=modules)
+        modules = sorted({site.path for site in method.updates})
+        made = peft.LoraConfig(task_type=task, r=c.rank, lora_alpha=c.alpha, target_modules=modules)
     elif name == "adalora":
-        modules = sorted({site.path for site in adapted.method.updates})
-        made = peft.AdaLoraConfig(**task, init_r=c.rank, target_r=c.target_rank, target_modules=modules, total_step=100)
+        modules = sorted({site.path for site in method.updates})
+        made = peft.AdaLoraConfig(
+            task_type=task, init_r=c.rank, target_r=c.target_rank, target_modules=modules, total_step=100
+        )
     elif name == "ia3":
         sites = adapted.host.anatomy.sites
         inner = sorted({site.path for site in sites(c.inputs)})
         outer = sorted({site.path for site in sites(c.outputs)})
-        made = peft.IA3Config(**task, target_modules=[*outer, *inner], feedforward_modules=inner)
+        made = peft.IA3Config(task_type=task, target_modules=[*outer, *inner], feedforward_modules=inner)
     elif name == "prompt_tuning":
-        made = peft.PromptTuningConfig(**task, num_virtual_tokens=c.length)
+        made = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=c.length)
     elif name == "prefix_tuning":
         made = peft.PrefixTuningConfig(
-            **task, num_virtual_tokens=c.length, prefix_projection=c.reparametrize, encoder_hidden_size=c.hidden
+            task_type=task,
+            num_virtual_tokens=c.length,
+            prefix_projection=c.reparametrize,
+            encoder_hidden_size=c.hidden,
         )
     else:
         return None
@@ -198,7 +214,7 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     model(**batch).loss.backward()
 
 
-def take_turns(steps: dict[str, Callable[[], None]], turns: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step in each turn. On a CPU these are the process's CPU seconds divided by the threads, which
     other processes on the machine do not lengthen."""
     seconds: dict[str, list[float]] = {who: [] for who in steps}

@@ -18,7 +18,7 @@ class PeakMemory:
     (``kind`` "rss"); it includes what the allocator keeps, so compare it only within one machine and one script.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kind = "cuda" if torch.cuda.is_available() else "rss"
         self.peak = 0
 
@@ -40,7 +40,7 @@ class PeakMemory:
             self.peak = max(self.peak, self._process.memory_info().rss - self._start)
             time.sleep(0.005)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.kind == "cuda":
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated() - self._start
@@ -50,6 +50,6 @@ class PeakMemory:
             self.peak = max(self.peak, self._process.memory_info().rss - self._start)
 
 
-def folder_bytes(folder: str | os.PathLike) -> int:
+def folder_bytes(folder: str | os.PathLike[str]) -> int:
     """Sum of the sizes of a folder's files."""
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())

@@ -7,19 +7,19 @@ alike on every machine; what kernels use inside themselves is not in it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftlib import backbones
 from peftlib.adapted import attach
-from peftlib.efficiency.bench import random_batch, untrained_sources
+from peftlib.efficiency.bench import loaded, random_batch, untrained_sources
 from peftlib.methods.base import MethodConfig
 from peftlib.methods.registry import config
 
@@ -45,7 +45,7 @@ class Memory:
 class LiveTensors(TorchDispatchMode):
     """Inside ``with``: bytes of the tensors made inside that are alive (``now``), and their ``peak``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -55,7 +55,13 @@ class LiveTensors(TorchDispatchMode):
         peak, self.peak = self.peak, self.now
         return peak
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -85,7 +91,7 @@ class _Allocated:
         torch.cuda.reset_peak_memory_stats()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         torch.cuda.synchronize()
 
     def restart(self) -> int:
@@ -116,10 +122,7 @@ def measure(
         device: default: CUDA where there is one, else the CPU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def load() -> nn.Module:
-        return backbones.load(backbone, dropout=0.0).model.to(device).train()
-
+    load = partial(loaded, backbone, device)
     model, sources = load(), untrained_sources(method.method, load)
     generator = torch.Generator().manual_seed(0)
     data = [random_batch(model, batch_size, length, generator) for _ in range(batches)]
@@ -147,7 +150,7 @@ def measure(
     )
 
 
-def compare(methods: Iterable[str] = (), **options) -> Iterator[Memory]:
+def compare(methods: Iterable[str] = (), **options: Any) -> Iterator[Memory]:
     """Measure methods (default: ``COMPARED``) with their defaults, one after the other; ``options`` are those of
     :func:`measure`."""
     chosen = list(methods) or COMPARED

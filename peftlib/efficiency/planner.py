@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftlib import backbones
 from peftlib.adapted import Adapted, attach
@@ -59,7 +61,7 @@ def plan(
     checkpointing: bool = False,
     head: str = "causal_lm",
     sources: Sequence[SavedAdapter] = (),
-    **options,
+    **options: Any,
 ) -> Plan:
     """Plan one step on one device.
 
@@ -87,7 +89,8 @@ def plan(
     at_least("batch_size", batch_size, 1)
     at_least("length", length, 1)
     stored, computed = PRECISIONS[precision]
-    model = backbones.shapes(backbone, head=head).to(stored)
+    model = backbones.shapes(backbone, head=head)
+    cast(nn.Module, model).to(stored)  # PreTrainedModel.to has lost its signature
     # Every parameter trains: that needs no table of the family's parts.
     full = method == "full" and not options
     adapted = None if full else attach(model, method, sources=sources, keep_original=False, **options)
@@ -102,7 +105,7 @@ def plan(
     states, size = OPTIMIZERS[optimizer]
     return Plan(
         backbone=backbone,
-        method="full" if full else adapted.name,
+        method="full" if adapted is None else adapted.name,
         trained=sum(p.numel() for p in trained),
         weights=weights,
         gradients=gradients,
@@ -112,7 +115,7 @@ def plan(
 
 
 def _activations(
-    model: nn.Module,
+    model: PreTrainedModel,
     adapted: Adapted | None,
     computed: torch.dtype,
     batch_size: int,

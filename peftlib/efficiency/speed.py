@@ -21,9 +21,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftlib import backbones
 from peftlib.adapted import attach
-from peftlib.efficiency.bench import random_batch, take_turns
+from peftlib.efficiency.bench import loaded, random_batch, take_turns
 from peftlib.errors import UnknownNameError
 from peftlib.methods.base import MethodConfig
 from peftlib.methods.registry import config
@@ -78,7 +77,7 @@ def compare(
     runs: dict[str, Callable[[], object]] = {}
     with ExitStack() as stack:
         for name, chosen in variants.items():
-            model = backbones.load(backbone, dropout=0.0).model.to(device)
+            model = loaded(backbone, device)
             batch = random_batch(model, batch_size, length, torch.Generator().manual_seed(0))
             adapted = attach(model, chosen)
             adapted.calibrate([batch])
@@ -101,7 +100,7 @@ def compare(
     ]
 
 
-def compare_known(methods: Iterable[str] = (), **settings) -> Iterator[Speed]:
+def compare_known(methods: Iterable[str] = (), **settings: Any) -> Iterator[Speed]:
     """The variants of ``VARIANTS``, of the named methods or all, as :func:`compare` measures them, each beside its
     method's first: a forward pass, "method, label", and a training step, "method, training, label". Raises
     UnknownNameError."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -62,7 +62,17 @@ class Inputs:
         )
 
 
-def attention(module, query, key, value, attention_mask, *, is_causal=None, position_bias=None, **kwargs):
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The registered function: children first, then transformers' sdpa attention."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     inputs = Inputs(query, key, value, attention_mask, position_bias, causal, given=kwargs.pop(GIVEN, None))
@@ -84,7 +94,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def use(host: Host) -> None:
     """Make the host's model call our attention function, until the method leaves."""
-    model = host.model
+    model = cast(PreTrainedModel, host.model)
     before = model.config._attn_implementation
     if before == NAME:
         return
@@ -96,7 +106,7 @@ def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Mod
     """Hang ``child(Inputs) -> Inputs`` on an attention module."""
     use(host)
     host.add(module, name, child)
-    module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), name)
+    _ask(module, name)
     host.on_remove(partial(_forget, module, name))
     return child
 
@@ -104,23 +114,26 @@ def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Mod
 def keep_heads_of_bias(host: Host, module: nn.Module, name: str, heads: torch.Tensor) -> None:
     """Let an attention module that has lost heads see the rows of its position bias that belong to those left, and
     hand the whole bias on. A merge leaves this in place: the module does not compute without it."""
-    model = host.model
+    model = cast(PreTrainedModel, host.model)
     before = model.config._attn_implementation
     if before != NAME:
         model.set_attn_implementation(NAME)
         host.on_remove(partial(model.set_attn_implementation, before), restores=True)
     module.add_module(name, _HeadsOfBias(heads))
-    module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), name)
+    _ask(module, name)
     host.on_remove(partial(_take_out, module, name), restores=True)
 
 
 class _HeadsOfBias(nn.Module):
+    heads: torch.Tensor
+
     def __init__(self, heads: torch.Tensor):
         super().__init__()
         # Not in the state dict, so that a merged model's has the names of a plain one's.
         self.register_buffer("heads", heads, persistent=False)
 
     def forward(self, inputs: Inputs) -> Inputs:
+        assert inputs.position_bias is not None
         return replace(inputs, position_bias=inputs.position_bias.index_select(1, self.heads))
 
 
@@ -129,7 +142,12 @@ def _take_out(module: nn.Module, name: str) -> None:
     delattr(module, name)
 
 
-def _forget(module: nn.Module, name: str) -> None:
+def _ask(module: Any, name: str) -> None:
+    """Let the attention function ask this child of the module, after those that it asks already."""
+    module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), name)
+
+
+def _forget(module: Any, name: str) -> None:
     left = tuple(n for n in module.peftlib_attention if n != name)
     if left:
         module.peftlib_attention = left
@@ -139,6 +157,8 @@ def _forget(module: nn.Module, name: str) -> None:
 
 class Recorder(nn.Module):
     """Keeps the inputs of an attention function and changes nothing."""
+
+    seen: Inputs
 
     def forward(self, inputs: Inputs) -> Inputs:
         self.seen = inputs
@@ -150,13 +170,14 @@ def observe(host: Host, modules: Sequence[nn.Module], **batch: torch.Tensor) -> 
     """What these attention modules get in one forward of ``batch`` without dropout."""
     use(host)
     modes = [(module, module.training) for module in host.model.modules()]
-    for module in modules:
-        module.recorder = Recorder()
-        module.peftlib_attention = (*getattr(module, "peftlib_attention", ()), "recorder")
+    recorders = [Recorder() for _ in modules]
+    for module, recorder in zip(modules, recorders):
+        module.recorder = recorder
+        _ask(module, "recorder")
     host.model.eval()
     try:
         host.model(**batch)
-        return [module.recorder.seen for module in modules]
+        return [recorder.seen for recorder in recorders]
     finally:
         for module in modules:
             del module.recorder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from peftlib.anatomy import Layer
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import state_of, with_state
+from peftlib.mechanisms.outputs import Args, Kwargs, state_of, with_state
 from peftlib.mechanisms.precision import cast
 
 Init = Literal["lora", "normal"]
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
         linear: Callable[[int, int], nn.Module] | None = None,
     ):
         super().__init__()
-        make = linear or nn.Linear
+        make: Callable[[int, int], Any] = linear or nn.Linear
         self.norm = nn.LayerNorm(d) if norm else nn.Identity()
         self.down = make(d, bottleneck)
         self.activation = ACT2FN[activation]
@@ -66,8 +66,8 @@ class Bottleneck(nn.Module):
         if init == "lora":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         else:
-            for linear in (self.down, self.up):
-                nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+            for weight in (self.down.weight, self.up.weight):
+                nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         if init == "lora" or zero_up:
             nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.down.bias)
@@ -114,18 +114,20 @@ def behind_ffn(host: Host, layer: Layer, name: str, child: nn.Module) -> nn.Modu
     return child
 
 
-def _added(child: nn.Module, gate: nn.Module | None, x: torch.Tensor, sum_: torch.Tensor) -> torch.Tensor:
+def _added(child: Any, gate: nn.Module | None, x: torch.Tensor, sum_: torch.Tensor) -> torch.Tensor:
     delta = child.delta(x)
     return sum_ + (delta if gate is None else gate(x) * delta).to(sum_.dtype)
 
 
-def _before_norm(child: nn.Module, gate: nn.Module | None, norm: nn.Module, args: tuple, kwargs: dict):
+def _before_norm(
+    child: Any, gate: nn.Module | None, norm: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs] | None:
     if not child.active:
         return None
     return (_added(child, gate, norm.forward(args[0]), args[0]), *args[1:]), kwargs
 
 
-def _behind_layer(child: nn.Module, gate: nn.Module | None, layer: nn.Module, args: tuple, kwargs: dict, output):
+def _behind_layer(child: Any, gate: nn.Module | None, layer: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     if not child.active:
         return None
     h = state_of(output)

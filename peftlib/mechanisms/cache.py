@@ -22,5 +22,5 @@ def grow(cache: Any, layers: int) -> None:
             )
         while len(part.layers) < layers:
             like = part.layers[0] if part.layers else None
-            sliding = isinstance(like, DynamicSlidingWindowLayer)
-            part.layers.append(DynamicSlidingWindowLayer(like.sliding_window) if sliding else DynamicLayer())
+            sliding = like.sliding_window if isinstance(like, DynamicSlidingWindowLayer) else None
+            part.layers.append(DynamicLayer() if sliding is None else DynamicSlidingWindowLayer(sliding))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import nn
 
 from peftlib.errors import DataError, UnsupportedError
 
+T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
 Kind = Literal["empirical", "expected"]
 
@@ -58,7 +59,7 @@ class GradientSums:
         ]
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
         for parameter, flag in zip(self.parameters, self._flags):
@@ -70,6 +71,7 @@ class GradientSums:
         self.passes += 1
 
     def _add(self, total: torch.Tensor, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs where one was accumulated
         gradient, parameter.grad = parameter.grad.float(), None
         if self.max_norm is not None:
             gradient = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
@@ -143,7 +145,8 @@ def first_order(
     parameters = list(parameters)
     means = _means(model, GradientSums(parameters, "signed"), batches, limit)
     with torch.no_grad():
-        for mean, parameter, start in zip(means, parameters, starts or [0] * len(parameters), strict=True):
+        zeros: list[torch.Tensor | int] = [0] * len(parameters)
+        for mean, parameter, start in zip(means, parameters, starts or zeros, strict=True):
             mean.mul_(parameter - start)
     return means
 
@@ -182,7 +185,7 @@ def _expected(model: nn.Module, row: Batch, sums: GradientSums) -> None:
         sums.backward(-log_p[label], again=label + 1 < len(log_p))
 
 
-def _shown(items: Iterable, total: int | None, what: str) -> Iterable:
+def _shown(items: Iterable[T], total: int | None, what: str) -> Iterable[T]:
     """``items``, with a progress bar where someone watches a terminal."""
     return track(items, what, total=total, transient=True, disable=not sys.stdout.isatty())
 

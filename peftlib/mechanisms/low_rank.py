@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,9 @@ class Anchored(LowRank):
     """A :class:`LowRank` that remembers its factors of one moment, for a weight that follows the product's change from
     then on."""
 
+    A_anchor: torch.Tensor
+    B_anchor: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__(in_features, out_features, rank, scale)
         self.register_buffer("A_anchor", self.A.detach().clone())
@@ -147,6 +151,9 @@ class Tangent(LowRank):
     A starts as :class:`LowRank`'s, B at N(0, std_B). With a zero B_0 the expansion does not depend on A, which then is
     not trained and stays A_0.
     """
+
+    A_0: torch.Tensor
+    B_0: torch.Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std_B: float = 0.0
@@ -183,6 +190,10 @@ class Nested(LowRank):
 
     In training b is what :meth:`draw` says, else what :meth:`choose` says; at first both are the full rank.
     """
+
+    drawn: torch.Tensor
+    chosen: torch.Tensor
+    learns: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(in_features, out_features, rank, 1.0, dropout)
@@ -221,10 +232,12 @@ class Nested(LowRank):
         self._reset()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        A, B, gate = self.A, self.B, self.chosen
         if self.training:
             learns, gate = self.learns.bool(), self.drawn
-            A, B = torch.where(learns[:, None], A, A.detach()), torch.where(learns, B, B.detach())
+            A = torch.where(learns[:, None], self.A, self.A.detach())
+            B = torch.where(learns, self.B, self.B.detach())
+        else:
+            A, B, gate = self.A, self.B, self.chosen
         x = cast(self.dropout(x), A).flatten(0, -2)
         return update(y, F.linear(x, A) * gate, B, self.scale)
 
@@ -325,6 +338,8 @@ class Triplets(nn.Module):
     singular values at zero, so the start is the identity. ``kept`` (rank,) marks the triplets that count.
     """
 
+    kept: torch.Tensor
+
     def __init__(
         self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std: float = 0.02
     ):
@@ -392,13 +407,13 @@ class _Weigh(torch.autograd.Function):
         return delta.view_as(delta)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         delta, meter = inputs
         ctx.save_for_backward(delta)
         ctx.dtype = meter.dtype
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (delta,) = ctx.saved_tensors
         return gradient, (delta.to(ctx.dtype) * gradient.to(ctx.dtype)).abs().mean()
 
@@ -415,6 +430,9 @@ class Growing(Triplets):
 
     RESERVED = 1e-5
 
+    reserve: torch.Tensor
+    meter: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, capacity: int, alpha: float, std: float = 0.02):
         super().__init__(in_features, out_features, capacity, 1.0)
         self.alpha, self.std, self.weighed = alpha, std, True
@@ -425,7 +443,7 @@ class Growing(Triplets):
             self.P.zero_()
             self.Q.zero_()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.meter = self.meter.detach().requires_grad_()  # a leaf again after a change of dtype or device
         return self

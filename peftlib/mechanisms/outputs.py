@@ -1,10 +1,14 @@
-"""What a stack of layers returns: a tensor, a tuple or one of transformers' outputs."""
+"""What a stack of layers takes, and what it returns: a tensor, a tuple or one of transformers' outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+"""What a module is called with, as a forward hook gets it."""
 
 
 def state_of(output: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import Args, Kwargs
 
 
 def names(module: nn.Module) -> tuple[str, ...]:
@@ -16,12 +17,12 @@ def names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def by_name(order: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
+def by_name(order: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
     """A call's arguments by name."""
     return {**dict(zip(order, args, strict=False)), **kwargs}
 
 
-def past_length(call: dict) -> int:
+def past_length(call: Kwargs) -> int:
     """Positions that the call's cache holds already."""
     cache = call.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
@@ -49,14 +50,14 @@ def shift(host: Host, length: int) -> None:
         host.hook(stack, _check, names(stack), length, parts.max_length, before=True)
 
 
-def _shift(length: int, module: nn.Module, args: tuple, kwargs: dict):
+def _shift(length: int, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": kwargs["position_ids"] + length}
     *others, ids = args
     return (*others, ids + length), kwargs
 
 
-def _check(order: tuple[str, ...], length: int, limit: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _check(order: tuple[str, ...], length: int, limit: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     call = by_name(order, args, kwargs)
     given: torch.Tensor | None = call.get("input_ids")
     tokens = (call["inputs_embeds"] if given is None else given).shape[1]

@@ -12,7 +12,7 @@ def autocasts(x: torch.Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Inside ``with``, products on x's device have their inputs' dtype."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,8 +53,8 @@ class Prefix(nn.Module):
     ):
         super().__init__()
         self.shape = (heads, length, head_dim)
-        self.maker = maker
-        self._counted_by = (counted_by,)  # in a tuple, so that it does not become a part of this module
+        self.maker: nn.Module | None = maker
+        self._counted_by: tuple[Any] = (counted_by,)  # in a tuple, so that it does not become a part of this module
         if maker is None:
             self.key = nn.Parameter(torch.empty(self.shape).normal_(std=std))
             self.value = nn.Parameter(torch.empty(self.shape).normal_(std=std))
@@ -75,7 +77,8 @@ class Prefix(nn.Module):
 
     def forward(self, inputs: Inputs) -> Inputs:
         batch = inputs.query.shape[0]
-        return inputs.prepend(*(t.expand(batch, -1, -1, -1) for t in self.pair()), self._bias(inputs))
+        key, value = (t.expand(batch, -1, -1, -1) for t in self.pair())
+        return inputs.prepend(key, value, self._bias(inputs))
 
     def _bias(self, inputs: Inputs) -> torch.Tensor | None:
         (owner,) = self._counted_by

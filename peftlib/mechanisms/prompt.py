@@ -10,7 +10,7 @@ input is what the head sees, as in HF peft.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -18,9 +18,12 @@ from torch import nn
 from peftlib.anatomy import Anatomy
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import with_state
+from peftlib.mechanisms.outputs import Args, Kwargs, with_state
 from peftlib.mechanisms.positions import by_name, check_length, names, past_length
 from peftlib.mechanisms.precision import without_autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Position = Literal["front", "after_first"]
 
@@ -53,9 +56,11 @@ class Prompt(nn.Module):
 class MadePrompt(nn.Module):
     """A prompt that ``maker() -> (m, e)`` makes, until :meth:`keep` puts ``vectors`` in the maker's place."""
 
+    vectors: nn.Parameter
+
     def __init__(self, maker: nn.Module):
         super().__init__()
-        self.maker = maker
+        self.maker: nn.Module | None = maker
 
     def made(self) -> torch.Tensor:
         """The prompt as it is now, (m, e)."""
@@ -85,7 +90,7 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         start = x.new_zeros(4, 1, self.hidden)
-        weights = list(self.parameters())
+        weights: list[torch.Tensor] = list(self.parameters())
         return torch.lstm(x, (start, start), weights, True, 2, self.dropout, self.training, True, True)[0]
 
 
@@ -145,7 +150,7 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
     return child
 
 
-def _input_module(parts: Anatomy) -> nn.Module:
+def _input_module(parts: Anatomy) -> PreTrainedModel:
     return parts.stack_inputs(parts.stacks[0])
 
 
@@ -153,7 +158,7 @@ def _put(x: torch.Tensor, piece: torch.Tensor, at: int) -> torch.Tensor:
     return torch.cat([x[:, :at], piece.to(x.dtype), x[:, at:]], dim=1)
 
 
-def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs: dict):
+def _insert(child: nn.Module, seam: Seam, module: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     call = by_name(seam.names, args, kwargs)
     mask, positions, types = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
     if mask is not None:
@@ -185,7 +190,7 @@ def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs
     return (), call
 
 
-def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
+def _take_out(seam: Seam, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     hidden = output[0]
     if past_length(by_name(seam.names, args, kwargs)) > hidden.shape[1]:
         # A later step of generation: the prompt came with an earlier one.
@@ -193,7 +198,9 @@ def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
     return with_state(output, torch.cat([hidden[:, : seam.at], hidden[:, seam.at + seam.length :]], dim=1))
 
 
-def _extend_cross_mask(length: int, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):
+def _extend_cross_mask(
+    length: int, order: tuple[str, ...], module: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
     states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
     if states is not None and mask is not None and states.shape[1] == mask.shape[1] + length:

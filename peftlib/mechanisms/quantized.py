@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peftlib.anatomy import Site
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import add_to_weight
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight
 from peftlib.mechanisms.precision import autocasts
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -83,9 +84,16 @@ class NormalFloatWeight(nn.Module):
     and the two tables of levels are float32, kept as integers so that ``model.to(dtype)`` leaves them alone.
     """
 
+    table: torch.Tensor
+    codes: torch.Tensor
+    dynamic: torch.Tensor
+    scale_codes: torch.Tensor
+    scales: torch.Tensor
+    like: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bits: int = 4, double: bool = True):
         super().__init__()
-        self.shape, self.bits, self.double = weight.shape, bits, double
+        self.shape, self.bits, self.doubled = weight.shape, bits, double
         levels = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float32, device=weight.device)
         self.register_buffer("table", _table(levels), persistent=False)
         codes, scales = quantize(weight.detach(), levels, BLOCK)
@@ -109,7 +117,7 @@ class NormalFloatWeight(nn.Module):
     def block_scales(self) -> torch.Tensor:
         """The scales of the weight's blocks, (ceil(n / 64),) float32."""
         scales = self.scales.view(torch.float32)
-        if not self.double:
+        if not self.doubled:
             return scales
         units = self.dynamic.index_select(0, self.scale_codes.int()).view(torch.float32)
         return dequantize(units, scales[:-1], SCALE_BLOCK) + scales[-1]
@@ -131,6 +139,12 @@ class GroupWeight(nn.Module):
     (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` and ``offsets`` (out, in / group) float32,
     kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` as in :class:`NormalFloatWeight`.
     """
+
+    table: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    like: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bits: int = 4, group: int = 32):
         super().__init__()
@@ -206,12 +220,12 @@ class _Linear(torch.autograd.Function):
     """x W^T + b for a frozen W that is computed anew in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
         ctx.weight = weight
         return F.linear(x, weight(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
         bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return x, bias, None
@@ -226,11 +240,13 @@ class QuantizedLinear(nn.Module):
         quantize: what keeps the (out, in) weight.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         module: nn.Module,
         compute: torch.dtype | None = None,
-        quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
+        quantize: Callable[[torch.Tensor], NormalFloatWeight | GroupWeight] = NormalFloatWeight,
     ):
         super().__init__()
         if not isinstance(module, nn.Linear | Conv1D):
@@ -285,18 +301,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def quantize_sites(
     host: Host,
     patterns: Sequence[str] | str,
-    quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
+    quantize: Callable[[torch.Tensor], NormalFloatWeight | GroupWeight] = NormalFloatWeight,
     compute: str | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Path -> quantized map, put in the place of every map that one of the site patterns names."""
+    dtype = None if compute is None else DTYPES[compute]
     modules = {}
     for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns)):
-        module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(compute), quantize)
-        modules[path] = host.replace(path, module)
+        modules[path] = QuantizedLinear(host.model.get_submodule(path), dtype, quantize)
+        host.replace(path, modules[path])
     return modules
 
 
-def merge_updates(host: Host, quantized: dict[str, QuantizedLinear], updates: dict[Site, nn.Module]) -> None:
+def merge_updates(host: Host, quantized: dict[str, QuantizedLinear], updates: Mapping[Site, LowRank]) -> None:
     """Put plain maps in the place of the quantized ones, and add each update's ``delta()`` to its site's weight."""
     for path, module in quantized.items():
         weight = module.dense()

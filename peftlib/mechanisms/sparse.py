@@ -9,7 +9,8 @@ bit-identical, whatever weight decay or momentum an optimizer has; ``owned`` mas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +31,13 @@ class _Splice(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         values, _, indices = inputs
         ctx.save_for_backward(indices)
         ctx.dtype = values.dtype
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (indices,) = ctx.saved_tensors
         return gradient.reshape(-1)[indices.long()].to(ctx.dtype), None, None
 
@@ -48,6 +49,9 @@ class SparseValues(nn.Module):
     entries themselves, so the start is bit-identical. Do not step the optimizer between a forward and its backward:
     both read the same storage.
     """
+
+    indices: torch.Tensor
+    original: torch.Tensor
 
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
         super().__init__()
@@ -120,9 +124,9 @@ def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
     if not k:
         return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
     codes = [s.view(torch.int32).flatten() for s in scores]
-    upper = sum(torch.bincount(c >> 16, minlength=1 << 15) for c in codes)
+    upper = reduce(torch.add, (torch.bincount(c >> 16, minlength=1 << 15) for c in codes))
     high, above = _bucket(upper, k)
-    lower = sum(torch.bincount(c[c >> 16 == high] & 0xFFFF, minlength=1 << 16) for c in codes)
+    lower = reduce(torch.add, (torch.bincount(c[c >> 16 == high] & 0xFFFF, minlength=1 << 16) for c in codes))
     low, above_low = _bucket(lower, k - above)
     threshold, ties = (high << 16) | low, k - above - above_low
     chosen = []

@@ -8,14 +8,18 @@ before the third.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import with_state
+from peftlib.mechanisms.outputs import Args, Kwargs, with_state
 from peftlib.mechanisms.positions import by_name, check_length, names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def attach(host: Host, child: nn.Module, template: Template, only: int | None = 
             "encoder. Put all of them in front."
         )
     module = parts.stack_inputs("encoder")
-    child.layout = None
+    child.layout = None  # type: ignore[assignment]  # what one hook leaves for the other, no part of the model
     host.add(module, "prompt", child)
     host.hook(module, _insert, child, template, names(module), parts.max_length, before=True)
     host.hook(module, _take_out, child, only)
@@ -93,14 +97,14 @@ def attach(host: Host, child: nn.Module, template: Template, only: int | None = 
 
 
 def _insert(
-    child: nn.Module,
+    child: Any,
     template: Template,
     order: tuple[str, ...],
     limit: int | None,
-    module: nn.Module,
-    args: tuple,
-    kwargs: dict,
-):
+    module: PreTrainedModel,
+    args: Args,
+    kwargs: Kwargs,
+) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
     ids, mask, positions, types = (
         call.get(k) for k in ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -134,7 +138,7 @@ def _insert(
     return (), call
 
 
-def _take_out(child: nn.Module, only: int | None, module: nn.Module, args: tuple, kwargs: dict, output):
+def _take_out(child: Any, only: int | None, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     layout, child.layout = child.layout, None
     index = layout.text if only is None else layout.vectors[:, only : only + 1]
     return with_state(output, layout.at(index, output[0]))

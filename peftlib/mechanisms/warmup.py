@@ -7,7 +7,8 @@ model's mode as they were.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from rich.progress import track
@@ -20,7 +21,7 @@ from peftlib.mechanisms.importance import Batch
 
 def train(
     model: nn.Module,
-    groups: Iterable[dict],
+    groups: Iterable[dict[str, Any]],
     batches: Iterable[Batch],
     *,
     epochs: float,
@@ -84,10 +85,10 @@ def train(
     return total
 
 
-def sized(batches: Iterable[Batch]) -> bool:
+def sized(batches: Iterable[Batch]) -> TypeGuard[Collection[Batch]]:
     """Whether the batches have a length, and can thus be read more than once."""
     try:
-        len(batches)
+        len(batches)  # type: ignore[arg-type]  # whether it can be done is the question
     except TypeError:
         return False
     return True

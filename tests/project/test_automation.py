@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -38,6 +39,54 @@ def test_layering_rule_notices_an_import_that_points_up(tmp_path):
     done = lint_imports(tmp_path)
     assert done.returncode == 1
     assert "peftlib.errors is not allowed to import peftlib.adapted" in done.stdout
+
+
+def test_types_are_checked_strictly(tmp_path):
+    """The checker that lint runs refuses a function without types in the core, and lets it pass around it."""
+    for name, found in (("errors", True), ("report/markdown", False)):
+        module = tmp_path / "peftlib" / f"{name}.py"
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text("def untyped(x):\n    return x\n")
+        for folder in {module.parent, tmp_path / "peftlib"}:
+            (folder / "__init__.py").touch()
+        command = [
+            BIN / "mypy",
+            "--config-file",
+            ROOT / "pyproject.toml",
+            "--cache-dir",
+            os.devnull,
+            f"peftlib/{name}.py",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ("no-untyped-def" in done.stdout) is found, done.stdout + done.stderr
+        assert done.returncode == found
+
+
+def test_commits_run_what_lint_runs():
+    """The hooks of pre-commit are the commands of `make lint`, in order, and fetch nothing."""
+    recipe = re.search(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"] for hook in repository["hooks"]] == commands
+    assert all(hook["language"] == "unsupported" and not hook["pass_filenames"] for hook in repository["hooks"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_issue_form(path):
+    """What GitHub asks of a form; it drops one that is not so without a word."""
+    form = yaml.safe_load(path.read_text())
+    assert form.keys() <= {"name", "description", "labels", "body"}
+    assert form["name"]
+    assert form["description"]
+    ids = [element["id"] for element in form["body"]]
+    assert len(ids) == len(set(ids))
+    for element in form["body"]:
+        assert element["type"] in {"input", "textarea", "dropdown", "checkboxes"}
+        assert element["attributes"]["label"]
+        assert bool(element["attributes"].get("options")) == (element["type"] in {"dropdown", "checkboxes"})
 
 
 def test_help_lists_the_commands():

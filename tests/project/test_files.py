@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -17,6 +18,8 @@ TOP_LEVEL = {
     ".ci",
     ".github",
     ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
     "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
@@ -96,9 +99,58 @@ def test_paths_that_contributing_names_exist():
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-def test_one_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert pyproject()["project"]["version"] == peftlib.__version__ == citation["version"]
+def versions_stated(path: Path, text: str, version: str) -> list[str]:
+    """Lines of a file that name ``version``, or set a variable or key called version; pins of packages are neither."""
+    named = rf"(?<![\w.=]){re.escape(version)}(?![\w.])"
+    stated = re.compile(rf"^\s*(?:__version__|version)\s*[:=]\s*[\"']?\d+\.\d|{named}")
+    return [f"{path}: {line.strip()}" for line in text.splitlines() if stated.search(line)]
+
+
+def test_the_version_stands_in_one_place():
+    """In the package; what builds it reads it there, and the changelog names it as the newest release."""
+    assert pyproject()["project"]["dynamic"] == ["version"]
+    assert pyproject()["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "peftlib.__version__"}
+    stated = [
+        line
+        for path, text in texts()
+        if path.parts[0] != "results" and path.name != "CHANGELOG.md"
+        for line in versions_stated(path, text, peftlib.__version__)
+    ]
+    assert stated == [f'peftlib/__init__.py: __version__ = "{peftlib.__version__}"']
+    releases = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[0] == peftlib.__version__
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("version: 3.2.{}", 1),  # an older one too
+        ('version = "3.2.{}"', 1),
+        ("peftlib 3.2.{}, of", 0),
+        ("peftlib {version}, of", 1),
+        ("package=={version} other", 0),
+        ('"package>={version}",', 0),
+    ],
+)
+def test_a_second_version_is_noticed(line, number):
+    line = line.format(1, version=peftlib.__version__)
+    assert len(versions_stated(Path("x"), line, peftlib.__version__)) == number
+
+
+def test_the_version_is_read_without_importing_torch():
+    """What the build reads is a plain assignment, so that it needs none of the library's dependencies."""
+    tree = ast.parse((ROOT / "peftlib" / "__init__.py").read_text())
+    values = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__version__"]
+    ]
+    assert values == [peftlib.__version__]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "peftlib" / "py.typed").is_file()
+    assert "py.typed" in pyproject()["tool"]["setuptools"]["package-data"]["peftlib"]
 
 
 def test_the_address_is_that_of_the_book_config():
