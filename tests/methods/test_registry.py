@@ -1,13 +1,13 @@
-"""A method from outside: registered in a file of its own, then used by name in every service."""
+"""A method from outside, the example of CONTRIBUTING: registered in a file of its own, then used by name everywhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
 
 import pytest
@@ -18,95 +18,40 @@ from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import EntryError, UnknownNameError
 from peftlib.methods import registry
 from peftlib.taxonomy import YOURS
+from tests.project import ROOT
 
-MODULE = textwrap.dedent(
-    '''
-    """Scales the output of each feed-forward block."""
-    from dataclasses import dataclass
+MODULE = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL).group(1)
+"""The example in CONTRIBUTING."""
 
-    import torch
-    from torch import nn
-
-    import peftlib
-
-
-    @dataclass(frozen=True)
-    class BlockScaleConfig(peftlib.MethodConfig):
-        start: float = 1.0
-
-
-    class Scale(nn.Module):
-        def __init__(self, start):
-            super().__init__()
-            self.s = nn.Parameter(torch.tensor(start))
-
-        def forward(self, x, y):
-            return self.s * y
-
-
-    @peftlib.register(
-        entry=peftlib.Entry(
-            name="block_scale",
-            category="yours",
-            title="Block scale",
-            cite="mine2026",
-            arxiv="",
-            summary="One number scales each block.",
-            equation="y = s W x",
-            symbols="$s$: a number.",
-            sites=("ffn.down",),
-            form="vector",
-            insertion="sequential",
-            composition="multiplied",
-            trains="One number a layer.",
-            count="L",
-            start="identity",
-            start_note="The number starts at one.",
-            merge="no",
-            merge_note="Not written.",
-            tiny_rate=0.1,
-            exceptions={"overfits": "A number a layer is too little for eight texts."},
-        )
-    )
-    class BlockScale(peftlib.Method):
-        Config = BlockScaleConfig
-        learning_rate = 1e-2
-
-        def attach(self, host):
-            for site in host.anatomy.sites("ffn.down"):
-                host.after(site, "block_scale", Scale(self.config.start))
-    '''
-)
-
-
-CHECKS_THAT_ARE_FAST = ("start", "count", "moves", "save_load", "detach")
+METHOD = "my_scale:OutputScaleMethod"
+FAST = ("start", "count", "moves", "save_load", "merge", "detach")
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """The folder with a module that registers a method, imported; afterwards it is as if it had never been."""
-    (tmp_path / "my_scales.py").write_text(MODULE)
+    (tmp_path / "my_scale.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    registry.named("my_scales:BlockScale")
+    registry.named("my_scale:OutputScaleMethod")
     yield tmp_path
-    registry._REGISTERED.pop("block_scale")
-    peftlib.taxonomy._ENTRY_OF.pop("block_scale")
-    sys.modules.pop("my_scales")
+    registry._REGISTERED.pop("output_scale")
+    peftlib.taxonomy._ENTRY_OF.pop("output_scale")
+    sys.modules.pop("my_scale")
 
 
 def test_it_is_attached_counted_saved_and_loaded_by_name(module):
-    assert "block_scale" in peftlib.methods() and peftlib.methods("yours") == ["block_scale"]
-    assert peftlib.card("block_scale").origin == "yours"
-    assert peftlib.find("block_scale").Config().method == "block_scale"
-    adapted = peftlib.attach(backbone("bert"), "block_scale")
-    assert adapted.count().method == 2 == peftlib.card("block_scale").trained(L=2)
+    assert "output_scale" in peftlib.methods() and peftlib.methods("yours") == ["output_scale"]
+    assert peftlib.card("output_scale").origin == "yours"
+    assert peftlib.find("output_scale").Config().method == "output_scale"
+    adapted = peftlib.attach(backbone("bert"), "output_scale")
+    assert adapted.count().method == 2 * 32 == peftlib.card("output_scale").trained(L=2, d=32)
     train(adapted, batch("bert"))
     answer = logits(adapted.model, **batch("bert"))
     adapted.save(module / "adapter")
     loaded = peftlib.load(backbone("bert"), module / "adapter")
     assert torch.equal(logits(loaded.model, **batch("bert")), answer)
-    both = peftlib.attach(backbone("bert"), peftlib.combine("block_scale", "bitfit"))
+    both = peftlib.attach(backbone("bert"), peftlib.combine("output_scale", "bitfit"))
     assert both.count().method > 2
 
 
@@ -123,31 +68,34 @@ def command(folder, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_commands_take_it_from_its_module(module):
-    card = command(module, "card", "my_scales:BlockScale")
+    card = command(module, "card", "my_scale:OutputScaleMethod")
     assert card.returncode == 0, card.stderr
-    assert "Block scale" in card.stdout and "start=1.0" in card.stdout and "yours" in card.stdout
+    assert "Output scale" in card.stdout and "targets='ffn.down'" in card.stdout and "yours" in card.stdout
     suite = command(
-        module, *("conformance", "my_scales:BlockScale", "--family", "bert", "gpt2", "--check"), *CHECKS_THAT_ARE_FAST
+        module,
+        *("conformance", METHOD, "--family", "bert", "gpt2", "--check"),
+        *FAST,
     )
     assert suite.returncode == 0, suite.stdout[-2000:]
     sweep = command(
-        module, *("sweep", "--profile", "smoke", "--methods", "my_scales:BlockScale", "--seeds", "0", "--results", "r")
+        module,
+        *("sweep", "--profile", "smoke", "--methods", METHOD, "--seeds", "0", "--results", "r"),
     )
     assert sweep.returncode == 0, sweep.stderr
     (run,) = (module / "r" / "smoke").glob("*/*.json")
-    assert json.loads(run.read_text())["spec"]["method"] == "block_scale"
+    assert json.loads(run.read_text())["spec"]["method"] == "output_scale"
 
 
 def test_a_broken_promise_is_seen_by_the_suite(module):
-    (module / "my_scales.py").write_text(MODULE.replace('count="L"', 'count="L + 1"'))
-    found = command(module, "conformance", "my_scales:BlockScale", "--family", "bert", "--check", "count", "start")
+    (module / "my_scale.py").write_text(MODULE.replace('count="L * d"', 'count="L * d + 1"'))
+    found = command(module, "conformance", METHOD, "--family", "bert", "--check", "count", "start")
     assert found.returncode == 1
     assert "count on bert" in found.stdout and "start on bert" not in found.stdout
 
 
 @pytest.mark.parametrize(
     ("method", "match"),
-    [("no_such_module:X", "no_such_module"), ("my_scales:BlokScale", "did you mean 'BlockScale'")],
+    [("no_such_module:X", "no_such_module"), ("my_scale:OutputScaleMetod", "did you mean 'OutputScaleMethod'")],
 )
 def test_a_module_or_class_that_is_not_there_is_named(module, method, match):
     with pytest.raises(UnknownNameError, match=match):
@@ -202,7 +150,7 @@ def test_a_class_that_is_no_method_is_refused():
 
 
 def test_a_class_that_is_defined_again_takes_the_place_of_the_first(module):
-    first = peftlib.find("block_scale")
-    exec(compile(MODULE, "my_scales", "exec"), {"__name__": "my_scales"})
-    assert peftlib.find("block_scale") is not first
-    assert peftlib.methods().count("block_scale") == 1
+    first = peftlib.find("output_scale")
+    exec(compile(MODULE, "my_scale", "exec"), {"__name__": "my_scale"})
+    assert peftlib.find("output_scale") is not first
+    assert peftlib.methods().count("output_scale") == 1
