@@ -206,7 +206,7 @@ def lifecycle(case: Case, tmp: Path) -> None:
         with refused(StateError, match="calibrate"), adapted.lifecycle(3):
             pass
     adapted.calibrate([case.batch()])
-    called = _watch_moments(adapted)
+    called = _watch_hooks(adapted)
     train(adapted, case.batch(), steps=3)
     _assert_called(adapted, called, steps=3, forwards=3)
     if acts:
@@ -449,11 +449,11 @@ def compiles(case: Case, tmp: Path) -> None:
     assert all(torch.allclose(grads[n], grads_[n], atol=1e-4) for n in grads)
 
 
-@check("transformers' Trainer with the callback runs the method's moments, trains it, and resumes", families=None)
+@check("transformers' Trainer with the callback runs the method's training hooks, trains it, and resumes", families=None)
 def trainer(case: Case, tmp: Path) -> None:
     adapted = case.attach()
     before = {n: p.detach().clone() for n, p in adapted.trainable().items()}
-    called = _watch_moments(adapted)
+    called = _watch_hooks(adapted)
     _train_with_trainer(adapted, case, tmp)
     _assert_called(adapted, called, steps=4, forwards=8)
     still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
@@ -545,8 +545,8 @@ def assert_same_structure(now: dict[str, tuple], before: dict[str, tuple]) -> No
         assert now[name] == described, f"{name or 'the model'} is not as it was"
 
 
-def _watch_moments(adapted: Adapted) -> Counter:
-    """Counts how often each moment of the attached method is called."""
+def _watch_hooks(adapted: Adapted) -> Counter:
+    """Counts how often each training hook of the attached method is called."""
     called: Counter = Counter()
     for moment in adapted.method.hooks():
         function = getattr(adapted.method, moment)
