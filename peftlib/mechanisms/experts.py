@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +51,7 @@ class Experts(LowRank):
     def __init__(
         self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, std: float, gate: TaskGate
     ):
-        super().__init__(in_features, out_features, rank, scale, dropout, init="gaussian", std=std)
+        super().__init__(in_features, out_features, rank, scale, dropout, partial(nn.init.normal_, std=std))
         self.gate = gate
 
     def watch(self, tasks: Tasks) -> Experts:

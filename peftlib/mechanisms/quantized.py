@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftlib.anatomy import Site
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import add_to_weight
 from peftlib.mechanisms.precision import autocasts
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -87,7 +85,7 @@ class NormalFloatWeight(nn.Module):
         super().__init__()
         self.shape, self.bits, self.double = weight.shape, bits, double
         levels = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float32, device=weight.device)
-        self.register_buffer("table", _table(levels), persistent=False)
+        self.register_buffer("table", lookup(levels), persistent=False)
         codes, scales = quantize(weight.detach(), levels, BLOCK)
         self.register_buffer("codes", pack(codes, bits, fill=NORMAL_FLOAT[bits].index(0.0)))
         scale_codes = codes.new_empty(0)
@@ -123,51 +121,6 @@ class NormalFloatWeight(nn.Module):
         return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)
 
 
-class GroupWeight(nn.Module):
-    """An (out, in) weight as integers with a scale and an offset for every group of inputs of every output:
-    ``W = scale * code + offset``, codes 0 to 2^bits - 1. ``-offset / scale`` is the zero point, a float.
-
-    A group's largest and smallest entry are met exactly; in between it rounds to the nearest code. Buffers: ``codes``
-    (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` and ``offsets`` (out, in / group) float32,
-    kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` as in :class:`NormalFloatWeight`.
-    """
-
-    def __init__(self, weight: torch.Tensor, bits: int = 4, group: int = 32):
-        super().__init__()
-        rows, columns = self.shape = weight.shape
-        self.bits, self.group = bits, group
-        grouped = weight.detach().float().reshape(rows, columns // group, group)
-        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
-        scales = (high - low) / (2**bits - 1)
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        codes = ((grouped - low[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)
-        levels = torch.arange(2**bits, dtype=torch.float32, device=weight.device)
-        self.register_buffer("table", _table(levels), persistent=False)
-        self.register_buffer("codes", pack(codes.to(torch.uint8).flatten(), bits))
-        self.register_buffer("scales", scales.view(torch.int32))
-        self.register_buffer("offsets", low.contiguous().view(torch.int32))
-        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the weight takes; the table of levels is not counted."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.offsets))
-
-    def forward(self, dtype: torch.dtype) -> torch.Tensor:
-        """The (out, in) weight, computed in float32 or wider and rounded once to ``dtype``."""
-        wide = torch.promote_types(dtype, torch.float32)
-        values = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)
-        values = values.view(*self.scales.shape, self.group)
-        scales, offsets = (t.view(torch.float32).to(wide)[..., None] for t in (self.scales, self.offsets))
-        return torch.addcmul(offsets, values, scales).view(self.shape).to(dtype)
-
-    @torch.no_grad()
-    def shift(self, rows: slice, by: torch.Tensor) -> None:
-        """Add ``by`` (len(rows), in / group) to all entries of the groups: codes and scales stay as they are."""
-        offsets = self.offsets.view(torch.float32)
-        offsets[rows] = (offsets[rows].to(by.dtype) + by).float()
-
-
 def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
     """Codes (n,) uint8 below 2^bits, several a byte, the first in the high bits; ``fill`` completes the last byte."""
     each = 8 // bits
@@ -179,11 +132,11 @@ def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The levels, float32, of packed codes, by the table of :func:`_table`."""
+    """The levels, float32, of packed codes, by the table of :func:`lookup`."""
     return table.index_select(0, packed.int()).view(torch.float32).flatten()
 
 
-def _table(levels: torch.Tensor) -> torch.Tensor:
+def lookup(levels: torch.Tensor) -> torch.Tensor:
     """Byte -> the levels that it stands for: two float32 in the bytes of one int64, (256,), or four in two, (256, 2).
     That way they are looked up together, and ``model.to(dtype)`` leaves them alone."""
     bits = (len(levels) - 1).bit_length()
@@ -294,16 +247,3 @@ def quantize_sites(
         module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(compute), quantize)
         modules[path] = host.replace(path, module)
     return modules
-
-
-def merge_updates(host: Host, quantized: dict[str, QuantizedLinear], updates: dict[Site, nn.Module]) -> None:
-    """Put plain maps in the place of the quantized ones, and add each update's ``delta()`` to its site's weight."""
-    for path, module in quantized.items():
-        weight = module.dense()
-        for site, update in updates.items():
-            if site.module is module:
-                weight[site.rows] += update.delta()
-        host.replace(path, module.plain(weight))
-    for site, update in updates.items():
-        if site.path not in quantized:
-            add_to_weight(site, update.delta())

@@ -10,7 +10,8 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from peftlib.mechanisms.quantized import GroupWeight, QuantizedLinear
+from peftlib.mechanisms.quantized import QuantizedLinear
+from peftlib.methods.reparameterized.lora.quantization.qa_lora import GroupWeight
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 from tests.reference.quantized import group_quantized, qa_lora
 

@@ -22,14 +22,18 @@ code: ``maps`` chooses the maps and a rank of 0 leaves a part out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import TargetError, UnknownNameError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import HeadLowRank, LowRank, add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank, kaiming
+from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 MAPS, INITS = ("query", "value", "output"), ("normal", "zero")
@@ -67,6 +71,64 @@ class KernelMixConfig(MethodConfig):
         if name == "query":
             return self.rank_query, self.shared_rank_query
         return self.rank_value, self.shared_rank_value
+
+
+class HeadLowRank(nn.Module):
+    """A low-rank update of each head's own: ``forward(x, y) = y + [B_h A_h x_h] + bias``.
+
+    Shapes: x (..., in), y (..., out); A (heads, rank, in_h), B (heads, out_h, rank), bias (out,). With ``split_in`` a
+    head sees its own part of x (in_h = in / heads), else all of it; with ``split_out`` it writes its own part of y
+    (out_h = out / heads), else the heads' results add up. Everything starts from a normal distribution with ``std``,
+    cut off at two standard deviations; or, with ``zero_up``, A as LoRA's and the rest at zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        heads: int,
+        rank: int,
+        split_in: bool,
+        split_out: bool,
+        bias: bool = True,
+        dropout: float = 0.0,
+        std: float = 0.01,
+        zero_up: bool = False,
+    ):
+        super().__init__()
+        self.split_in, self.split_out = split_in, split_out
+        self.A = nn.Parameter(torch.empty(heads, rank, in_features // heads if split_in else in_features))
+        self.B = nn.Parameter(torch.empty(heads, out_features // heads if split_out else out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            if zero_up:
+                nn.init.zeros_(parameter)
+        if zero_up:
+            nn.init.kaiming_uniform_(self.A.flatten(0, 1), a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = cast(self.dropout(x), self.A)
+        if self.split_in:
+            down = torch.einsum("...hi,hri->...hr", x.unflatten(-1, (len(self.A), -1)), self.A)
+        else:
+            down = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (len(self.A), -1))
+        if self.split_out:
+            change = torch.einsum("...hr,hor->...ho", down, self.B).flatten(-2)
+        else:
+            change = torch.einsum("...hr,hor->...o", down, self.B)
+        if self.bias is not None:
+            change = change + self.bias
+        return y + change.to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) matrix of all heads, formed in float32 or wider; the bias is not in it."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        blocks = self.B.detach().to(dtype) @ self.A.detach().to(dtype)
+        if self.split_in and self.split_out:
+            return torch.block_diag(*blocks)
+        return torch.cat(list(blocks), dim=0 if self.split_out else 1)
 
 
 class KernelMix(Method):
@@ -113,8 +175,8 @@ class KernelMix(Method):
             self.heads.append((site, key, update))
         if shared:
             check_rank(shared, site)
-            init = "kaiming" if zero else "truncated"
-            update = LowRank(site.in_features, site.out_features, shared, 1.0, c.dropout, init, std=0.01, zero_up=zero)
+            starts = (kaiming, nn.init.zeros_) if zero else (normal, normal)
+            update = LowRank(site.in_features, site.out_features, shared, 1.0, c.dropout, *starts)
             self.shared.append((site, host.after(site, "shared", update)))
 
     @torch.no_grad()
@@ -131,3 +193,8 @@ class KernelMix(Method):
                 site.bias.copy_((site.bias.to(delta.dtype) + bias).to(site.bias.dtype))
         for site, update in self.shared:
             add_to_weight(site, update.delta())
+
+
+def normal(tensor: torch.Tensor) -> torch.Tensor:
+    """N(0, 0.01), cut off at two standard deviations."""
+    return nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02)

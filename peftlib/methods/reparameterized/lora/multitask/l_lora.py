@@ -28,11 +28,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from peftlib.anatomy import Site
 from peftlib.errors import StateError
+from peftlib.mechanisms import low_rank
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Tangent, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.precision import cast
+from peftlib.methods.base import ConfigError, MethodConfig, SavedAdapter, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,45 @@ class LLoRAConfig(MethodConfig):
         at_least("std_B", self.std_B, 0)
 
 
-class LLoRA(Method):
+class Tangent(LowRank):
+    """``forward(x, y) = y + scale * (B A_0 + B_0 (A - A_0)) dropout(x)``: the first-order expansion of a low-rank
+    update around its own start (A_0, B_0), exactly linear in A and B.
+
+    A starts as :class:`LowRank`'s, B at N(0, std_B). With a zero B_0 the expansion does not depend on A, which then is
+    not trained and stays A_0.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std_B: float = 0.0
+    ):
+        super().__init__(in_features, out_features, rank, scale, dropout, train_A=std_B > 0)
+        self.both = std_B > 0
+        if self.both:
+            nn.init.normal_(self.B, std=std_B)
+            self.register_buffer("A_0", self.A.detach().clone())
+            self.register_buffer("B_0", self.B.detach().clone())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self.both:
+            return super().forward(x, y)
+        x = cast(self.dropout(x), self.A).flatten(0, -2)
+        y = low_rank.update(y, F.linear(x, self.A_0), self.B, self.scale)
+        return low_rank.update(y, F.linear(x, self.A - self.A_0), self.B_0, self.scale)
+
+    def start(self) -> dict[str, torch.Tensor]:
+        """A_0 and B_0, by the names of what trains from there."""
+        if self.both:
+            return {"A": self.A_0, "B": self.B_0}
+        return {"A": self.A, "B": torch.zeros_like(self.B)}
+
+    def delta(self) -> torch.Tensor:
+        if not self.both:
+            return super().delta()
+        A, A_0, B, B_0 = (t.detach().to(self.delta_dtype) for t in (self.A, self.A_0, self.B, self.B_0))
+        return self.scale * (B @ A_0 + B_0 @ (A - A_0))
+
+
+class LLoRA(LowRankUpdates):
     Config = LLoRAConfig
     learning_rate = 1e-2
     source_methods = ("l_lora",)
@@ -66,13 +110,12 @@ class LLoRA(Method):
                     f"source {source.name!r} is {source.config}; attach with its rank, alpha, targets and std_B"
                 )
 
-    def attach(self, host: Host) -> None:
+    def update(self, site: Site) -> Tangent:
         c = self.config
-        self.updates = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Tangent(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout, c.std_B)
-            self.updates[site] = host.after(site, "lora", update)
+        return Tangent(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout, c.std_B)
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
         if self.sources and self.sources[0].state is not None:
             self._take_start()
             self.fuse()
@@ -132,10 +175,6 @@ class LLoRA(Method):
         for name, tensor in head.items():
             tensor.copy_(own[name])
         return error
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
 
 
 def _shape(config: LLoRAConfig) -> tuple:

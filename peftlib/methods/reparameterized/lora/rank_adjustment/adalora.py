@@ -27,9 +27,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Triplets, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
+from peftlib.anatomy import Site
+from peftlib.mechanisms.triplets import Triplets, kept_state, load_kept, triplets
+from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,21 @@ class AdaLoRAConfig(MethodConfig):
 _WEIGHTS, _KINDS = ("singular", "P", "Q"), ("sensitivity", "uncertainty")
 
 
-class AdaLoRA(Method):
+class AdaLoRA(LowRankUpdates):
     Config = AdaLoRAConfig
     learning_rate = 1e-2
+    child = "adalora"
 
-    def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
+    def __init__(self, config: AdaLoRAConfig):
+        super().__init__(config)
         self.trace: list[tuple[int, dict[str, int]]] = []
         """The history of ranks: from each of its steps on, these triplets were not zero."""
         self.smooth: dict[Triplets, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.fixed = False
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-            self.updates[site] = host.after(site, "adalora", update)
+
+    def update(self, site: Site) -> Triplets:
+        c = self.config
+        return Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its triplets count."""
@@ -181,7 +182,3 @@ class AdaLoRA(Method):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         load_kept(self.host, state)
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())

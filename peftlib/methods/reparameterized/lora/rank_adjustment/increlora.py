@@ -30,10 +30,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
+from peftlib.mechanisms.low_rank import sites_of_rank
+from peftlib.mechanisms.precision import cast
+from peftlib.mechanisms.triplets import Triplets, kept_state, load_kept, triplets
+from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -79,26 +84,112 @@ class IncreLoRAConfig(MethodConfig):
         return min(matrices * self.target_rank, matrices + ready)
 
 
-class IncreLoRA(Method):
+class _Weigh(torch.autograd.Function):
+    """The update as it is; its gradient G gives the meter the gradient mean |update * G|."""
+
+    @staticmethod
+    def forward(delta: torch.Tensor, meter: torch.Tensor) -> torch.Tensor:
+        return delta.view_as(delta)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        delta, meter = inputs
+        ctx.save_for_backward(delta)
+        ctx.dtype = meter.dtype
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (delta,) = ctx.saved_tensors
+        return gradient, (delta.to(ctx.dtype) * gradient.to(ctx.dtype)).abs().mean()
+
+
+class Growing(Triplets):
+    """:class:`Triplets` of which some are in use and the others wait, so that the rank can grow while an optimizer that
+    was built at the start goes on: ``forward(x, y) = y + alpha / r * P diag(singular) Q x`` with r active triplets.
+
+    ``kept`` (capacity,) marks those in use; of these ``reserve`` marks the ones that are trained in advance, with a
+    fixed tiny singular value. A triplet that waits is zero, takes part in nothing and has no gradient. While
+    ``weighed`` is set a training forward forms the update, as large as the weight, and backward leaves
+    mean |update * its gradient| in ``meter.grad``.
+    """
+
+    RESERVED = 1e-5
+
+    def __init__(self, in_features: int, out_features: int, capacity: int, alpha: float, std: float = 0.02):
+        super().__init__(in_features, out_features, capacity, 1.0)
+        self.alpha, self.std, self.weighed = alpha, std, True
+        self.register_buffer("reserve", torch.zeros(capacity, dtype=torch.bool))
+        self.register_buffer("meter", torch.zeros(()).requires_grad_(), persistent=False)
+        self.kept.fill_(False)
+        with torch.no_grad():
+            self.P.zero_()
+            self.Q.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.meter = self.meter.detach().requires_grad_()  # a leaf again after a change of dtype or device
+        return self
+
+    @property
+    def active(self) -> torch.Tensor:
+        return self.kept & ~self.reserve
+
+    def weights(self) -> torch.Tensor:
+        trained = torch.where(self.reserve, self.singular.detach(), self.singular)
+        return trained * self.kept * (self.alpha / self.active.sum())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.weighed):
+            return super().forward(x, y)
+        delta = _Weigh.apply((self.P * self.weights()) @ self.Q, self.meter)
+        return y + F.linear(cast(x, self.Q), delta).to(y.dtype)
+
+    def _identity(self) -> torch.Tensor:
+        return torch.diag(self.kept.to(self.P.dtype))
+
+    @torch.no_grad()
+    def start(self, places: torch.Tensor, reserve: bool) -> None:
+        """Take waiting triplets into use: P and Q from N(0, std), drawn on the CPU, and singular values 0 or, in
+        reserve, 1e-5."""
+        for tensor in (self.P.T, self.Q):
+            drawn = self.std * torch.randn(len(places), tensor.shape[1], device="cpu")
+            tensor[places] = drawn.to(tensor)
+        self.singular[places] = self.RESERVED if reserve else 0.0
+        self.kept[places] = True
+        self.reserve[places] = reserve
+
+    @torch.no_grad()
+    def drop(self, places: torch.Tensor) -> None:
+        """Put triplets out of use."""
+        for tensor in (self.P.T, self.Q, self.singular):
+            tensor[places] = 0
+        self.kept[places] = False
+        self.reserve[places] = False
+
+
+class IncreLoRA(LowRankUpdates):
     Config = IncreLoRAConfig
     learning_rate = 1e-2
+    child = "increlora"
+
+    def targets(self, host: Host) -> list[Site]:
+        return sites_of_rank(host, self.config.targets, self.config.target_rank)
+
+    def update(self, site: Site) -> Growing:
+        c = self.config
+        room = 1 + c.grow * max(1, c.rounds(self.matrices))
+        capacity = min(room, site.in_features, site.out_features)
+        update = Growing(site.in_features, site.out_features, capacity, c.alpha)
+        update.start(torch.tensor([0]), reserve=False)
+        if c.target_rank > 1:
+            update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
+        update.weighed = c.target_rank > 1
+        return update
 
     def attach(self, host: Host) -> None:
-        c = self.config
-        sites = host.anatomy.sites(c.targets)
-        self.updates: dict = {}
-        self.trace: list[tuple[int, dict[str, int]]] = []
-        for site in sites:
-            check_rank(c.target_rank, site)
-            most = min(site.in_features, site.out_features)
-            capacity = min(1 + c.grow * max(1, c.rounds(len(sites))), most)
-            update = Growing(site.in_features, site.out_features, capacity, c.alpha)
-            update.start(torch.tensor([0]), reserve=False)
-            if c.target_rank > 1:
-                update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
-            update.weighed = c.target_rank > 1
-            self.updates[site] = host.after(site, "increlora", update)
-        self._restart(dict.fromkeys(map(str, sites), 1))
+        self.matrices = len(self.targets(host))
+        super().attach(host)
+        self._restart(dict.fromkeys(map(str, self.updates), 1))
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its components are active."""
@@ -199,7 +290,3 @@ class IncreLoRA(Method):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         load_kept(self.host, state)
         self._weigh()
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())

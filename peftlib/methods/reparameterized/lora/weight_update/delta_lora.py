@@ -25,9 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
+from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Anchored, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight
+from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,50 @@ class DeltaLoRAConfig(MethodConfig):
             raise ConfigError(f"warmup={self.warmup!r} leaves no steps in which the weights follow; it must be below 1")
 
 
-class DeltaLoRA(Method):
+class Anchored(LowRank):
+    """:class:`LowRank` with a copy of its factors at step K, from which on the weight follows the product's change."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
+        super().__init__(in_features, out_features, rank, scale)
+        self.register_buffer("A_anchor", self.A.detach().clone())
+        self.register_buffer("B_anchor", self.B.detach().clone())
+
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Copy the present factors."""
+        self.A_anchor.copy_(self.A)
+        self.B_anchor.copy_(self.B)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of A and B."""
+        return self.A.detach().clone(), self.B.detach().clone()
+
+    def change(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """``delta()`` now less what it was for these factors, (out, in)."""
+        return self.delta() - self.scale * (B.to(self.delta_dtype) @ A.to(self.delta_dtype))
+
+    def moved(self) -> torch.Tensor:
+        """The change of ``delta()`` since the anchor."""
+        return self.change(self.A_anchor, self.B_anchor)
+
+
+class DeltaLoRA(LowRankUpdates):
     Config = DeltaLoRAConfig
     learning_rate = 2e-3
 
-    def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
-        self.originals: dict = {}
-        self.before: dict = {}
+    def __init__(self, config: DeltaLoRAConfig):
+        super().__init__(config)
         self.following = False
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Anchored(site.in_features, site.out_features, c.rank, c.alpha / c.rank)
-            self.updates[site] = host.after(site, "lora", update)
-            self.originals[site] = host.write(site)
+        self.before: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
+        """A and B before the optimizer's step."""
+
+    def update(self, site: Site) -> Anchored:
+        c = self.config
+        return Anchored(site.in_features, site.out_features, c.rank, c.alpha / c.rank)
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self.originals = {site: host.write(site) for site in self.updates}
 
     def on_gradients(self, training: TrainingState) -> None:
         if not self.following and training.step >= round(self.config.warmup * training.total):
@@ -111,7 +142,3 @@ class DeltaLoRA(Method):
     def _anchors(self) -> set[str]:
         paths = (path for path, child in self.host.paths().items() if isinstance(child, Anchored))
         return {f"{path}.{name}" for path in paths for name in ("A_anchor", "B_anchor")}
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
