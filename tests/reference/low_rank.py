@@ -64,13 +64,6 @@ def budget(step, initial, target, initial_warmup, final_warmup, total):
     return target + int((initial - target) * left**3)
 
 
-def kronecker(x, a, b, scale):
-    """Edalati et al. 2022: s (A kron B) x, the product formed entry by entry, for each row of x (tokens, in)."""
-    a, b = a.tolist(), b.tolist()
-    product = [[p * q for p in top for q in low] for top in a for low in b]
-    return torch.tensor([[scale * _dot(row, token) for row in product] for token in x.tolist()])
-
-
 def product(b, a, scale):
     """Hu et al. 2022: the update (alpha / r) B A as a matrix of doubles."""
     columns = a.T.tolist()
