@@ -9,17 +9,17 @@ from torch import nn
 
 from peftlib.errors import LoadError
 from peftlib.mechanisms import low_rank
-from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import thin
 from peftlib.mechanisms.precision import cast
 
 
 class Triplets(nn.Module):
-    """``forward(x, y) = y + scale * P diag(singular) Q dropout(x)``: an update in the form of its own singular value
-    decomposition, so that a rank can be taken away one triplet (column of P, singular value, row of Q) at a time.
+    """``forward(x, y) = y + scale * P Lambda Q dropout(x)``: an update in the form of its own singular value
+    decomposition, whose rank changes one triplet (column of P, singular value, row of Q) at a time.
 
-    Shapes: x (..., in), y (..., out), P (out, rank), singular (rank,), Q (rank, in). P and Q start N(0, std), the
-    singular values at zero, so the start is the identity. ``kept`` (rank,) marks the triplets that count.
+    Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), P (out, r), Q (r, in); ``singular`` (r,) is the
+    diagonal of Lambda. P and Q start N(0, std), the singular values at zero, so the start is the identity. ``kept``
+    (r,) marks the triplets that count.
     """
 
     def __init__(
@@ -34,18 +34,19 @@ class Triplets(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = cast(self.dropout(x), self.Q).flatten(0, -2)
-        return low_rank.update(y, F.linear(x, self.Q) * self.weights(), self.P, self.scale)
+        x = cast(self.dropout(x), self.Q).flatten(0, -2)  # (b, t, in) -> (b t, in)
+        LQx = F.linear(x, self.Q) * self.weights()  # (b t, in) -> (b t, r)
+        return low_rank.update(y, LQx, self.P, self.scale)  # (b t, r) -> (b, t, out)
 
     def weights(self) -> torch.Tensor:
-        """The (rank,) weights of the triplets."""
+        """The weights of the triplets, (r,): the diagonal of Lambda."""
         return self.singular
 
     def delta(self) -> torch.Tensor:
-        """The (out, in) update ``scale * P diag(singular) Q``, formed in float32 or wider."""
+        """The (out, in) update ``scale * P Lambda Q``, formed in float32 or wider."""
         dtype = torch.promote_types(self.P.dtype, torch.float32)
-        P, weights, Q = (t.detach().to(dtype) for t in (self.P, self.weights(), self.Q))
-        return self.scale * (P * weights) @ Q
+        P, L, Q = (t.detach().to(dtype) for t in (self.P, self.weights(), self.Q))
+        return self.scale * (P * L) @ Q  # (out, r) (r, in) -> (out, in)
 
     def orthogonality(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Frobenius norms of ``P^T P - I`` and ``Q Q^T - I``: 0 where the singular vectors are orthonormal."""
@@ -81,24 +82,19 @@ class Triplets(nn.Module):
         )
 
 
-def triplets(host: Host) -> dict[str, Triplets]:
-    """The updates of this form among a host's children, by name in the model."""
-    return {path: child for path, child in host.paths().items() if isinstance(child, Triplets)}
-
-
-def kept_state(host: Host) -> dict[str, torch.Tensor]:
-    """What the host stores, without the triplets that do not count."""
-    state = host.state()
-    for path, update in triplets(host).items():
+def only_kept(state: dict[str, torch.Tensor], updates: dict[str, Triplets]) -> dict[str, torch.Tensor]:
+    """A model's state without the triplets that do not count, of the updates by name in the model."""
+    state = dict(state)
+    for path, update in updates.items():
         state.update({f"{path}.{name}": tensor.detach() for name, tensor in update.only_kept().items()})
     return state
 
 
-def load_kept(host: Host, state: dict[str, torch.Tensor]) -> None:
-    """The way back from :func:`kept_state`. Raises LoadError where it does not fit."""
+def spread(state: dict[str, torch.Tensor], updates: dict[str, Triplets]) -> dict[str, torch.Tensor]:
+    """The way back from :func:`only_kept`. Raises LoadError where it does not fit."""
     state = dict(state)
-    for path, update in triplets(host).items():
+    for path, update in updates.items():
         names = [f"{path}.{name}" for name in ("P", "singular", "Q", "kept")]
         if all(name in state for name in names):
             state.update(zip(names, update.spread(*(state[name] for name in names))))
-    host.load_state(state)
+    return state

@@ -33,43 +33,6 @@ def adalora(x, weight, bias, p, singular, q, alpha, rank):
     return torch.tensor(rows)
 
 
-def orthogonality(pairs):
-    """Zhang et al. 2023: the distance of P^T P and Q Q^T from the identity, unsquared, as a mean over all matrices."""
-    norms = []
-    for p, q in pairs:
-        for vectors in (p.T.tolist(), q.tolist()):
-            gram = [[_dot(u, v) - (i == j) for j, v in enumerate(vectors)] for i, u in enumerate(vectors)]
-            norms.append(sum(g * g for row in gram for g in row) ** 0.5)
-    return sum(norms) / len(norms)
-
-
-def importance(gradients, weights, beta=0.85):
-    """Zhang et al. 2023: smoothed sensitivity times smoothed uncertainty of one weight, from its gradients and values
-    over the steps."""
-    smooth = uncertain = 0.0
-    for gradient, weight in zip(gradients, weights):
-        sensitivity = abs(gradient * weight)
-        smooth = beta * smooth + (1 - beta) * sensitivity
-        uncertain = beta * uncertain + (1 - beta) * abs(sensitivity - smooth)
-    return smooth * uncertain
-
-
-def budget(step, initial, target, initial_warmup, final_warmup, total):
-    """Zhang et al. 2023: the cubic schedule; ``step`` counts finished steps from 1."""
-    if step <= initial_warmup:
-        return initial
-    if step > total - final_warmup:
-        return target
-    left = 1 - (step - initial_warmup) / (total - final_warmup - initial_warmup)
-    return target + int((initial - target) * left**3)
-
-
-def product(b, a, scale):
-    """Hu et al. 2022: the update (alpha / r) B A as a matrix of doubles."""
-    columns = a.T.tolist()
-    return torch.tensor([[scale * _dot(row, column) for column in columns] for row in b.tolist()], dtype=torch.float64)
-
-
 def moelora(x, experts, embedding, gate, alpha):
     """Liu et al. 2023: (alpha / r) sum_i w_i B_i A_i x for each row of x (tokens, in); w is the softmax of what the
     gate makes of the task's embedding, ``experts`` are pairs (A_i, B_i) and r is the sum of their ranks."""

@@ -40,6 +40,11 @@ class LowRankUpdates(Method):
         for site in self.targets(host):
             self.updates[site] = host.after(site, self.child, self.update(site))
 
+    def named(self) -> dict[str, nn.Module]:
+        """The layers by name in the model."""
+        mine = set(self.updates.values())
+        return {name: child for name, child in self.host.paths().items() if child in mine}
+
     def merge(self) -> None:
         """``W <- W + delta``, rounded once to W's dtype."""
         for site, update in self.updates.items():

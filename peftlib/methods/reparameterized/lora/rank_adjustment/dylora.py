@@ -156,10 +156,7 @@ class DyLoRA(LowRankUpdates):
             raise ConfigError(f"rank {rank!r} is not here; choose one from 1 to {self.rank}")
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        stored = {len(tensor) for name, tensor in state.items() if name in self._first_factors()}
+        stored = {len(state[name]) for path in self.named() if (name := f"{path}.A") in state}
         if len(stored) == 1 and 0 < min(stored) < self.rank:
             self.cut(min(stored))
         self.host.load_state(state)
-
-    def _first_factors(self) -> set[str]:
-        return {f"{path}.A" for path, child in self.host.paths().items() if isinstance(child, Nested)}

@@ -36,7 +36,7 @@ from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import sites_of_rank
 from peftlib.mechanisms.precision import cast
-from peftlib.mechanisms.triplets import Triplets, kept_state, load_kept, triplets
+from peftlib.mechanisms.triplets import Triplets, only_kept, spread
 from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
@@ -270,12 +270,12 @@ class IncreLoRA(LowRankUpdates):
         return given
 
     def run_state(self) -> dict[str, torch.Tensor]:
-        born = {f"{path}.born": self.born[update] for path, update in triplets(self.host).items()}
+        born = {f"{path}.born": self.born[update] for path, update in self.named().items()}
         return born | {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
         self.sensitivity, self.uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
-        for path, update in triplets(self.host).items():
+        for path, update in self.named().items():
             self.born[update] = state[f"{path}.born"].clone()
         self._weigh()
 
@@ -285,8 +285,8 @@ class IncreLoRA(LowRankUpdates):
             update.weighed = growing
 
     def state(self) -> dict[str, torch.Tensor]:
-        return kept_state(self.host)
+        return only_kept(self.host.state(), self.named())
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        load_kept(self.host, state)
+        self.host.load_state(spread(state, self.named()))
         self._weigh()

@@ -4,15 +4,14 @@ r"""Delta-LoRA: LoRA whose frozen weight follows the change of the low-rank prod
     W_{t+1} = W_t + \lambda \frac{\alpha}{r} \bigl(B_{t+1} A_{t+1} - B_t A_t\bigr) \text{ for } t \ge K
 
 Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. W has no gradient and no
-optimizer state; what Adam and weight decay make of the factors is in their change, so W gets it too. There is no
-dropout: the gradient of the product then is the gradient of W. Merge: exact, W as it has become plus the product.
-Trained: r (in + out) a matrix.
+optimizer state: it gets the factors' change as Adam and weight decay made it. There is no dropout, so the gradient of
+the product is the gradient of W. Merge: exact, the present W plus the product. Trained: r (in + out) a matrix.
 
 The steps of W add up to :math:`\lambda \frac{\alpha}{r} (B_T A_T - B_K A_K)`, so a file holds the factors now and those
 at step K, never W. At the end of training W is set to its original plus this sum, rounded once, which takes away the
-rounding of single steps and makes loading exact. It needs the original, so ``attach(..., keep_original=False)`` leaves
-W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in float32. A
-further training goes on following from its first step.
+rounding of single steps and makes loading exact. This needs the original, so ``attach(..., keep_original=False)``
+leaves W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in
+float32. In a further training W follows from the first step on.
 
 Source: Zi et al. 2023, arXiv:2309.02411, which has no public code: lambda 0.5 for RoBERTa on GLUE with K the steps of
 the learning rate's warm-up, 2 and 500 for GPT-2, 0.5 and 1000 for BART; queries and values, r = 8. Here K is a share of
@@ -52,7 +51,7 @@ class DeltaLoRAConfig(MethodConfig):
 
 
 class Anchored(LowRank):
-    """:class:`LowRank` with a copy of its factors at step K, from which on the weight follows the product's change."""
+    """:class:`LowRank` with a copy of its factors at step K: ``A_anchor`` (r, in), ``B_anchor`` (out, r)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__(in_features, out_features, rank, scale)
@@ -61,7 +60,7 @@ class Anchored(LowRank):
 
     @torch.no_grad()
     def anchor(self) -> None:
-        """Copy the present factors."""
+        """Copy the present factors: from now on the weight follows."""
         self.A_anchor.copy_(self.A)
         self.B_anchor.copy_(self.B)
 
@@ -70,11 +69,12 @@ class Anchored(LowRank):
         return self.A.detach().clone(), self.B.detach().clone()
 
     def change(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        """``delta()`` now less what it was for these factors, (out, in)."""
-        return self.delta() - self.scale * (B.to(self.delta_dtype) @ A.to(self.delta_dtype))
+        """From the update of these factors to the present one, (out, in)."""
+        before = self.scale * (B.to(self.delta_dtype) @ A.to(self.delta_dtype))  # (out, r) (r, in) -> (out, in)
+        return self.delta() - before  # (out, in)
 
     def moved(self) -> torch.Tensor:
-        """The change of ``delta()`` since the anchor."""
+        """The update's change since step K, (out, in)."""
         return self.change(self.A_anchor, self.B_anchor)
 
 
@@ -114,11 +114,11 @@ class DeltaLoRA(LowRankUpdates):
             self._follow({site: original for site, original in self.originals.items() if original is not None})
 
     @torch.no_grad()
-    def _follow(self, originals: dict) -> None:
-        """Set the weights to their originals plus what they have followed, rounded once."""
+    def _follow(self, originals: dict[Site, torch.Tensor]) -> None:
+        """Set the weights to their originals plus lambda times the updates' change since step K, rounded once."""
         for site, original in originals.items():
-            followed = self.config.follow * self.updates[site].moved()
-            site.weight.copy_(original.to(followed) + followed)
+            moved = self.config.follow * self.updates[site].moved()  # (out, in)
+            site.weight.copy_(original.to(moved) + moved)
 
     def run_state(self) -> dict[str, torch.Tensor]:
         return {"following": torch.tensor(self.following)}
@@ -140,5 +140,4 @@ class DeltaLoRA(LowRankUpdates):
             self._follow(base)
 
     def _anchors(self) -> set[str]:
-        paths = (path for path, child in self.host.paths().items() if isinstance(child, Anchored))
-        return {f"{path}.{name}" for path in paths for name in ("A_anchor", "B_anchor")}
+        return {f"{path}.{name}" for path in self.named() for name in ("A_anchor", "B_anchor")}
