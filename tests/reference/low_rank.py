@@ -33,21 +33,6 @@ def adalora(x, weight, bias, p, singular, q, alpha, rank):
     return torch.tensor(rows)
 
 
-def moelora(x, experts, embedding, gate, alpha):
-    """Liu et al. 2023: (alpha / r) sum_i w_i B_i A_i x for each row of x (tokens, in); w is the softmax of what the
-    gate makes of the task's embedding, ``experts`` are pairs (A_i, B_i) and r is the sum of their ranks."""
-    scores = [math.exp(s) for s in _times(gate, embedding.tolist())]
-    rank = sum(len(a) for a, _ in experts)
-    rows = []
-    for token in x.tolist():
-        total = [0.0] * len(experts[0][1])
-        for score, (a, b) in zip(scores, experts):
-            part = _times(b, _times(a, token))
-            total = [t + alpha / rank * score / sum(scores) * p for t, p in zip(total, part)]
-        rows.append(total)
-    return torch.tensor(rows)
-
-
 def heads(x, y, a, b, bias, split_in, split_out):
     """Chen et al. 2022: each head's own low-rank update of rows y (tokens, out) from rows x (tokens, in), head by head;
     a (heads, rank, in of a head), b (heads, out of a head, rank)."""
