@@ -33,21 +33,6 @@ def adalora(x, weight, bias, p, singular, q, alpha, rank):
     return torch.tensor(rows)
 
 
-def heads(x, y, a, b, bias, split_in, split_out):
-    """Chen et al. 2022: each head's own low-rank update of rows y (tokens, out) from rows x (tokens, in), head by head;
-    a (heads, rank, in of a head), b (heads, out of a head, rank)."""
-    rows = []
-    for token, row in zip(x.tolist(), y.tolist()):
-        row = [value + shift for value, shift in zip(row, bias.tolist())]
-        for head, (down, up) in enumerate(zip(a.tolist(), b.tolist())):
-            mine = token[head * len(down[0]) : (head + 1) * len(down[0])] if split_in else token
-            inner = [_dot(weights, mine) for weights in down]
-            for place, weights in enumerate(up):
-                row[place + (head * len(up) if split_out else 0)] += _dot(weights, inner)
-        rows.append(row)
-    return torch.tensor(rows)
-
-
 def lora_prune(maps, units):
     """Zhang et al. 2024 (LoRAPrune): the score of each unit of one block. ``maps`` are (W, A, B, g_A, g_B, scale, axis)
     with W (out, in) and the axis along which the units lie, equal parts in order."""

@@ -22,7 +22,6 @@ code: ``maps`` chooses the maps and a rank of 0 leaves a part out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +75,10 @@ class KernelMixConfig(MethodConfig):
 class HeadLowRank(nn.Module):
     """A low-rank update of each head's own: ``forward(x, y) = y + [B_h A_h x_h] + bias``.
 
-    Shapes: x (..., in), y (..., out); A (heads, rank, in_h), B (heads, out_h, rank), bias (out,). With ``split_in`` a
-    head sees its own part of x (in_h = in / heads), else all of it; with ``split_out`` it writes its own part of y
-    (out_h = out / heads), else the heads' results add up. Everything starts from a normal distribution with ``std``,
-    cut off at two standard deviations; or, with ``zero_up``, A as LoRA's and the rest at zero.
+    Shapes, with b rows of t tokens and H heads: x (b, t, in), y (b, t, out); A (H, r, in_h), B (H, out_h, r), bias
+    (out,). With ``split_in`` a head sees its own part of x (in_h = in / H), else all of it; with ``split_out`` it
+    writes its own part of y (out_h = out / H), else the heads' results add up. Everything starts from :func:`normal`;
+    with ``zero_up`` A starts as LoRA's and the rest at zero.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class HeadLowRank(nn.Module):
         split_out: bool,
         bias: bool = True,
         dropout: float = 0.0,
-        std: float = 0.01,
         zero_up: bool = False,
     ):
         super().__init__()
@@ -102,33 +100,35 @@ class HeadLowRank(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         for parameter in self.parameters():
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            normal(parameter)
             if zero_up:
                 nn.init.zeros_(parameter)
         if zero_up:
-            nn.init.kaiming_uniform_(self.A.flatten(0, 1), a=math.sqrt(5))
+            kaiming(self.A.flatten(0, 1))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = cast(self.dropout(x), self.A)
+        A, B = self.A, self.B
+        x = cast(self.dropout(x), A)  # (b, t, in)
         if self.split_in:
-            down = torch.einsum("...hi,hri->...hr", x.unflatten(-1, (len(self.A), -1)), self.A)
+            x = x.unflatten(-1, (len(A), -1))  # (b, t, in) -> (b, t, H, in_h)
+            Ax = torch.einsum("...hi,hri->...hr", x, A)  # -> (b, t, H, r)
         else:
-            down = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (len(self.A), -1))
+            Ax = F.linear(x, A.flatten(0, 1)).unflatten(-1, (len(A), -1))  # (b, t, in) -> (b, t, H, r)
         if self.split_out:
-            change = torch.einsum("...hr,hor->...ho", down, self.B).flatten(-2)
+            BAx = torch.einsum("...hr,hor->...ho", Ax, B).flatten(-2)  # -> (b, t, H, out_h) -> (b, t, out)
         else:
-            change = torch.einsum("...hr,hor->...o", down, self.B)
+            BAx = torch.einsum("...hr,hor->...o", Ax, B)  # -> (b, t, out)
         if self.bias is not None:
-            change = change + self.bias
-        return y + change.to(y.dtype)
+            BAx = BAx + self.bias
+        return y + BAx.to(y.dtype)  # (b, t, out)
 
     def delta(self) -> torch.Tensor:
         """The (out, in) matrix of all heads, formed in float32 or wider; the bias is not in it."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        blocks = self.B.detach().to(dtype) @ self.A.detach().to(dtype)
+        BA = self.B.detach().to(dtype) @ self.A.detach().to(dtype)  # (H, out_h, r) (H, r, in_h) -> (H, out_h, in_h)
         if self.split_in and self.split_out:
-            return torch.block_diag(*blocks)
-        return torch.cat(list(blocks), dim=0 if self.split_out else 1)
+            return torch.block_diag(*BA)  # -> (out, in)
+        return torch.cat(list(BA), dim=0 if self.split_out else 1)  # -> (out, in)
 
 
 class KernelMix(Method):
@@ -182,12 +182,12 @@ class KernelMix(Method):
     @torch.no_grad()
     def merge(self) -> None:
         for site, key, update in self.heads:
-            delta = update.delta()
-            bias = 0 if update.bias is None else update.bias.to(delta.dtype)
+            delta = update.delta()  # (out, in); for the value, in is the size of all keys
+            bias = 0 if update.bias is None else update.bias.to(delta.dtype)  # (out,)
             if key is not None:
                 if key.bias is not None:
-                    bias = bias + delta @ key.bias.to(delta.dtype)
-                delta = delta @ key.weight.to(delta.dtype)
+                    bias = bias + delta @ key.bias.to(delta.dtype)  # (out, keys) (keys,) -> (out,)
+                delta = delta @ key.weight.to(delta.dtype)  # (out, keys) (keys, in) -> (out, in)
             add_to_weight(site, delta)
             if site.bias is not None:
                 site.bias.copy_((site.bias.to(delta.dtype) + bias).to(site.bias.dtype))
@@ -196,5 +196,5 @@ class KernelMix(Method):
 
 
 def normal(tensor: torch.Tensor) -> torch.Tensor:
-    """N(0, 0.01), cut off at two standard deviations."""
+    """Normal with standard deviation 0.01, cut off at twice that."""
     return nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02)
