@@ -1,10 +1,8 @@
-"""Frozen weights in 4 or 2 bits: NormalFloat codes with scales, or integers with scales and offsets, and a linear map
-that computes from them.
+"""Frozen weights in 4 or 2 bits: NormalFloat codes with scales, and a linear map that computes from a quantized weight.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantization); Dettmers et al. 2022, arXiv:2110.02861
-(the 8-bit dynamic data type of the scales); Xu et al. 2023, arXiv:2309.14717 (groups of inputs). The layout of 4-bit
-NormalFloat in memory is that of bitsandbytes, whose kernel dequantizes on CUDA where it is installed; everything here
-also runs without it, on any device.
+(the 8-bit dynamic data type of the scales). The layout of 4-bit NormalFloat in memory is that of bitsandbytes, whose
+kernel dequantizes on CUDA where it is installed; everything here also runs without it, on any device.
 """
 
 from __future__ import annotations
@@ -56,19 +54,19 @@ def quantize(values: torch.Tensor, levels: torch.Tensor, block: int) -> tuple[to
 
     Each block is divided by its largest magnitude, its scale; an entry's code is the nearest of the sorted ``levels``.
     """
-    flat = values.reshape(-1).float()
-    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    scales = padded.abs().amax(dim=1)
-    unit = (padded * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-    return codes.view(-1)[: len(flat)], scales
+    flat = values.reshape(-1).float()  # (n,)
+    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)  # (n,) -> (blocks, block)
+    scales = padded.abs().amax(dim=1)  # (blocks, block) -> (blocks,)
+    unit = (padded * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)  # (blocks, block)
+    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)  # (blocks, block)
+    return codes.view(-1)[: len(flat)], scales  # (n,), (blocks,)
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
     """Levels (n,) that were looked up by their codes, times the scale of each block."""
     short = -len(values) % block
     padded = F.pad(values, (0, short)) if short else values
-    return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]
+    return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]  # -> (blocks, block) -> (n,)
 
 
 class NormalFloatWeight(nn.Module):
@@ -117,8 +115,8 @@ class NormalFloatWeight(nn.Module):
         fast = self.bits == 4 and FAST and dtype in (torch.float32, torch.bfloat16, torch.float16)
         if self.codes.is_cuda and fast:
             return _kernel(self.codes, self.block_scales(), self.shape, dtype)
-        values = unpack(self.codes, self.table)[: math.prod(self.shape)]
-        return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)
+        values = unpack(self.codes, self.table)[: math.prod(self.shape)]  # (out in,)
+        return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)  # (out in,) -> (out, in)
 
 
 def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
@@ -161,12 +159,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight(x.dtype), bias)
+        return F.linear(x, weight(x.dtype), bias)  # (b, t, in) -> (b, t, out)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
-        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None  # (b, t, out) -> (b, t, in)
+        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (b, t, out) -> (out,)
         return x, bias, None
 
 
@@ -200,7 +198,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized (out_features, in_features) weight: a fresh tensor, so writing to it changes nothing."""
+        """The dequantized (out, in) weight: a fresh tensor, so writing to it changes nothing."""
         return self.quantized(self.quantized.like.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,12 +211,12 @@ class QuantizedLinear(nn.Module):
         return _Linear.apply(x.to(dtype), bias, self.quantized)
 
     def dense(self) -> torch.Tensor:
-        """The dequantized (out_features, in_features) weight in float32 or wider, to compute a merged one from."""
+        """The dequantized (out, in) weight in float32 or wider, to compute a merged one from."""
         return self.quantized(torch.promote_types(self.quantized.like.dtype, torch.float32))
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
-        """An unquantized module of the original's class and attributes with this (out_features, in_features) weight,
-        rounded to the original's dtype, and the same bias parameter."""
+        """An unquantized module of the original's class and attributes with this (out, in) weight, rounded to the
+        original's dtype, and the same bias parameter."""
         weight = weight.to(self.quantized.like.dtype)
         module = self.original.__new__(self.original)
         nn.Module.__init__(module)

@@ -3,15 +3,16 @@ r"""QA-LoRA: the update of a group-wise quantized weight is constant within a gr
 .. math:: y = \tilde{W} x + \frac{\alpha}{r} B A \operatorname{pool}_g(x), \qquad
     \tilde{W}_{ij} = s_{i\gamma}\, c_{ij} + \beta_{i\gamma}, \quad \gamma = \lfloor j / g \rfloor
 
-Shapes: codes c (out, in) of 4 or 2 bits, scales s and offsets beta (out, in / g) float32; pool_g means every g inputs;
-A (r, in / g) starts Xavier-uniform, B (out, r) at zero, so the start is the quantized backbone, near the original.
+Shapes: codes c (out, in) of 4 or 2 bits, scales s and offsets beta (out, in / g) float32; pool_g is the mean of every g
+inputs; A (r, in / g) starts Xavier-uniform, B (out, r) at zero, so the start is the quantized backbone, near the
+original.
 Trained: r (in / g + out) a matrix. The merge is exact into the quantized weight: codes and scales stay,
 :math:`\beta \leftarrow \beta + \frac{\alpha}{r g} B A`, rounded once to float32. (The zero point of other conventions
 is -beta / s: a float that moves by the update over s.)
 
-What ``merge()`` leaves: plain maps that hold the moved weight, in the dtype that they had, as with every other method;
-with ``keep_quantized`` the low-bit maps themselves, offsets moved. These compute without LoRA and without peftlib's
-hooks, but are peftlib's modules: codes, scales and offsets are in the model's state dict.
+``merge()`` leaves plain maps with the merged weight, in the dtype that they had, as with every other method; with
+``keep_quantized`` it leaves the low-bit maps with new offsets. These compute without LoRA and without peftlib's hooks,
+but are peftlib's modules: codes, scales and offsets are in the model's state dict.
 
 Source: Xu et al. 2023, arXiv:2309.14717, and its code: groups of 32, alpha 16, rank 64, the mean as the pool (the
 paper's listing sums). Where we differ: the weight is rounded to the nearest of the levels between a group's smallest
@@ -65,22 +66,23 @@ class QALoRAConfig(MethodConfig):
 
 class GroupWeight(nn.Module):
     """An (out, in) weight as integers with a scale and an offset for every group of inputs of every output:
-    ``W = scale * code + offset``, codes 0 to 2^bits - 1. ``-offset / scale`` is the zero point, a float.
+    ``W = s c + beta``, codes c from 0 to 2^bits - 1.
 
-    A group's largest and smallest entry are met exactly; in between it rounds to the nearest code. Buffers: ``codes``
-    (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` and ``offsets`` (out, in / group) float32,
-    kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` as in :class:`NormalFloatWeight`.
+    A group's largest and smallest entry are met exactly; in between it rounds to the nearest code. Buffers: ``codes`` c
+    (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` s and ``offsets`` beta (out, in / g)
+    float32, kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` is empty and has the dtype that
+    the weight would have.
     """
 
     def __init__(self, weight: torch.Tensor, bits: int = 4, group: int = 32):
         super().__init__()
         rows, columns = self.shape = weight.shape
         self.bits, self.group = bits, group
-        grouped = weight.detach().float().reshape(rows, columns // group, group)
-        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
-        scales = (high - low) / (2**bits - 1)
+        W = weight.detach().float().reshape(rows, columns // group, group)  # (out, in) -> (out, in / g, g)
+        low, high = W.amin(dim=-1), W.amax(dim=-1)  # -> (out, in / g)
+        scales = (high - low) / (2**bits - 1)  # (out, in / g)
         scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        codes = ((grouped - low[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)
+        codes = ((W - low[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)  # (out, in / g, g)
         levels = torch.arange(2**bits, dtype=torch.float32, device=weight.device)
         self.register_buffer("table", lookup(levels), persistent=False)
         self.register_buffer("codes", pack(codes.to(torch.uint8).flatten(), bits))
@@ -96,23 +98,23 @@ class GroupWeight(nn.Module):
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
         """The (out, in) weight, computed in float32 or wider and rounded once to ``dtype``."""
         wide = torch.promote_types(dtype, torch.float32)
-        values = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)
-        values = values.view(*self.scales.shape, self.group)
-        scales, offsets = (t.view(torch.float32).to(wide)[..., None] for t in (self.scales, self.offsets))
-        return torch.addcmul(offsets, values, scales).view(self.shape).to(dtype)
+        c = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)  # (out in,)
+        c = c.view(*self.scales.shape, self.group)  # -> (out, in / g, g)
+        s, beta = (t.view(torch.float32).to(wide)[..., None] for t in (self.scales, self.offsets))  # (out, in / g, 1)
+        return torch.addcmul(beta, c, s).view(self.shape).to(dtype)  # (out, in / g, g) -> (out, in)
 
     @torch.no_grad()
     def shift(self, rows: slice, by: torch.Tensor) -> None:
-        """Add ``by`` (len(rows), in / group) to all entries of the groups: codes and scales stay as they are."""
+        """Add ``by`` (len(rows), in / g) to the offsets: codes and scales stay as they are."""
         offsets = self.offsets.view(torch.float32)
         offsets[rows] = (offsets[rows].to(by.dtype) + by).float()
 
 
 class PooledLowRank(LowRank):
-    """``forward(x, y) = y + scale * B A mean(dropout(x))``, the mean of every ``group`` neighbouring inputs.
+    """``forward(x, y) = y + scale * B A pool(dropout(x))``, the mean of every ``group`` neighbouring inputs.
 
-    Shapes: x (..., in), y (..., out), A (rank, in / group), B (out, rank). A starts Xavier-uniform, B at zero. The
-    update is the same for all inputs of a group.
+    Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), A (r, in / g), B (out, r). The update of the weight is
+    the same for all inputs of a group.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, group: int, dropout: float = 0.0):
@@ -121,16 +123,17 @@ class PooledLowRank(LowRank):
         nn.init.xavier_uniform_(self.A)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(x).unflatten(-1, (-1, self.group)).mean(dim=-1)
-        return low_rank.update(y, F.linear(cast(x, self.A).flatten(0, -2), self.A), self.B, self.scale)
+        pooled = self.dropout(x).unflatten(-1, (-1, self.group)).mean(dim=-1)  # (b, t, in) -> (b, t, in / g)
+        Ax = F.linear(cast(pooled, self.A).flatten(0, -2), self.A)  # (b, t, in / g) -> (b t, r)
+        return low_rank.update(y, Ax, self.B, self.scale)  # (b t, r) -> (b, t, out)
 
     def group_delta(self) -> torch.Tensor:
-        """The (out, in / group) update of every weight of a group, in float32 or wider."""
+        """The update of every weight of a group, (out, in / g), formed in float32 or wider."""
         return super().delta() / self.group
 
     def delta(self) -> torch.Tensor:
         """The (out, in) update, formed in float32 or wider."""
-        return self.group_delta().repeat_interleave(self.group, dim=1)
+        return self.group_delta().repeat_interleave(self.group, dim=1)  # (out, in / g) -> (out, in)
 
 
 class QALoRA(QuantizedUpdates):
