@@ -1,10 +1,8 @@
-"""Frozen weights in 4 or 2 bits: NormalFloat codes with scales, or integers with scales and offsets, and a linear map
-that computes from them.
+"""Frozen weights in 4 or 2 bits: NormalFloat codes with scales, and a linear map that computes from a quantized weight.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantization); Dettmers et al. 2022, arXiv:2110.02861
-(the 8-bit dynamic data type of the scales); Xu et al. 2023, arXiv:2309.14717 (groups of inputs). The layout of 4-bit
-NormalFloat in memory is that of bitsandbytes, whose kernel dequantizes on CUDA where it is installed; everything here
-also runs without it, on any device.
+(the 8-bit dynamic data type of the scales). The layout of 4-bit NormalFloat in memory is that of bitsandbytes, whose
+kernel dequantizes on CUDA where it is installed; everything here also runs without it, on any device.
 """
 
 from __future__ import annotations
@@ -12,18 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftlib.anatomy import Site
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight
 from peftlib.mechanisms.precision import autocasts
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -59,19 +54,19 @@ def quantize(values: torch.Tensor, levels: torch.Tensor, block: int) -> tuple[to
 
     Each block is divided by its largest magnitude, its scale; an entry's code is the nearest of the sorted ``levels``.
     """
-    flat = values.reshape(-1).float()
-    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    scales = padded.abs().amax(dim=1)
-    unit = (padded * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-    return codes.view(-1)[: len(flat)], scales
+    flat = values.reshape(-1).float()  # (n,)
+    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)  # (n,) -> (blocks, block)
+    scales = padded.abs().amax(dim=1)  # (blocks, block) -> (blocks,)
+    unit = (padded * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)  # (blocks, block)
+    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)  # (blocks, block)
+    return codes.view(-1)[: len(flat)], scales  # (n,), (blocks,)
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
     """Levels (n,) that were looked up by their codes, times the scale of each block."""
     short = -len(values) % block
     padded = F.pad(values, (0, short)) if short else values
-    return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]
+    return (padded.view(-1, block) * scales[:, None]).view(-1)[: len(values)]  # -> (blocks, block) -> (n,)
 
 
 class NormalFloatWeight(nn.Module):
@@ -84,18 +79,11 @@ class NormalFloatWeight(nn.Module):
     and the two tables of levels are float32, kept as integers so that ``model.to(dtype)`` leaves them alone.
     """
 
-    table: torch.Tensor
-    codes: torch.Tensor
-    dynamic: torch.Tensor
-    scale_codes: torch.Tensor
-    scales: torch.Tensor
-    like: torch.Tensor
-
     def __init__(self, weight: torch.Tensor, bits: int = 4, double: bool = True):
         super().__init__()
-        self.shape, self.bits, self.doubled = weight.shape, bits, double
+        self.shape, self.bits, self.double = weight.shape, bits, double
         levels = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float32, device=weight.device)
-        self.register_buffer("table", _table(levels), persistent=False)
+        self.register_buffer("table", lookup(levels), persistent=False)
         codes, scales = quantize(weight.detach(), levels, BLOCK)
         self.register_buffer("codes", pack(codes, bits, fill=NORMAL_FLOAT[bits].index(0.0)))
         scale_codes = codes.new_empty(0)
@@ -117,7 +105,7 @@ class NormalFloatWeight(nn.Module):
     def block_scales(self) -> torch.Tensor:
         """The scales of the weight's blocks, (ceil(n / 64),) float32."""
         scales = self.scales.view(torch.float32)
-        if not self.doubled:
+        if not self.double:
             return scales
         units = self.dynamic.index_select(0, self.scale_codes.int()).view(torch.float32)
         return dequantize(units, scales[:-1], SCALE_BLOCK) + scales[-1]
@@ -127,59 +115,8 @@ class NormalFloatWeight(nn.Module):
         fast = self.bits == 4 and FAST and dtype in (torch.float32, torch.bfloat16, torch.float16)
         if self.codes.is_cuda and fast:
             return _kernel(self.codes, self.block_scales(), self.shape, dtype)
-        values = unpack(self.codes, self.table)[: math.prod(self.shape)]
-        return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)
-
-
-class GroupWeight(nn.Module):
-    """An (out, in) weight as integers with a scale and an offset for every group of inputs of every output:
-    ``W = scale * code + offset``, codes 0 to 2^bits - 1. ``-offset / scale`` is the zero point, a float.
-
-    A group's largest and smallest entry are met exactly; in between it rounds to the nearest code. Buffers: ``codes``
-    (ceil(n bits / 8),) uint8, the first entry in the high bits; ``scales`` and ``offsets`` (out, in / group) float32,
-    kept as integers so that ``model.to(dtype)`` leaves them alone. ``like`` as in :class:`NormalFloatWeight`.
-    """
-
-    table: torch.Tensor
-    codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor
-    like: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor, bits: int = 4, group: int = 32):
-        super().__init__()
-        rows, columns = self.shape = weight.shape
-        self.bits, self.group = bits, group
-        grouped = weight.detach().float().reshape(rows, columns // group, group)
-        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
-        scales = (high - low) / (2**bits - 1)
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        codes = ((grouped - low[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)
-        levels = torch.arange(2**bits, dtype=torch.float32, device=weight.device)
-        self.register_buffer("table", _table(levels), persistent=False)
-        self.register_buffer("codes", pack(codes.to(torch.uint8).flatten(), bits))
-        self.register_buffer("scales", scales.view(torch.int32))
-        self.register_buffer("offsets", low.contiguous().view(torch.int32))
-        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the weight takes; the table of levels is not counted."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.offsets))
-
-    def forward(self, dtype: torch.dtype) -> torch.Tensor:
-        """The (out, in) weight, computed in float32 or wider and rounded once to ``dtype``."""
-        wide = torch.promote_types(dtype, torch.float32)
-        values = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)
-        values = values.view(*self.scales.shape, self.group)
-        scales, offsets = (t.view(torch.float32).to(wide)[..., None] for t in (self.scales, self.offsets))
-        return torch.addcmul(offsets, values, scales).view(self.shape).to(dtype)
-
-    @torch.no_grad()
-    def shift(self, rows: slice, by: torch.Tensor) -> None:
-        """Add ``by`` (len(rows), in / group) to all entries of the groups: codes and scales stay as they are."""
-        offsets = self.offsets.view(torch.float32)
-        offsets[rows] = (offsets[rows].to(by.dtype) + by).float()
+        values = unpack(self.codes, self.table)[: math.prod(self.shape)]  # (out in,)
+        return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)  # (out in,) -> (out, in)
 
 
 def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
@@ -193,11 +130,11 @@ def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The levels, float32, of packed codes, by the table of :func:`_table`."""
+    """The levels, float32, of packed codes, by the table of :func:`lookup`."""
     return table.index_select(0, packed.int()).view(torch.float32).flatten()
 
 
-def _table(levels: torch.Tensor) -> torch.Tensor:
+def lookup(levels: torch.Tensor) -> torch.Tensor:
     """Byte -> the levels that it stands for: two float32 in the bytes of one int64, (256,), or four in two, (256, 2).
     That way they are looked up together, and ``model.to(dtype)`` leaves them alone."""
     bits = (len(levels) - 1).bit_length()
@@ -220,14 +157,14 @@ class _Linear(torch.autograd.Function):
     """x W^T + b for a frozen W that is computed anew in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight(x.dtype), bias)
+        return F.linear(x, weight(x.dtype), bias)  # (b, t, in) -> (b, t, out)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
-        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+    def backward(ctx, gradient: torch.Tensor):
+        x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None  # (b, t, out) -> (b, t, in)
+        bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (b, t, out) -> (out,)
         return x, bias, None
 
 
@@ -240,13 +177,11 @@ class QuantizedLinear(nn.Module):
         quantize: what keeps the (out, in) weight.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         module: nn.Module,
         compute: torch.dtype | None = None,
-        quantize: Callable[[torch.Tensor], NormalFloatWeight | GroupWeight] = NormalFloatWeight,
+        quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
     ):
         super().__init__()
         if not isinstance(module, nn.Linear | Conv1D):
@@ -263,7 +198,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized (out_features, in_features) weight: a fresh tensor, so writing to it changes nothing."""
+        """The dequantized (out, in) weight: a fresh tensor, so writing to it changes nothing."""
         return self.quantized(self.quantized.like.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -276,12 +211,12 @@ class QuantizedLinear(nn.Module):
         return _Linear.apply(x.to(dtype), bias, self.quantized)
 
     def dense(self) -> torch.Tensor:
-        """The dequantized (out_features, in_features) weight in float32 or wider, to compute a merged one from."""
+        """The dequantized (out, in) weight in float32 or wider, to compute a merged one from."""
         return self.quantized(torch.promote_types(self.quantized.like.dtype, torch.float32))
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
-        """An unquantized module of the original's class and attributes with this (out_features, in_features) weight,
-        rounded to the original's dtype, and the same bias parameter."""
+        """An unquantized module of the original's class and attributes with this (out, in) weight, rounded to the
+        original's dtype, and the same bias parameter."""
         weight = weight.to(self.quantized.like.dtype)
         module = self.original.__new__(self.original)
         nn.Module.__init__(module)
@@ -301,26 +236,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def quantize_sites(
     host: Host,
     patterns: Sequence[str] | str,
-    quantize: Callable[[torch.Tensor], NormalFloatWeight | GroupWeight] = NormalFloatWeight,
+    quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
     compute: str | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Path -> quantized map, put in the place of every map that one of the site patterns names."""
-    dtype = None if compute is None else DTYPES[compute]
     modules = {}
     for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns)):
-        modules[path] = QuantizedLinear(host.model.get_submodule(path), dtype, quantize)
-        host.replace(path, modules[path])
+        module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(compute), quantize)
+        modules[path] = host.replace(path, module)
     return modules
-
-
-def merge_updates(host: Host, quantized: dict[str, QuantizedLinear], updates: Mapping[Site, LowRank]) -> None:
-    """Put plain maps in the place of the quantized ones, and add each update's ``delta()`` to its site's weight."""
-    for path, module in quantized.items():
-        weight = module.dense()
-        for site, update in updates.items():
-            if site.module is module:
-                weight[site.rows] += update.delta()
-        host.replace(path, module.plain(weight))
-    for site, update in updates.items():
-        if site.path not in quantized:
-            add_to_weight(site, update.delta())

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from peftlib.adapted import Adapted
 from peftlib.anatomy import Site
 from peftlib.errors import StateError, UnsupportedError
-from peftlib.mechanisms.experts import Experts
+from peftlib.methods.reparameterized.lora.multitask.moelora import Experts
 from peftlib.report.figures import ADDED, INK, STYLE, TOUCHED
 from peftlib.report.learned import lines_and_mean
 

@@ -16,9 +16,40 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError
 from peftlib.methods.base import TrainingState
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.low_rank import adalora, budget, importance, orthogonality
+from tests.reference.low_rank import adalora
 
 PEFT_NAMES = {"singular": "lora_E", "P": "lora_B", "Q": "lora_A"}
+
+
+def orthogonality(updates):
+    """The mean over all matrices of the norms, unsquared, of P^T P - I and Q Q^T - I, in float64."""
+    norms = []
+    for u in updates:
+        P, Q = u.P.detach().double(), u.Q.detach().double()
+        eye = torch.eye(len(Q), dtype=torch.float64)
+        norms += [(P.T @ P - eye).square().sum().sqrt(), (Q @ Q.T - eye).square().sum().sqrt()]
+    return float(sum(norms) / len(norms))
+
+
+def importance(gradients, weights, beta=0.85):
+    """Smoothed sensitivity times smoothed uncertainty of each entry of a tensor, from its gradients and values over the
+    steps, in float64."""
+    I_bar = U_bar = torch.zeros_like(weights[0], dtype=torch.float64)
+    for g, w in zip(gradients, weights):
+        sensitivity = (w.double() * g.double()).abs()
+        I_bar = beta * I_bar + (1 - beta) * sensitivity
+        U_bar = beta * U_bar + (1 - beta) * (sensitivity - I_bar).abs()
+    return I_bar * U_bar
+
+
+def budget(step, initial, target, initial_warmup, final_warmup, total):
+    """The cubic schedule; ``step`` counts finished steps from 1."""
+    if step <= initial_warmup:
+        return initial
+    if step > total - final_warmup:
+        return target
+    left = 1 - (step - initial_warmup) / (total - final_warmup - initial_warmup)
+    return target + int((initial - target) * left**3)
 
 
 def _oracle(adapted, total: int = 100, **options):
@@ -74,14 +105,14 @@ def test_equation_on_one_site():
 def test_penalty_is_the_mean_of_unsquared_norms():
     adapted = peftlib.attach(backbone("bert"), "adalora", rank=4, target_rank=2, orthogonality=0.3)
     perturb(adapted)
-    pairs = [(u.P.detach(), u.Q.detach()) for u in adapted.method.updates.values()]
-    assert float(adapted.method.penalty(None).detach()) == pytest.approx(0.3 * orthogonality(pairs), rel=1e-5)
+    expected = 0.3 * orthogonality(adapted.method.updates.values())
+    assert float(adapted.method.penalty(None).detach()) == pytest.approx(expected, rel=1e-5)
     data, model = batch("bert"), adapted.model
     plain = float(model(**data).loss.detach())
     model.train()
     with adapted.lifecycle(10):
         loss = float(model(**data).loss.detach())
-    assert loss == pytest.approx(plain + 0.3 * orthogonality(pairs), rel=1e-5)
+    assert loss == pytest.approx(plain + expected, rel=1e-5)
 
 
 def test_parity_with_hf_peft():
@@ -163,18 +194,10 @@ def test_importance_is_the_papers():
         gradients.append([t.grad.clone() for t in (update.singular, update.P, update.Q)])
         weights.append([t.detach().clone() for t in (update.singular, update.P, update.Q)])
 
-    def of(which: int, *index: int) -> float:
-        return importance([float(g[which][index]) for g in gradients], [float(w[which][index]) for w in weights])
-
-    out, into = update.P.shape[0], update.Q.shape[1]
-    scores = [
-        of(0, i)
-        + sum(of(1, row, i) for row in range(out)) / out
-        + sum(of(2, i, column) for column in range(into)) / into
-        for i in range(3)
-    ]
+    singular, P, Q = (importance(g, w) for g, w in zip(zip(*gradients), zip(*weights)))
+    expected = singular + P.mean(0) + Q.mean(1)
     ((singular, P, Q),) = [[a * b for a, b in adapted.method.smooth[update]]]
-    torch.testing.assert_close(singular + P.mean(0) + Q.mean(1), torch.tensor(scores), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close((singular + P.mean(0) + Q.mean(1)).double(), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_equal_importance_still_meets_the_budget():

@@ -54,9 +54,9 @@ def test_importance_is_that_of_the_formed_update():
     with adapted.lifecycle(10) as life:
         life.step_start()
         model(**batch("bert")).loss.backward()
-        scores = [float(u.meter.grad) for u in adapted.method.updates.values()]
+        scores = [float(u.importance.grad) for u in adapted.method.updates.values()]
         life.gradients()
-        assert all(u.meter.grad is None for u in adapted.method.updates.values())
+        assert all(u.importance.grad is None for u in adapted.method.updates.values())
     sensitivity = 0.15 * torch.tensor(scores)
     torch.testing.assert_close(adapted.method.sensitivity, sensitivity)
     torch.testing.assert_close(adapted.method.uncertainty, 0.15 * (torch.tensor(scores) - sensitivity).abs())
@@ -87,7 +87,7 @@ def test_a_run_ends_exactly_on_the_budget(options, steps):
     train(adapted, batch("bert"), steps=steps)
     updates = adapted.method.updates.values()
     assert sum(adapted.method.ranks().values()) == options["target_rank"] * len(updates)
-    assert not any(u.reserve.any() or u.weighed for u in updates)
+    assert not any(u.reserve.any() or u.measures for u in updates)
     assert all(not u.singular[~u.kept].any() for u in updates)
     assert len(set(adapted.method.ranks().values())) > 1 or steps == 1
     steps_of_growth = [step for step, _ in adapted.method.trace]

@@ -7,9 +7,20 @@ from scipy.linalg import hadamard
 import peftlib
 from peftlib.efficiency.memory import LiveTensors
 from peftlib.errors import TargetError, UnknownNameError
-from peftlib.mechanisms.fastfood import Point, Projected, draw, walsh_hadamard
+from peftlib.methods.reparameterized.low_rank.intrinsic_said import Point, Projected, draw, walsh_hadamard
 from tests.methods.helpers import backbone, inputs, perturb
-from tests.reference import fastfood
+
+
+def fastfood(n, signs, order, normal):
+    """The (n, d) projection ``H G Pi H B / sqrt(n sum G^2)`` with every matrix written out, of size N = len(order)."""
+    N, d = len(order), len(signs)
+    H = torch.tensor(hadamard(N), dtype=torch.float64)
+    B = torch.zeros(N, d, dtype=torch.float64)
+    B[range(d), range(d)] = signs.double()
+    Pi = torch.zeros(N, N, dtype=torch.float64)
+    Pi[range(N), order] = 1
+    G = torch.diag(normal.double())
+    return (H @ G @ Pi @ H @ B)[:n] / (n * G.square().sum()).sqrt()
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 6, 7, 11])
@@ -33,7 +44,7 @@ def test_the_projection_is_the_dense_one(shape, d):
     child = Projected(tensor, point, 1, seed=5)
     size = tensor.numel()
     padded = 1 << (size - 1).bit_length()
-    P = fastfood.dense(size, *draw(min(d, padded), padded, 5))
+    P = fastfood(size, *draw(min(d, padded), padded, 5))
     z = point.z.detach().double()[: min(d, padded)]
     torch.testing.assert_close(child.projection().double(), (P @ z).view(shape), atol=1e-6, rtol=1e-4)
     with torch.no_grad():

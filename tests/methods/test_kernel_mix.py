@@ -8,9 +8,19 @@ from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
-from tests.reference.low_rank import heads
 
 RANKS = {"rank_query": 2, "rank_value": 3, "shared_rank_query": 1, "shared_rank_value": 2}
+
+
+def heads(x, y, A, B, bias, split_in, split_out):
+    """y (n, out) with each head's own low-rank update of x (n, in), head by head: A (H, r, in_h), B (H, out_h, r)."""
+    y = y + bias
+    for h, (A_h, B_h) in enumerate(zip(A, B)):
+        out_h, in_h = len(B_h), A_h.shape[1]
+        x_h = x[:, h * in_h : (h + 1) * in_h] if split_in else x
+        y_h = y[:, h * out_h : (h + 1) * out_h] if split_out else y
+        y_h += x_h @ A_h.T @ B_h.T
+    return y
 
 
 @torch.no_grad()
@@ -18,6 +28,7 @@ def test_the_three_maps_head_by_head():
     model = backbone("bert")
     adapted = peftlib.attach(model, "kernel_mix", **RANKS)
     perturb(adapted)
+    model.double()
     sites = adapted.host.anatomy.layers[1].sites
     query, key, value, output = (sites[f"attention.{n}"].module for n in ("query", "key", "value", "output"))
     spy = Spy(query, key, value, output)
@@ -29,7 +40,7 @@ def test_the_three_maps_head_by_head():
         return heads(source, y, update.A, update.B, update.bias, split_in, split_out)
 
     x, k = spy[query][0][1, :5], spy[key][1][1, :5]
-    torch.testing.assert_close(k, linear(sites["attention.key"], x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(k, linear(sites["attention.key"], x), atol=1e-12, rtol=1e-10)
     o = spy[output][0][1, :5]
     for site, source, split in (
         (sites["attention.query"], x, (False, True)),
@@ -37,7 +48,7 @@ def test_the_three_maps_head_by_head():
         (sites["attention.output"], o, (True, False)),
     ):
         wanted = expected(site, source, *split)
-        torch.testing.assert_close(spy[site.module][1][1, :5], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(spy[site.module][1][1, :5], wanted, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
@@ -47,6 +58,7 @@ def test_the_value_gets_the_heads_key_in_other_families(family):
     model = backbone(family)
     adapted = peftlib.attach(model, "kernel_mix", maps=("value",), shared_rank_value=0)
     perturb(adapted)
+    model.double()
     found = 0
     for site, key, update in adapted.method.heads:
         spy = Spy(site.module) if site.module is key.module else Spy(site.module, key.module)
@@ -57,7 +69,7 @@ def test_the_value_gets_the_heads_key_in_other_families(family):
             y, k = y.chunk(3, dim=-1)[2], k.chunk(3, dim=-1)[1]
         bias = torch.zeros(site.out_features) if update.bias is None else update.bias
         wanted = heads(k[0, :3], linear(site, x[0, :3]), update.A, update.B, bias, True, True)
-        torch.testing.assert_close(y[0, :3], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y[0, :3], wanted, atol=1e-12, rtol=1e-10)
         assert len(update.A) == (adapted.host.anatomy.kv_heads)
         found += 1
     assert found == (6 if family == "bart" else 2)

@@ -12,22 +12,33 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import MergeError, PeftlibError
-from peftlib.mechanisms.kronecker import Kronecker
+from peftlib.methods.reparameterized.low_rank.krona import Kronecker
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
-from tests.reference.low_rank import kronecker
+
+
+def kronecker(A, B):
+    """A kron B, entry by entry."""
+    p, q = B.shape
+    product = torch.empty(len(A) * p, A.shape[1] * q, dtype=torch.float64)
+    for i in range(len(product)):
+        for j in range(product.shape[1]):
+            product[i, j] = A[i // p, j // q] * B[i % p, j % q]
+    return product
 
 
 def test_equation_on_one_site():
     model = backbone("bert")
     adapted = peftlib.attach(model, "krona", factor=4, scale=1.5, targets="ffn.up")
     perturb(adapted)
+    model.double()
     site = adapted.host.anatomy.layers[1].sites["ffn.up"]
     spy = Spy(site.module)
     with torch.no_grad():
         model(**inputs("bert"))
     x, y = spy[site.module]
-    change = kronecker(x[1, :5], site.module.krona.A, site.module.krona.B, 1.5)
-    torch.testing.assert_close(y[1, :5], linear(site, x[1, :5]) + change, atol=1e-5, rtol=1e-5)
+    A, B = site.module.krona.A.detach(), site.module.krona.B.detach()
+    expected = linear(site, x) + 1.5 * x @ kronecker(A, B).T
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("into", "out", "factor"), [(12, 30, 3), (30, 12, 6), (16, 16, 4)])
@@ -112,14 +123,13 @@ def test_beside_the_feed_forward_block(form, numbers, tmp_path):
     spy = Spy(up.module, down.module)
     with torch.no_grad():
         before = model(**inputs("bert")).logits
-    x = spy[up.module][0][1, :5]
-    update = down.module.krona
-    change = kronecker(x, update.A, update.B, 0.5)
+    x, update = spy[up.module][0].double(), down.module.krona
+    change = 0.5 * x @ kronecker(update.A.detach(), update.B.detach()).T
     if form == "krona_b_res":
         assert float(update.shortcut.detach()) != 0
         change = change + float(update.shortcut.detach()) * x
     inner, y = spy[down.module]
-    torch.testing.assert_close(y[1, :5], linear(down, inner[1, :5]) + change, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y.double(), linear(down, inner) + change, atol=1e-5, rtol=1e-5)
     with pytest.raises(MergeError, match=f'form="{form}" has no merge'):
         adapted.merge()
     loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "adapter"))

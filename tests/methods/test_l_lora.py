@@ -8,7 +8,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, inputs, logits, train
 from peftlib.errors import StateError
-from peftlib.mechanisms.low_rank import Tangent
+from peftlib.methods.reparameterized.lora.multitask.l_lora import Tangent
 from tests.methods.helpers import backbone, perturb
 
 BOTH = pytest.mark.parametrize("std_B", [0.0, 0.5])

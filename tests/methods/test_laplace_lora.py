@@ -13,7 +13,7 @@ import peftlib
 from peftlib import report
 from peftlib.conformance.case import batch, tokenizer, train
 from peftlib.errors import DataError, PeftlibError, StateError, UnsupportedError
-from peftlib.mechanisms.laplace import softmax_curvature_root
+from peftlib.methods.reparameterized.lora.improvements.laplace_lora import softmax_curvature_root
 from tests.methods.helpers import backbone, inputs, perturb
 
 OPTIONS = {"rank": 2, "targets": ("attention.value",), "samples": 2000}

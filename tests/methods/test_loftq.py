@@ -14,9 +14,8 @@ import peftlib
 from peftlib import backbones, report
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from peftlib.mechanisms.low_rank import factors
 from peftlib.mechanisms.quantized import NormalFloatWeight
-from peftlib.methods.reparameterized.lora.quantization.loftq import alternate
+from peftlib.methods.reparameterized.lora.quantization.loftq import alternate, factors
 from tests.methods.helpers import backbone, inputs, perturb
 from tests.reference import quantized as reference
 

@@ -9,7 +9,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import Case, batch, inputs, logits
 from peftlib.errors import DataError
-from peftlib.mechanisms import search
+from peftlib.methods.reparameterized.lora.multitask.lorahub import minimize
 from tests.methods.helpers import backbone, perturb
 
 
@@ -33,13 +33,13 @@ def test_the_search_finds_the_smallest_value_in_a_box():
     expected = np.random.RandomState(5).rand()
     target = np.array([0.8, -0.5, 2.0, 0.0])
     options = {"bound": 1.5, "spread": 0.5, "seed": 3}
-    found = search.minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=400, **options)
+    found = minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=400, **options)
     assert np.allclose(found.point, [0.8, -0.5, 1.5, 0.0], atol=1e-2)
     assert len(found.history) == 400 and found.history[0] == pytest.approx(np.square(target).sum())
     assert list(found.history) == sorted(found.history, reverse=True)
     assert found.value == found.history[-1] == float(np.square(found.point - target).sum())
     assert np.random.rand() == expected  # noqa: NPY002
-    cut = search.minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=10, **options)
+    cut = minimize(lambda p: float(np.square(p - target).sum()), 4, evaluations=10, **options)
     assert cut.history == found.history[:10]
 
 

@@ -10,9 +10,9 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from peftlib.mechanisms.quantized import GroupWeight, QuantizedLinear
+from peftlib.mechanisms.quantized import QuantizedLinear
+from peftlib.methods.reparameterized.lora.quantization.qa_lora import GroupWeight
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.quantized import group_quantized, qa_lora
 
 FAMILIES = ["bert", "t5", "llama", "gpt2"]
 OPTIONS = {"rank": 4, "group": 8}
@@ -22,6 +22,19 @@ def _weight(rows=6, columns=24):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.05
 
 
+def group_quantized(W, bits, g):
+    """Each group of a row on 2^bits levels between its smallest and its largest entry, in float64."""
+    rows = []
+    for row in W.double():
+        groups = []
+        for w in row.split(g):
+            beta = w.min()
+            s = (w.max() - beta) / (2**bits - 1)
+            groups.append(s * torch.round((w - beta) / s) + beta)
+        rows.append(torch.cat(groups))
+    return torch.stack(rows)
+
+
 # The weight
 
 
@@ -29,8 +42,8 @@ def _weight(rows=6, columns=24):
 @pytest.mark.parametrize("shape", [(6, 24), (3, 8), (1, 24)], ids=str)
 def test_dequantized_weight_is_the_papers(bits, shape):
     weight = _weight(*shape)
-    expected = torch.tensor(group_quantized(weight.tolist(), bits, group=8))
-    torch.testing.assert_close(GroupWeight(weight, bits, group=8)(torch.float32), expected, atol=1e-7, rtol=1e-5)
+    found = GroupWeight(weight, bits, group=8)(torch.float32)
+    torch.testing.assert_close(found.double(), group_quantized(weight, bits, g=8), atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -63,16 +76,19 @@ def test_memory_is_6_bits_an_entry_and_dtypes_leave_it_alone():
 
 @torch.no_grad()
 def test_equation_on_one_site():
-    model = backbone("bert")
+    """y = W x + (alpha / r) B A pool(x)."""
+    model = backbone("bert").double()
     adapted = peftlib.attach(model, "qa_lora", alpha=6.0, **OPTIONS)
     perturb(adapted)
+    model.double()
     site = adapted.host.anatomy.layers[1].sites["ffn.up"]
     spy = Spy(site.module)
     model(**inputs("bert"))
     x, y = spy[site.module]
-    update = site.module.lora
-    expected = qa_lora(x[1, :4], site.module.weight, site.bias, update.A, update.B, alpha=6.0, rank=4, group=8)
-    torch.testing.assert_close(y[1, :4], expected, atol=1e-5, rtol=1e-5)
+    W, A, B = site.module.weight, site.module.lora.A, site.module.lora.B
+    pool = torch.stack([group.mean(-1) for group in x.split(8, dim=-1)], dim=-1)
+    expected = x @ W.T + site.bias + 6.0 / 4 * pool @ A.T @ B.T
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,5 @@
 """Quantized weights as their papers write them, one entry at a time, in Python's doubles."""
 
-import torch
 from scipy.stats import norm
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -38,31 +37,3 @@ def dequantized(values: list[float], levels: list[float], scale_levels: list[flo
     c2, c1 = quantize([s - mean for s in scales], scale_levels, SCALE_BLOCK)
     scales = [scale_levels[code] * c1[i // SCALE_BLOCK] + mean for i, code in enumerate(c2)]
     return [levels[code] * scales[i // BLOCK] for i, code in enumerate(codes)]
-
-
-def group_quantized(rows: list[list[float]], bits: int, group: int) -> list[list[float]]:
-    """Xu et al. 2023: each group of a row on 2^bits levels between its smallest and its largest entry."""
-    found = []
-    for row in rows:
-        found.append([])
-        for start in range(0, len(row), group):
-            part = row[start : start + group]
-            low = min(part)
-            step = (max(part) - low) / (2**bits - 1)
-            found[-1] += [low + step * round((w - low) / step) for w in part]
-    return found
-
-
-def qa_lora(x, weight, bias, a, b, alpha, rank, group):
-    """Xu et al. 2023: W x + (alpha / r) B A pool(x), means over groups of inputs, for each row of x."""
-    rows = []
-    for token in x.tolist():
-        pooled = [sum(token[i : i + group]) / group for i in range(0, len(token), group)]
-        inner = [sum(w * v for w, v in zip(row, pooled)) for row in a.tolist()]
-        rows.append(
-            [
-                sum(w * v for w, v in zip(row, token)) + c + alpha / rank * sum(w * v for w, v in zip(up, inner))
-                for row, c, up in zip(weight.tolist(), bias.tolist(), b.tolist())
-            ]
-        )
-    return torch.tensor(rows)

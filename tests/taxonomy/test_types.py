@@ -14,7 +14,7 @@ import peftlib
 from peftlib import taxonomy
 from peftlib.conformance.case import Case
 from peftlib.errors import EntryError, UnsupportedError
-from peftlib.mechanisms.low_rank import Anchored
+from peftlib.methods.reparameterized.lora.weight_update.delta_lora import Anchored
 from peftlib.methods.reparameterized.lora.weight_update.lora_prune import LoRAPrune
 from peftlib.taxonomy import types
 

@@ -1,4 +1,4 @@
-"""What the methods share that hang one update beside each targeted linear map: the targets, ranks that fit, the merge.
+"""What the methods share that add one update beside each targeted linear map: the targets, ranks that fit, the merge.
 
 Such a method has ``rank`` and ``targets`` in its config and says in :meth:`LowRankUpdates.update` what the layer beside
 a map is. The layer computes ``y' = layer(x, y)`` from the map's input x (b, t, in) and output y (b, t, out); where it
@@ -13,7 +13,8 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import add_to_weight, sites_of_rank
+from peftlib.mechanisms.quantized import QuantizedLinear
 from peftlib.methods.base import Method, MethodConfig
 
 
@@ -33,16 +34,47 @@ class LowRankUpdates(Method):
 
     def targets(self, host: Host) -> list[Site]:
         """The maps to update. Raises TargetError for a pattern that matches nothing, or a rank that does not fit."""
-        sites = host.anatomy.sites(self.config.targets)
-        for site in sites:
-            check_rank(self.config.rank, site)
-        return sites
+        return sites_of_rank(host, self.config.targets, self.config.rank)
 
     def attach(self, host: Host) -> None:
         for site in self.targets(host):
             self.updates[site] = host.after(site, self.child, self.update(site))
 
+    def named(self) -> dict[str, nn.Module]:
+        """The layers by name in the model."""
+        mine = set(self.updates.values())
+        return {name: child for name, child in self.host.paths().items() if child in mine}
+
     def merge(self) -> None:
         """``W <- W + delta``, rounded once to W's dtype."""
         for site, update in self.updates.items():
             add_to_weight(site, update.delta())
+
+
+class QuantizedUpdates(LowRankUpdates):
+    """Updates beside maps whose weights are quantized first. ``quantized``: path -> quantized map."""
+
+    def __init__(self, config: MethodConfig):
+        super().__init__(config)
+        self.quantized: dict[str, QuantizedLinear] = {}
+
+    def quantize(self, host: Host) -> dict[str, QuantizedLinear]:
+        """Put quantized maps in the place of those that the config names."""
+        raise NotImplementedError
+
+    def attach(self, host: Host) -> None:
+        self.targets(host)  # an error in the targets comes before anything is replaced
+        self.quantized = self.quantize(host)
+        super().attach(host)
+
+    def merge(self) -> None:
+        """Put plain maps in the place of the quantized ones: ``W <- dequantized W + delta``, rounded once."""
+        for path, module in self.quantized.items():
+            weight = module.dense()
+            for site, update in self.updates.items():
+                if site.module is module:
+                    weight[site.rows] += update.delta()
+            self.host.replace(path, module.plain(weight))
+        for site, update in self.updates.items():
+            if site.path not in self.quantized:
+                add_to_weight(site, update.delta())

@@ -2,31 +2,37 @@ r"""KronA: a Kronecker product of two small matrices beside frozen linear maps, 
 
 .. math:: y = W x + s\,(A \otimes B)\,x, \qquad (A \otimes B)\,\operatorname{vec}(X) = \operatorname{vec}(A X B^\top)
 
-Shapes: W (out, in); A (k, k) and B (out / k, in / k) for the factor k; vec goes row by row, X is (k, in / k). The right
-side is what is computed: the product, which has full rank when A and B have, is never formed. B starts at zero, so the
-start is the identity. Merge: exact for ``form="krona"``, :math:`W \leftarrow W + s\,A \otimes B`. Trained:
+Shapes: W (out, in); A (k, k) and B (out / k, in / k) for the factor k; vec goes row by row, X is (k, in / k). The
+layer computes the right side: it never forms the product, which has full rank when A and B have. B starts at zero, so
+the start is the identity. Merge: exact for ``form="krona"``, :math:`W \leftarrow W + s\,A \otimes B`. Trained:
 k k + out in / (k k) a matrix.
 
 ``form="krona_b"`` stands beside each feed-forward block instead: :math:`y = \mathrm{FFN}(x) + s\,(A \otimes B)\,x`, and
-``form="krona_b_res"`` adds :math:`\rho x` with a trained scalar :math:`\rho`. These two do not merge: a nonlinearity
-stands in the block that they are beside.
+``form="krona_b_res"`` adds :math:`\rho x` with a trained scalar :math:`\rho`. These two do not merge, because the block
+has a nonlinearity inside.
 
-Source: Edalati et al. 2022, arXiv:2212.10650, which has no public code. Chosen here, because only its abstract and
-descriptions of it were at hand: A Kaiming-uniform and B zero, a square A, no biases, s = 1 (the paper searches it) and
-a scalar that starts at ``residual`` = 0, so that the third form is the identity as well (a third-party implementation
-has 1).
+Source: Edalati et al. 2022, arXiv:2212.10650, which has no public code. Only its abstract and descriptions of it were
+at hand, so these are chosen here: A Kaiming-uniform and B zero, a square A, no biases, s = 1 (the paper searches it)
+and a scalar that starts at ``residual`` = 0, so that the third form is the identity as well (a third-party
+implementation has 1).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from peftlib.errors import MergeError, UnknownNameError
+import torch
+from torch import nn
+
+from peftlib.anatomy import Site
+from peftlib.errors import MergeError, TargetError, UnknownNameError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.kronecker import Kronecker, check_factor
-from peftlib.mechanisms.low_rank import add_to_weight
-from peftlib.methods.base import Method, MethodConfig, at_least
+from peftlib.mechanisms.low_rank import kaiming
+from peftlib.mechanisms.precision import cast
+from peftlib.methods.base import MethodConfig, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 FORMS = ("krona", "krona_b", "krona_b_res")
 
@@ -48,25 +54,64 @@ class KronAConfig(MethodConfig):
             raise UnknownNameError("form", self.form, FORMS)
 
 
-class KronA(Method):
+class Kronecker(nn.Module):
+    """``forward(x, y) = y + s (A kron B) x``, with ``residual`` + rho x.
+
+    Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), A (k, k), B (out / k, in / k); rho is ``shortcut``, a
+    scalar that starts at ``residual`` (None: there is none). Two thin products, and no (out, in) matrix.
+    """
+
+    def __init__(self, in_features: int, out_features: int, factor: int, scale: float, residual: float | None = None):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(factor, factor))
+        self.B = nn.Parameter(torch.zeros(out_features // factor, in_features // factor))
+        self.shortcut = None if residual is None else nn.Parameter(torch.full((), float(residual)))
+        self.scale = scale
+        kaiming(self.A)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        A, B = self.A, self.B
+        x = cast(x, A)
+        X = x.unflatten(-1, (len(A), -1))  # (b, t, in) -> (b, t, k, in / k)
+        # The narrower side of B first: fewer multiplications, and a smaller result kept for the backward pass.
+        if len(B) <= B.shape[1]:
+            AXB = A @ (X @ B.T)  # -> (b, t, k, out / k)
+        else:
+            AXB = (A @ X) @ B.T  # -> (b, t, k, out / k)
+        change = self.scale * AXB.flatten(-2)  # -> (b, t, out)
+        if self.shortcut is not None:
+            change = change + self.shortcut * x  # (b, t, out), where out = in
+        return y + change.to(y.dtype)  # (b, t, out)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) update ``s A kron B``, formed in float32 or wider; the shortcut is not in it."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return self.scale * torch.kron(self.A.detach().to(dtype), self.B.detach().to(dtype))
+
+
+class KronA(LowRankUpdates):
     Config = KronAConfig
     learning_rate = 1e-2
+    child = "krona"
+
+    def targets(self, host: Host) -> list[Site]:
+        sites = host.anatomy.sites(self.config.targets)
+        for site in sites:
+            check_factor(self.config.factor, site.in_features, site.out_features, site)
+        return sites
+
+    def update(self, site: Site) -> Kronecker:
+        return Kronecker(site.in_features, site.out_features, self.config.factor, self.config.scale)
 
     def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
+        c, d = self.config, host.anatomy.d
         if c.form == "krona":
-            for site in host.anatomy.sites(c.targets):
-                check_factor(c.factor, site.in_features, site.out_features, site)
-                update = Kronecker(site.in_features, site.out_features, c.factor, c.scale)
-                self.updates[site] = host.after(site, "krona", update)
-            return
-        d = host.anatomy.d
+            return super().attach(host)
         for layer in host.anatomy.layers:
             first, last = layer.sites["ffn.up"], layer.sites["ffn.down"]
             check_factor(c.factor, d, d, f"the feed-forward block of {layer.path}")
             update = Kronecker(d, d, c.factor, c.scale, c.residual if c.form == "krona_b_res" else None)
-            host.connect(first, last, "krona", update)
+            host.connect(first, last, self.child, update)
 
     def check_mergeable(self) -> None:
         if self.config.form != "krona":
@@ -75,6 +120,13 @@ class KronA(Method):
                 "nonlinearity it cannot pass. Keep it attached, or save() it and load() it later."
             )
 
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
+
+def check_factor(factor: int, in_features: int, out_features: int, where: object) -> None:
+    """Raise TargetError unless the factor divides both sizes."""
+    if in_features % factor or out_features % factor:
+        both = math.gcd(in_features, out_features)
+        fits = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
+        raise TargetError(
+            f"factor={factor} does not divide {where} ({out_features} x {in_features}); choose one of {fits}, or other "
+            "targets"
+        )

@@ -2,10 +2,12 @@ r"""LoRA: a low-rank update beside frozen linear maps.
 
 .. math:: y = W x + \frac{\alpha}{r} B A x
 
-Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. The update is linear, so
-it merges exactly: :math:`W \leftarrow W + \frac{\alpha}{r} B A`, rounded once to W's dtype. The logits then move by at
-most 1e-12 (float64), 1e-5 (float32) or 0.05 (bfloat16, its own rounding) of the largest. Trained: r (in + out) a
-matrix.
+The layer is :class:`peftlib.mechanisms.low_rank.LowRank`, which other methods use too.
+
+Shapes: W (out, in), A (r, in), B (out, r). A starts Kaiming-uniform and B at zero, so the start is the identity. The
+update is linear, so it merges exactly: :math:`W \leftarrow W + \frac{\alpha}{r} B A`, rounded once to W's dtype. The
+logits then move by at most 1e-12 (float64), 1e-5 (float32) or 0.05 (bfloat16, its own rounding) of the largest.
+Trained: r (in + out) a matrix.
 
 Source: Hu et al. 2022, arXiv:2106.09685. ``rank_stabilized`` divides alpha by sqrt(r) instead (Kalajdzievski 2023,
 arXiv:2312.03732). Dropout is off by default; the paper's GLUE runs use none to 0.1.

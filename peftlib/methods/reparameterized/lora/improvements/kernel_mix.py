@@ -25,11 +25,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import TargetError, UnknownNameError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import HeadLowRank, LowRank, add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank, kaiming
+from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 MAPS, INITS = ("query", "value", "output"), ("normal", "zero")
@@ -67,6 +70,65 @@ class KernelMixConfig(MethodConfig):
         if name == "query":
             return self.rank_query, self.shared_rank_query
         return self.rank_value, self.shared_rank_value
+
+
+class HeadLowRank(nn.Module):
+    """A low-rank update of each head's own: ``forward(x, y) = y + [B_h A_h x_h] + bias``.
+
+    Shapes, with b rows of t tokens and H heads: x (b, t, in), y (b, t, out); A (H, r, in_h), B (H, out_h, r), bias
+    (out,). With ``split_in`` a head sees its own part of x (in_h = in / H), else all of it; with ``split_out`` it
+    writes its own part of y (out_h = out / H), else the heads' results add up. Everything starts from :func:`normal`;
+    with ``zero_up`` A starts as LoRA's and the rest at zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        heads: int,
+        rank: int,
+        split_in: bool,
+        split_out: bool,
+        bias: bool = True,
+        dropout: float = 0.0,
+        zero_up: bool = False,
+    ):
+        super().__init__()
+        self.split_in, self.split_out = split_in, split_out
+        self.A = nn.Parameter(torch.empty(heads, rank, in_features // heads if split_in else in_features))
+        self.B = nn.Parameter(torch.empty(heads, out_features // heads if split_out else out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        for parameter in self.parameters():
+            normal(parameter)
+            if zero_up:
+                nn.init.zeros_(parameter)
+        if zero_up:
+            kaiming(self.A.flatten(0, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        A, B = self.A, self.B
+        x = cast(self.dropout(x), A)  # (b, t, in)
+        if self.split_in:
+            x = x.unflatten(-1, (len(A), -1))  # (b, t, in) -> (b, t, H, in_h)
+            Ax = torch.einsum("...hi,hri->...hr", x, A)  # -> (b, t, H, r)
+        else:
+            Ax = F.linear(x, A.flatten(0, 1)).unflatten(-1, (len(A), -1))  # (b, t, in) -> (b, t, H, r)
+        if self.split_out:
+            BAx = torch.einsum("...hr,hor->...ho", Ax, B).flatten(-2)  # -> (b, t, H, out_h) -> (b, t, out)
+        else:
+            BAx = torch.einsum("...hr,hor->...o", Ax, B)  # -> (b, t, out)
+        if self.bias is not None:
+            BAx = BAx + self.bias
+        return y + BAx.to(y.dtype)  # (b, t, out)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) matrix of all heads, formed in float32 or wider; the bias is not in it."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        BA = self.B.detach().to(dtype) @ self.A.detach().to(dtype)  # (H, out_h, r) (H, r, in_h) -> (H, out_h, in_h)
+        if self.split_in and self.split_out:
+            return torch.block_diag(*BA)  # -> (out, in)
+        return torch.cat(list(BA), dim=0 if self.split_out else 1)  # -> (out, in)
 
 
 class KernelMix(Method):
@@ -113,21 +175,26 @@ class KernelMix(Method):
             self.heads.append((site, key, update))
         if shared:
             check_rank(shared, site)
-            init = "kaiming" if zero else "truncated"
-            update = LowRank(site.in_features, site.out_features, shared, 1.0, c.dropout, init, std=0.01, zero_up=zero)
+            starts = (kaiming, nn.init.zeros_) if zero else (normal, normal)
+            update = LowRank(site.in_features, site.out_features, shared, 1.0, c.dropout, *starts)
             self.shared.append((site, host.after(site, "shared", update)))
 
     @torch.no_grad()
     def merge(self) -> None:
         for site, key, update in self.heads:
-            delta = update.delta()
-            bias = 0 if update.bias is None else update.bias.to(delta.dtype)
+            delta = update.delta()  # (out, in); for the value, in is the size of all keys
+            bias = 0 if update.bias is None else update.bias.to(delta.dtype)  # (out,)
             if key is not None:
                 if key.bias is not None:
-                    bias = bias + delta @ key.bias.to(delta.dtype)
-                delta = delta @ key.weight.to(delta.dtype)
+                    bias = bias + delta @ key.bias.to(delta.dtype)  # (out, keys) (keys,) -> (out,)
+                delta = delta @ key.weight.to(delta.dtype)  # (out, keys) (keys, in) -> (out, in)
             add_to_weight(site, delta)
             if site.bias is not None:
                 site.bias.copy_((site.bias.to(delta.dtype) + bias).to(site.bias.dtype))
         for site, update in self.shared:
             add_to_weight(site, update.delta())
+
+
+def normal(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal with standard deviation 0.01, cut off at twice that."""
+    return nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02)

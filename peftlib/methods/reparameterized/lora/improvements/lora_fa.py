@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
-from peftlib.methods.base import Method, MethodConfig, at_least
+from peftlib.anatomy import Site
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.methods.base import MethodConfig, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,10 @@ class LoRAFAConfig(MethodConfig):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
-class LoRAFA(Method):
+class LoRAFA(LowRankUpdates):
     Config = LoRAFAConfig
     learning_rate = 1e-2
 
-    def attach(self, host: Host) -> None:
+    def update(self, site: Site) -> LowRank:
         c = self.config
-        self.updates = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = LowRank(site.in_features, site.out_features, c.rank, c.scale, train_A=False)
-            self.updates[site] = host.after(site, "lora", update)
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
+        return LowRank(site.in_features, site.out_features, c.rank, c.scale, train_A=False)

@@ -3,8 +3,8 @@ r"""LoraHub: a gradient-free search for the mixture of existing LoRA modules tha
 .. math:: \hat A = \sum_i w_i A_i, \quad \hat B = \sum_i w_i B_i, \qquad
           \min_w \; \mathcal L(w) + \lambda \frac 1N \sum_i |w_i|, \qquad |w_i| \le 1.5
 
-Shapes: A_i (r, in), B_i (out, r) of the N sources, w (N,), one w for the whole model. The search happens in
-``calibrate``, from w = 0, on the first ``examples`` rows; :func:`peftlib.fit` does it by itself:
+Shapes: A_i (r, in), B_i (out, r) of the N sources, w (N,), one w for the whole model. ``calibrate`` searches it, from
+w = 0, on the first ``examples`` rows; :func:`peftlib.fit` does so by itself:
 
 >>> adapted = peftlib.attach(model, "lorahub", sources=["adapters/sst2", "adapters/rte"])
 >>> adapted.calibrate(batches)
@@ -23,7 +23,8 @@ would mix their tensors like all others, which leaves a dead head at w = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,11 +32,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from peftlib.anatomy import Site
 from peftlib.errors import DataError
-from peftlib.mechanisms import search
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, between
+from peftlib.mechanisms.low_rank import LowRank, sites_of_rank
+from peftlib.methods.base import ConfigError, MethodConfig, SavedAdapter, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Mixture(nn.Module):
         self.register_buffer("weights", torch.zeros(size))
 
 
-class LoraHub(Method):
+class LoraHub(LowRankUpdates):
     Config = LoraHubConfig
     learning_rate = 1e-2
     calibrates = True
@@ -81,17 +83,21 @@ class LoraHub(Method):
                     "need the same rank, scale and targets"
                 )
 
-    def attach(self, host: Host) -> None:
+    def targets(self, host: Host) -> list[Site]:
+        source = self.sources[0].config
+        return sites_of_rank(host, source.targets, source.rank)
+
+    def update(self, site: Site) -> LowRank:
         c = self.sources[0].config
+        update = LowRank(site.in_features, site.out_features, c.rank, c.scale).requires_grad_(False)
+        nn.init.zeros_(update.A)
+        return update
+
+    def attach(self, host: Host) -> None:
         self.history: tuple[float, ...] = ()
         self.seed = int(torch.randint(2**31, (), device="cpu"))
         self.mixture = host.add(host.anatomy.base, "lorahub", Mixture(len(self.sources)))
-        self.updates = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = LowRank(site.in_features, site.out_features, c.rank, c.scale).requires_grad_(False)
-            nn.init.zeros_(update.A)
-            self.updates[site] = host.after(site, "lora", update)
+        super().attach(host)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -114,7 +120,7 @@ class LoraHub(Method):
             losses = [float(self.host.model(**batch).loss) * len(batch["labels"]) for batch in rows]
             return sum(losses) / sum(len(batch["labels"]) for batch in rows) + c.price * float(np.abs(point).mean())
 
-        found = search.minimize(
+        found = minimize(
             value, len(self.sources), bound=c.bound, evaluations=c.evaluations, spread=c.spread, seed=self.seed
         )
         self._mix(mixed, found.point)
@@ -124,9 +130,8 @@ class LoraHub(Method):
         """Each tensor that is mixed, its value at w = 0, and what a source of weight 1 adds to it, (N, ...)."""
         mixed = {
             f"{path}.{name}": tensor
-            for path, child in self.host.paths().items()
-            if isinstance(child, LowRank)
-            for name, tensor in child.named_parameters()
+            for path, update in self.named().items()
+            for name, tensor in update.named_parameters()
         }
         head = {name: tensor for name, tensor in self.host.anatomy.head.items() if tensor.requires_grad}
         states = [source.state for source in self.sources]
@@ -139,11 +144,8 @@ class LoraHub(Method):
     def _mix(self, mixed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], point: np.ndarray) -> None:
         self.weights.copy_(torch.as_tensor(point))
         for tensor, start, changes in mixed:
+            # start + sum_i w_i change_i: (N,), (N, ...) -> (...)
             tensor.copy_(start + torch.tensordot(self.weights.to(changes.dtype), changes, dims=1))
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
 
 
 def _first(batches: Iterable[dict[str, torch.Tensor]], count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -153,3 +155,45 @@ def _first(batches: Iterable[dict[str, torch.Tensor]], count: int) -> Iterator[d
         yield {k: v[:count] for k, v in batch.items()}
         if (count := count - rows) <= 0:
             return
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best point of a search and its value; ``history`` has the best value after each evaluation."""
+
+    point: np.ndarray
+    value: float
+    history: tuple[float, ...]
+
+
+def minimize(
+    function: Callable[[np.ndarray], float], size: int, *, bound: float, evaluations: int, spread: float, seed: int
+) -> Found:
+    """Search the smallest ``function(point)`` by CMA-ES, with every entry of the point (size,) within +-``bound``.
+
+    The first point is zero; further ones are drawn around the present mean, at first with standard deviation
+    ``spread``. The global random state is left alone.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about plots, which nothing here draws
+        import cma  # late: importing it takes seconds
+    generator = np.random.default_rng(seed)
+    options = {
+        "bounds": [-bound, bound],
+        "seed": np.nan,
+        "randn": lambda *shape: generator.standard_normal(shape),
+        "verbose": -9,
+    }
+    strategy = cma.CMAEvolutionStrategy(np.zeros(size), spread, options)
+    best = np.zeros(size)
+    history = [function(best)]
+    while len(history) < evaluations and not strategy.stop():
+        points = strategy.ask()[: evaluations - len(history)]
+        values = [function(point) for point in points]
+        for point, value in zip(points, values):
+            if value < history[-1]:
+                best = point
+            history.append(min(value, history[-1]))
+        if len(points) == strategy.popsize:
+            strategy.tell(points, values)
+    return Found(best, history[-1], tuple(history))

@@ -7,8 +7,8 @@ Shapes: W (out, in), A_i (r/N, in), B_i (out, r/N), e_t (task_dim,), W_g (N, tas
 start is the identity; A_i at N(0, 0.01^2), e_t at N(0, 1). Trained: r (in + out) a matrix, the tasks' embeddings and
 the gate. One gate serves the whole model; with ``shared_gate=False`` each matrix has embeddings and a gate of its own.
 
-A batch's ``task_ids`` say which task its rows belong to, ``with adapted.task(i)`` does for rows without (as in
-``generate()``); otherwise they are of task 0. For one task the experts are one update, which merges exactly:
+A batch's ``task_ids`` say which task each row belongs to; rows without any (as in ``generate()``) are of task 0, or of
+task i inside ``with adapted.task(i)``. For one task the experts are one update, which merges exactly:
 
 >>> adapted = peftlib.attach(model, "moelora", tasks=3)
 >>> peftlib.fit(adapted, peftlib.tasks.mix([a, b, c]), tokenizer=tokenizer)
@@ -23,13 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from peftlib.mechanisms.experts import Experts, TaskGate
+from peftlib.anatomy import Site
+from peftlib.mechanisms import low_rank
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.precision import cast
+from peftlib.mechanisms.tasks import Tasks
 from peftlib.methods.base import ConfigError, MethodConfig, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 from peftlib.methods.bases.per_task import PerTask
 
 
@@ -56,29 +63,97 @@ class MOELoRAConfig(MethodConfig):
             raise ConfigError(f"rank={self.rank} is not a multiple of experts={self.experts}; it is shared among them")
 
 
-class MOELoRA(PerTask):
+class TaskGate(nn.Module):
+    """``forward(ids) = softmax(W_g e[ids])``: the experts' weights omega (g, N) for task numbers ids (g,).
+
+    Shapes: e is ``embedding`` (tasks, task_dim), which starts at N(0, 1); W_g is ``linear`` (N, task_dim), which starts
+    as torch's linear maps do. With one task, every row belongs to it.
+    """
+
+    def __init__(self, tasks: int, dim: int, experts: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(tasks, dim))
+        self.linear = nn.Linear(dim, experts, bias=False)
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weights()[ids if len(self) > 1 else torch.zeros_like(ids)]  # (tasks, N) -> (g, N)
+
+    def weights(self) -> torch.Tensor:
+        """The weights of all tasks, (tasks, N)."""
+        return self.linear(self.embedding).softmax(dim=-1)  # (tasks, task_dim) -> (tasks, N)
+
+    @torch.no_grad()
+    def keep(self, task: int) -> None:
+        """Forget every other task."""
+        self.embedding = nn.Parameter(self.embedding[task : task + 1].clone(), self.embedding.requires_grad)
+
+
+class Experts(LowRank):
+    """``forward(x, y) = y + scale * sum_i omega_i B_i A_i dropout(x)`` with the weights omega of each row's task.
+
+    Shapes, with b rows of t tokens in g groups of one task each: x (b, t, in), y (b, t, out). A (r, in) and B (out, r)
+    hold the N experts one after the other, r / N rows and columns each. ``gate`` may be shared with other updates;
+    ``tasks`` knows the tasks of the rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        std: float,
+        gate: TaskGate,
+        tasks: Tasks,
+    ):
+        super().__init__(in_features, out_features, rank, scale, dropout, partial(nn.init.normal_, std=std))
+        self.gate = gate
+        self.tasks = tasks
+
+    def _by_rank(self, omega: torch.Tensor) -> torch.Tensor:
+        """The weights of the experts (..., N) as weights of the ranks (..., r)."""
+        return omega.repeat_interleave(len(self.A) // omega.shape[-1], dim=-1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x, ids = self.tasks.grouped(cast(self.dropout(x), self.A))  # (b, t, in) -> (g, n, in), (g,)
+        Ax = F.linear(x, self.A)  # (g, n, in) -> (g, n, r)
+        Ax = Ax * self._by_rank(self.gate(ids)).to(Ax.dtype)[:, None]  # (g, n, r) * (g, 1, r)
+        return low_rank.update(y, Ax.flatten(0, -2), self.B, self.scale)  # (b t, r) -> (b, t, out)
+
+    @torch.no_grad()
+    def delta(self, task: int = 0) -> torch.Tensor:
+        """The (out, in) update of one task, formed in float32 or wider."""
+        A, B, omega = (t.to(self.delta_dtype) for t in (self.A, self.B, self._by_rank(self.gate.weights()[task])))
+        return self.scale * (B * omega) @ A  # (out, r) (r, in) -> (out, in)
+
+
+class MOELoRA(PerTask, LowRankUpdates):
     Config = MOELoRAConfig
     each_task_has = "an update"
     learning_rate = 2e-3
+    child = "moelora"
 
     def attach(self, host: Host) -> None:
-        c = self.config
-        host.tasks.count = c.tasks
-        gate = self._gate() if c.shared_gate else None
-        self.updates: dict = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            sizes = site.in_features, site.out_features
-            update = Experts(*sizes, c.rank, c.alpha / c.rank, c.dropout, c.std, gate or self._gate())
-            self.updates[site] = host.after(site, "moelora", update.watch(host.tasks))
+        host.tasks.count = self.config.tasks
+        self.gate = self._gate() if self.config.shared_gate else None
+        super().attach(host)
 
     def _gate(self) -> TaskGate:
         return TaskGate(self.config.tasks, self.config.task_dim, self.config.experts)
 
+    def update(self, site: Site) -> Experts:
+        c, gate = self.config, self.gate or self._gate()
+        sizes = site.in_features, site.out_features
+        return Experts(*sizes, c.rank, c.alpha / c.rank, c.dropout, c.std, gate, self.host.tasks)
+
     @property
     def gates(self) -> dict[str, TaskGate]:
         """The gates by name in the model: one, or one a matrix."""
-        found = {f"{path}.gate": child.gate for path, child in self.host.paths().items()}
+        found = {f"{path}.gate": child.gate for path, child in self.named().items()}
         first = {id(gate): name for name, gate in reversed(found.items())}
         return {name: found[name] for name in found if first[id(found[name])] == name}
 
@@ -95,7 +170,3 @@ class MOELoRA(PerTask):
         if stored == {1} and self.tasks > 1:
             self.keep(0)
         self.host.load_state(state)
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())

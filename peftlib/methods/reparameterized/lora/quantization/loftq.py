@@ -28,9 +28,10 @@ import torch
 
 from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, check_rank, factors
-from peftlib.mechanisms.quantized import DTYPES, NormalFloatWeight, QuantizedLinear, merge_updates
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, one_of
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.quantized import DTYPES, NormalFloatWeight, QuantizedLinear
+from peftlib.methods.base import ConfigError, MethodConfig, at_least, one_of
+from peftlib.methods.bases.low_rank import QuantizedUpdates
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """B and A."""
@@ -64,48 +65,44 @@ class LoftQConfig(MethodConfig):
         one_of("compute", self.compute, (None, *DTYPES))
 
 
-class LoftQ(Method):
+class LoftQ(QuantizedUpdates):
+    """``errors``: path -> Frobenius norm of W minus its approximation, over that of W: plainly quantized, then after
+    each of the iterations."""
+
     Config = LoftQConfig
     learning_rate = 5e-4
 
-    def attach(self, host: Host) -> None:
+    def quantize(self, host: Host) -> dict[str, QuantizedLinear]:
         c = self.config
-        self.updates: dict[Site, LowRank] = {}
-        self.quantized: dict[str, QuantizedLinear] = {}
         self.errors: dict[str, list[float]] = {}
-        """Path -> Frobenius norm of W minus its approximation, over that of W: plainly quantized, then after each of
-        the iterations."""
+        self.starts: dict[str, Factors] = {}
         targets = host.anatomy.sites(c.targets)
-        for site in targets:
-            check_rank(c.rank, site)
-        fine = round(host.anatomy.num_layers * (c.bits - 2) / 2)
+        fine = round(host.anatomy.num_layers * (c.bits - 2) / 2)  # so many layers take 4 bits, the others 2
         layers = {site.path: i for i, layer in enumerate(host.anatomy.layers) for site in layer.sites.values()}
-        starts: dict[str, Factors] = {}
+        modules = {}
         for path in dict.fromkeys(site.path for site in host.anatomy.sites(c.quantize)):
             parts = {str(site): site.rows for site in targets if site.path == path}
-            fit = partial(self._fit, path, parts, 4 if layers[path] < fine else 2, starts)
+            fit = partial(self._fit, path, parts, 4 if layers[path] < fine else 2)
             module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(c.compute), fit)
-            self.quantized[path] = host.replace(path, module)
-        for site in host.anatomy.sites(c.targets):
-            update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-            if (start := starts.get(str(site))) is not None:
-                with torch.no_grad():
-                    for factor, value in zip((update.B, update.A), start):
-                        factor.copy_(value / update.scale**0.5)
-            self.updates[site] = host.after(site, "lora", update)
+            modules[path] = host.replace(path, module)
+        return modules
 
-    def _fit(
-        self, path: str, parts: dict[str, slice], bits: int, starts: dict[str, Factors], weight: torch.Tensor
-    ) -> NormalFloatWeight:
+    def _fit(self, path: str, parts: dict[str, slice], bits: int, weight: torch.Tensor) -> NormalFloatWeight:
         quantize = partial(NormalFloatWeight, bits=bits, double=self.config.double_quantization)
         if not parts or weight.is_meta:
             return quantize(weight)
         best, found, self.errors[path] = alternate(weight, parts, self.config.rank, quantize, self.config.iterations)
-        starts.update(found)
+        self.starts.update(found)
         return best
 
-    def merge(self) -> None:
-        merge_updates(self.host, self.quantized, self.updates)
+    @torch.no_grad()
+    def update(self, site: Site) -> LowRank:
+        c = self.config
+        update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
+        if (start := self.starts.pop(str(site), None)) is not None:
+            for factor, value in zip((update.B, update.A), start):
+                factor.copy_(value / update.scale**0.5)
+        return update
 
 
 @torch.no_grad()
@@ -118,20 +115,36 @@ def alternate(
 ) -> tuple[NormalFloatWeight, dict[str, Factors], list[float]]:
     """Quantization and decomposition in turn: the best iterate's quantized weight, its factors, one pair for each of
     the ``parts`` (rows of the weight), and the relative errors, of plain quantization and after each iteration."""
-    original, errors, best = weight.double(), [], None
-    rest = original
+    W, errors, best = weight.double(), [], None  # (out, in)
+    rest = W  # (out, in): W - B A
     for _ in range(iterations):
         Q = quantize(rest)
-        lost, rest = original - Q(torch.float64), original.clone()
+        lost, rest = W - Q(torch.float64), W.clone()  # (out, in): W - Q, which becomes W - Q - B A
         if not errors:
-            errors.append(float(lost.norm() / original.norm()))
+            errors.append(float(lost.norm() / W.norm()))
         found = {name: factors(lost[rows], rank) for name, rows in parts.items()}
         for name, (B, A) in found.items():
-            rest[parts[name]] -= B @ A
+            rest[parts[name]] -= B @ A  # (out, r) (r, in) -> (out, in)
             lost[parts[name]] -= B @ A
-        errors.append(float(lost.norm() / original.norm()))
+        errors.append(float(lost.norm() / W.norm()))
         if errors[-1] <= min(errors[1:]):
             best = Q, found
     Q, found = best
     Q.like = weight.new_empty(0)
     return Q, found, errors
+
+
+def factors(matrix: torch.Tensor, rank: int) -> Factors:
+    """B (out, r) and A (r, in) whose product is the best approximation of an (out, in) matrix, the singular values'
+    roots in each, in float64.
+
+    They come from the eigenvectors of the smaller Gram matrix, which takes a fraction of a whole decomposition's time.
+    """
+    matrix = matrix.double()  # (out, in)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    M = matrix if wide else matrix.T  # (m, n) with m <= n
+    U = torch.linalg.eigh(M @ M.T).eigenvectors[:, -rank:].flip(1)  # (m, m) -> (m, r)
+    SV = U.T @ M  # (m, r), (m, n) -> (r, n)
+    roots = SV.norm(dim=1).sqrt()  # (r, n) -> (r,)
+    left, right = U * roots, SV / roots.clamp(min=1e-150)[:, None]  # (m, r), (r, n)
+    return (left, right) if wide else (right.T, left.T)

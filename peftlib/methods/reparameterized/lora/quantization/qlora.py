@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, check_rank
-from peftlib.mechanisms.quantized import DTYPES, merge_updates, quantize_sites
-from peftlib.methods.base import Method, MethodConfig, at_least, one_of
+from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.quantized import DTYPES, QuantizedLinear, quantize_sites
+from peftlib.methods.base import MethodConfig, at_least, one_of
+from peftlib.methods.bases.low_rank import QuantizedUpdates
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,13 @@ class QLoRAConfig(MethodConfig):
         one_of("compute", self.compute, (None, *DTYPES))
 
 
-class QLoRA(Method):
+class QLoRA(QuantizedUpdates):
     Config = QLoRAConfig
     learning_rate = 2e-3
 
-    def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-        self.quantized = quantize_sites(host, c.quantize, compute=c.compute)
-        for site in host.anatomy.sites(c.targets):
-            update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-            self.updates[site] = host.after(site, "lora", update)
+    def quantize(self, host: Host) -> dict[str, QuantizedLinear]:
+        return quantize_sites(host, self.config.quantize, compute=self.config.compute)
 
-    def merge(self) -> None:
-        merge_updates(self.host, self.quantized, self.updates)
+    def update(self, site: Site) -> LowRank:
+        c = self.config
+        return LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)

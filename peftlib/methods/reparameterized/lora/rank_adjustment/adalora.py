@@ -4,8 +4,9 @@ r"""AdaLoRA: updates in the form of a singular value decomposition, pruned to on
     \mathcal{L} + \gamma \operatorname{mean}_k \bigl(\|P_k^\top P_k - I\|_F, \|Q_k Q_k^\top - I\|_F\bigr)
 
 Shapes: P (out, r), Lambda (r,), Q (r, in), r the *initial* rank also after pruning. P and Q start N(0, 0.02), Lambda at
-zero, so the start is the identity. Trained: r (in + out + 1) a matrix; stored after training: the kept triplets and
-which ones they are. The update is linear and merges exactly, as LoRA's.
+zero, so the start is the identity. The layer is :class:`peftlib.mechanisms.triplets.Triplets`. Trained:
+r (in + out + 1) a matrix; stored after training: the kept triplets and which ones they are. The update is linear and
+merges exactly, as LoRA's.
 
 A weight w with gradient g has importance :math:`\bar I \bar U`, where :math:`\bar I` smooths :math:`|w g|` with
 ``beta1`` and :math:`\bar U` smooths :math:`|\,|w g| - \bar I\,|` with ``beta2``; a triplet has its singular value's
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Triplets, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
+from peftlib.anatomy import Site
+from peftlib.mechanisms.triplets import Triplets, only_kept, spread
+from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,21 @@ class AdaLoRAConfig(MethodConfig):
 _WEIGHTS, _KINDS = ("singular", "P", "Q"), ("sensitivity", "uncertainty")
 
 
-class AdaLoRA(Method):
+class AdaLoRA(LowRankUpdates):
     Config = AdaLoRAConfig
     learning_rate = 1e-2
+    child = "adalora"
 
-    def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
+    def __init__(self, config: AdaLoRAConfig):
+        super().__init__(config)
         self.trace: list[tuple[int, dict[str, int]]] = []
         """The history of ranks: from each of its steps on, these triplets were not zero."""
         self.smooth: dict[Triplets, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.fixed = False
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-            self.updates[site] = host.after(site, "adalora", update)
+
+    def update(self, site: Site) -> Triplets:
+        c = self.config
+        return Triplets(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its triplets count."""
@@ -115,7 +117,7 @@ class AdaLoRA(Method):
             if update not in self.smooth:
                 self.smooth[update] = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
             for weight, (sensitivity, uncertainty) in zip(weights, self.smooth[update]):
-                now = torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()
+                now = torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()  # |w g|
                 sensitivity.lerp_(now, 1 - self.config.beta1)
                 uncertainty.lerp_((now - sensitivity).abs(), 1 - self.config.beta2)
 
@@ -139,13 +141,13 @@ class AdaLoRA(Method):
     def run_state(self) -> dict[str, torch.Tensor]:
         return {
             f"{path}.{weight}.{kind}": tensor
-            for path, update in triplets(self.host).items()
+            for path, update in self.named().items()
             for weight, pair in zip(_WEIGHTS, self.smooth.get(update, ()))
             for kind, tensor in zip(_KINDS, pair)
         }
 
     def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
-        for path, update in triplets(self.host).items() if state else ():
+        for path, update in self.named().items() if state else ():
             self.smooth[update] = [
                 tuple(state[f"{path}.{weight}.{kind}"].to(self.host.device) for kind in _KINDS) for weight in _WEIGHTS
             ]
@@ -158,11 +160,13 @@ class AdaLoRA(Method):
         self.trace = [(0, self.ranks())]
 
     def _most_important(self, budget: int) -> list[torch.Tensor]:
-        """For each matrix a mask of its triplets; ``budget`` of all are true, the first ones where scores are equal."""
+        """For each matrix a mask (r,) of its triplets; ``budget`` of all are true, the first ones where scores are
+        equal."""
         scores = []
         for update in self.updates.values():
+            # The importance of each weight: (r,), (out, r), (r, in).
             singular, P, Q = (sensitivity * uncertainty for sensitivity, uncertainty in self.smooth[update])
-            scores.append(singular + P.mean(dim=0) + Q.mean(dim=1))
+            scores.append(singular + P.mean(dim=0) + Q.mean(dim=1))  # -> (r,)
         order = torch.cat(scores).argsort(descending=True, stable=True)
         kept = torch.zeros_like(order, dtype=torch.bool)
         kept[order[:budget]] = True
@@ -177,11 +181,7 @@ class AdaLoRA(Method):
             self.trace.append((step, ranks))
 
     def state(self) -> dict[str, torch.Tensor]:
-        return kept_state(self.host)
+        return only_kept(self.host.state(), self.named())
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        load_kept(self.host, state)
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
+        self.host.load_state(spread(state, self.named()))

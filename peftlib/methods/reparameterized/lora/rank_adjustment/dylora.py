@@ -2,7 +2,7 @@ r"""DyLoRA: LoRA at a rank that is drawn anew at every step, so that any smaller
 
 .. math:: y = W x + \frac{\alpha}{b} B_{:, :b} A_{:b, :} x, \qquad b \sim \mathcal U\{r_{\min}, \dots, r\}
 
-Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. One b a step serves all
+Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. A step draws one b for all
 matrices; components above it get no gradient. With ``frozen`` those below it get none either, so that only component b
 learns. Outside of training the rank is r:
 
@@ -24,10 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Nested, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
+from peftlib.anatomy import Site
+from peftlib.mechanisms import low_rank
+from peftlib.mechanisms.low_rank import LowRank, thin
+from peftlib.mechanisms.precision import cast
+from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,76 @@ class DyLoRAConfig(MethodConfig):
             raise ConfigError(f"min_rank={self.min_rank} is above rank={self.rank}; it is the smallest rank drawn")
 
 
-class DyLoRA(Method):
+class Nested(LowRank):
+    """``forward(x, y) = y + alpha / b * B[:, :b] A[:b] x``: an update that works at every rank b up to its own.
+
+    In training b is set by :meth:`draw`, else by :meth:`choose`; at first both are the full rank. ``drawn`` and
+    ``chosen`` (r,) weigh the components: alpha / b up to b, then 0. ``learns`` (r,) marks those that get a gradient.
+    Shapes, with N rows of t tokens: x (N, t, in), y (N, t, out).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__(in_features, out_features, rank, 1.0, dropout)
+        self.alpha = alpha
+        # As tensors, so that a compiled graph serves every rank.
+        for name in ("drawn", "chosen", "learns"):
+            self.register_buffer(name, torch.ones(rank), persistent=False)
+        self._reset()
+
+    def _reset(self) -> None:
+        for name in ("drawn", "chosen"):
+            setattr(self, name, self._weights(len(self.A)))
+        self.learns = torch.ones_like(self.drawn)
+
+    def _weights(self, rank: int) -> torch.Tensor:
+        weights = torch.zeros(len(self.A), dtype=self.A.dtype, device=self.A.device)
+        weights[:rank] = self.alpha / rank
+        return weights
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        A, B, weights = self.A, self.B, self.chosen  # (r, in), (out, r), (r,)
+        if self.training:
+            learns, weights = self.learns.bool(), self.drawn  # (r,)
+            A, B = torch.where(learns[:, None], A, A.detach()), torch.where(learns, B, B.detach())
+        x = cast(self.dropout(x), A).flatten(0, -2)  # (N, t, in) -> (N t, in)
+        Ax = F.linear(x, A) * weights  # (N t, in) -> (N t, r)
+        return low_rank.update(y, Ax, B, self.scale)  # (N t, r) -> (N, t, out)
+
+    def draw(self, rank: int, only_last: bool = False) -> None:
+        """Train at this rank; with ``only_last`` its components below the last are used and get no gradient."""
+        self.drawn.copy_(self._weights(rank))
+        self.learns.fill_(1)
+        if only_last:
+            self.learns[: rank - 1] = 0
+
+    def choose(self, rank: int) -> None:
+        """Compute at this rank outside of training, also in :meth:`delta`."""
+        self.chosen.copy_(self._weights(rank))
+
+    def cut(self, rank: int) -> None:
+        """Drop the components above this rank."""
+        B = thin(len(self.B), rank).to(self.B).copy_(self.B.detach()[:, :rank])
+        self.A = nn.Parameter(self.A.detach()[:rank].clone(), requires_grad=self.A.requires_grad)
+        self.B = nn.Parameter(B, requires_grad=self.B.requires_grad)
+        self._reset()
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) update at the chosen rank, formed in float32 or wider."""
+        A, B, weights = (t.detach().to(self.delta_dtype) for t in (self.A, self.B, self.chosen))
+        return (B * weights) @ A  # (out, r) (r, in) -> (out, in)
+
+
+class DyLoRA(LowRankUpdates):
     Config = DyLoRAConfig
     learning_rate = 2e-3
 
-    def attach(self, host: Host) -> None:
+    def __init__(self, config: DyLoRAConfig):
+        super().__init__(config)
+        self.rank = config.rank
+
+    def update(self, site: Site) -> Nested:
         c = self.config
-        self.rank = c.rank
-        self.updates: dict = {}
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Nested(site.in_features, site.out_features, c.rank, c.alpha, c.dropout)
-            self.updates[site] = host.after(site, "lora", update)
+        return Nested(site.in_features, site.out_features, c.rank, c.alpha, c.dropout)
 
     def on_step_start(self, training: TrainingState) -> None:
         low = min(self.config.min_rank, self.rank)
@@ -93,14 +156,7 @@ class DyLoRA(Method):
             raise ConfigError(f"rank {rank!r} is not here; choose one from 1 to {self.rank}")
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        stored = {len(tensor) for name, tensor in state.items() if name in self._first_factors()}
+        stored = {len(state[name]) for path in self.named() if (name := f"{path}.A") in state}
         if len(stored) == 1 and 0 < min(stored) < self.rank:
             self.cut(min(stored))
         self.host.load_state(state)
-
-    def _first_factors(self) -> set[str]:
-        return {f"{path}.A" for path, child in self.host.paths().items() if isinstance(child, Nested)}
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())

@@ -4,14 +4,15 @@ r"""IncreLoRA: every matrix starts at rank one, and ranks grow where the update 
     S_k = \operatorname{mean} \Bigl|\Delta W_k \odot \frac{\partial \mathcal L}{\partial \Delta W_k}\Bigr|
 
 Shapes: W (out, in), a (in,), b (out,), lambda a number; r_k active components in matrix k. a and b start N(0, 0.02) and
-lambda at zero. Beside them ``grow`` components a matrix are trained in advance with lambda fixed at 1e-5 (the start is
-that near to the identity). The importance of a matrix is S_k, smoothed by ``beta1``, times its smoothed deviation
-(``beta2``). In each round the ``top`` most important matrices turn their reserve into active components and get a new
-one; what begins to train then has a warm-up of its own. The last round takes no more than is left, so the ranks add up
-to n ``target_rank`` exactly, and unused reserves are dropped. The loss also has :math:`\gamma` times the mean distance
-of B^T B and A A^T from the identity. Merge: exact, as LoRA's.
+lambda at zero. Beside the active ones each matrix has a reserve of ``grow`` components, trained in advance with lambda
+fixed at 1e-5 (the start is that near to the identity). The importance of a matrix is S_k, smoothed by ``beta1``, times
+its smoothed deviation (``beta2``). In each round the ``top`` most important matrices turn their reserve into active
+components and get a new reserve; each component that begins to train then has a warm-up of its own. The last round
+takes no more than the rest of the budget, so the ranks of n matrices add up to n ``target_rank`` exactly, and unused
+reserves are dropped. The loss also has :math:`\gamma` times the mean distance of B^T B and A A^T from the identity.
+Merge: exact, as LoRA's.
 
-An optimizer is built before training, so each matrix has room for as many components as the rounds can bring it; the
+An optimizer is built before training, so each matrix has room for all components that the rounds can bring it; the
 count says how much is allocated. Only components in use have gradients, and only active ones are stored at the end.
 
 Source: Zhang et al. 2023, arXiv:2308.12043, and its code. Where we differ from the code: S_k is the paper's mean, not
@@ -30,10 +31,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Growing, add_to_weight, check_rank, kept_state, load_kept, triplets
-from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
+from peftlib.mechanisms.low_rank import sites_of_rank
+from peftlib.mechanisms.precision import cast
+from peftlib.mechanisms.triplets import Triplets, only_kept, spread
+from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -79,26 +85,95 @@ class IncreLoRAConfig(MethodConfig):
         return min(matrices * self.target_rank, matrices + ready)
 
 
-class IncreLoRA(Method):
+class Growing(Triplets):
+    """``forward(x, y) = y + alpha / r * P Lambda Q x`` with r active triplets; the others wait, so that the rank can
+    grow while an optimizer that was built at the start goes on.
+
+    The columns of P (out, capacity) are the b, the rows of Q (capacity, in) the a, ``singular`` (capacity,) the lambda.
+    ``kept`` (capacity,) marks those in use; of these ``reserve`` marks the ones that are trained in advance, with a
+    fixed tiny singular value. A triplet that waits is zero and has no gradient. With ``measures`` set, a training
+    forward forms the update dW, as large as the weight, and backward leaves mean |dW * its gradient| in
+    ``importance.grad``.
+    """
+
+    RESERVED = 1e-5
+
+    def __init__(self, in_features: int, out_features: int, capacity: int, alpha: float, std: float = 0.02):
+        super().__init__(in_features, out_features, capacity, 1.0)
+        self.alpha, self.std, self.measures = alpha, std, True
+        self.register_buffer("reserve", torch.zeros(capacity, dtype=torch.bool))
+        self.register_buffer("importance", torch.zeros(()).requires_grad_(), persistent=False)
+        self.kept.fill_(False)
+        with torch.no_grad():
+            self.P.zero_()
+            self.Q.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.importance = self.importance.detach().requires_grad_()  # a leaf again after a change of dtype or device
+        return self
+
+    @property
+    def active(self) -> torch.Tensor:
+        return self.kept & ~self.reserve
+
+    def weights(self) -> torch.Tensor:
+        trained = torch.where(self.reserve, self.singular.detach(), self.singular)  # (capacity,)
+        return trained * self.kept * (self.alpha / self.active.sum())  # (capacity,)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.measures):
+            return super().forward(x, y)
+        dW = (self.P * self.weights()) @ self.Q  # (out, capacity) (capacity, in) -> (out, in)
+        dW = _Measure.apply(dW, self.importance)
+        return y + F.linear(cast(x, self.Q), dW).to(y.dtype)  # (..., in) -> (..., out)
+
+    def _identity(self) -> torch.Tensor:
+        return torch.diag(self.kept.to(self.P.dtype))
+
+    @torch.no_grad()
+    def start(self, places: torch.Tensor, reserve: bool) -> None:
+        """Take waiting triplets into use: P and Q from N(0, std), drawn on the CPU, and singular values 0 or, in
+        reserve, 1e-5."""
+        for tensor in (self.P.T, self.Q):
+            drawn = self.std * torch.randn(len(places), tensor.shape[1], device="cpu")
+            tensor[places] = drawn.to(tensor)
+        self.singular[places] = self.RESERVED if reserve else 0.0
+        self.kept[places] = True
+        self.reserve[places] = reserve
+
+    @torch.no_grad()
+    def drop(self, places: torch.Tensor) -> None:
+        """Put triplets out of use."""
+        for tensor in (self.P.T, self.Q, self.singular):
+            tensor[places] = 0
+        self.kept[places] = False
+        self.reserve[places] = False
+
+
+class IncreLoRA(LowRankUpdates):
     Config = IncreLoRAConfig
     learning_rate = 1e-2
+    child = "increlora"
+
+    def targets(self, host: Host) -> list[Site]:
+        return sites_of_rank(host, self.config.targets, self.config.target_rank)
+
+    def update(self, site: Site) -> Growing:
+        c = self.config
+        room = 1 + c.grow * max(1, c.rounds(self.matrices))
+        capacity = min(room, site.in_features, site.out_features)
+        update = Growing(site.in_features, site.out_features, capacity, c.alpha)
+        update.start(torch.tensor([0]), reserve=False)
+        if c.target_rank > 1:
+            update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
+        update.measures = c.target_rank > 1
+        return update
 
     def attach(self, host: Host) -> None:
-        c = self.config
-        sites = host.anatomy.sites(c.targets)
-        self.updates: dict = {}
-        self.trace: list[tuple[int, dict[str, int]]] = []
-        for site in sites:
-            check_rank(c.target_rank, site)
-            most = min(site.in_features, site.out_features)
-            capacity = min(1 + c.grow * max(1, c.rounds(len(sites))), most)
-            update = Growing(site.in_features, site.out_features, capacity, c.alpha)
-            update.start(torch.tensor([0]), reserve=False)
-            if c.target_rank > 1:
-                update.start(torch.arange(1, capacity)[: c.grow], reserve=True)
-            update.weighed = c.target_rank > 1
-            self.updates[site] = host.after(site, "increlora", update)
-        self._restart(dict.fromkeys(map(str, sites), 1))
+        self.matrices = len(self.targets(host))
+        super().attach(host)
+        self._restart(dict.fromkeys(map(str, self.updates), 1))
 
     def ranks(self) -> dict[str, int]:
         """Site -> how many of its components are active."""
@@ -111,7 +186,7 @@ class IncreLoRA(Method):
     def _restart(self, ranks: dict[str, int]) -> None:
         shape = len(self.updates)
         self.sensitivity, self.uncertainty = torch.zeros(shape), torch.zeros(shape)
-        # The step from which a component's vectors and its singular value train; what was there at the start is warm.
+        # The step from which a component's vectors and its singular value train, (2, capacity); -inf: no warm-up.
         self.born = {u: torch.full((2, len(u.singular)), -math.inf) for u in self.updates.values()}
         self.before: dict = {}
         self.trace = [(0, ranks)]
@@ -121,33 +196,34 @@ class IncreLoRA(Method):
         if training.step == 0:
             self._restart(self.ranks())
         updates = list(self.updates.values())
-        if updates[0].weighed:
-            scores = torch.stack([u.meter.new_zeros(()) if u.meter.grad is None else u.meter.grad for u in updates])
+        if updates[0].measures:
+            measured = [update.importance for update in updates]
+            scores = torch.stack([m.new_zeros(()) if m.grad is None else m.grad for m in measured])  # S, (n,)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(scores)
-            for update in updates:
-                update.meter.grad = None
+            for importance in measured:
+                importance.grad = None
             scores = scores.float().cpu()
             self.sensitivity.lerp_(scores, 1 - self.config.beta1)
             self.uncertainty.lerp_((scores - self.sensitivity).abs(), 1 - self.config.beta2)
         for update in updates:
-            vectors, values = self._warmth(update, training)
+            vectors, values = self._rates(update, training)
             if bool((vectors < 1).any() | (values < 1).any()):
                 pairs = ((update.P, vectors), (update.Q, vectors[:, None]), (update.singular, values))
-                self.before[update] = [(p, p.detach().clone(), warmth.to(p)) for p, warmth in pairs]
+                self.before[update] = [(p, p.detach().clone(), rate.to(p)) for p, rate in pairs]
 
-    def _warmth(self, update: Growing, training: TrainingState) -> torch.Tensor:
-        """(2, capacity) factors of the learning rate, for vectors and singular values."""
+    def _rates(self, update: Growing, training: TrainingState) -> torch.Tensor:
+        """The components' own warm-up: factors of the learning rate of vectors and singular values, (2, capacity)."""
         steps = max(1, round(self.config.part_warmup * training.total))
         return ((training.step - self.born[update] + 1) / steps).clamp(max=1)
 
     @torch.no_grad()
     def on_step_end(self, training: TrainingState) -> None:
         for tensors in self.before.values():
-            for parameter, before, warmth in tensors:
-                parameter.copy_(torch.where(warmth < 1, before + warmth * (parameter - before), parameter))
+            for parameter, before, rate in tensors:
+                parameter.copy_(torch.where(rate < 1, before + rate * (parameter - before), parameter))
         self.before = {}
-        if not next(iter(self.updates.values())).weighed:
+        if not next(iter(self.updates.values())).measures:
             return
         step = training.step + 1
         budget = self.config.budget(step, training.total, len(self.updates))
@@ -159,7 +235,7 @@ class IncreLoRA(Method):
         if spent == self.config.target_rank * len(self.updates):
             for update in self.updates.values():
                 update.drop(update.reserve.nonzero().flatten())
-                update.weighed = False
+                update.measures = False
 
     def _round(self, left: int, step: int) -> int:
         """Activate the reserves of the most important matrices that have room, at most ``left``; gives how many."""
@@ -179,27 +255,42 @@ class IncreLoRA(Method):
         return given
 
     def run_state(self) -> dict[str, torch.Tensor]:
-        born = {f"{path}.born": self.born[update] for path, update in triplets(self.host).items()}
+        born = {f"{path}.born": self.born[update] for path, update in self.named().items()}
         return born | {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     def load_run_state(self, state: dict[str, torch.Tensor]) -> None:
         self.sensitivity, self.uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
-        for path, update in triplets(self.host).items():
+        for path, update in self.named().items():
             self.born[update] = state[f"{path}.born"].clone()
-        self._weigh()
+        self._measure_while_growing()
 
-    def _weigh(self) -> None:
+    def _measure_while_growing(self) -> None:
         growing = any(bool(update.reserve.any()) for update in self.updates.values())
         for update in self.updates.values():
-            update.weighed = growing
+            update.measures = growing
 
     def state(self) -> dict[str, torch.Tensor]:
-        return kept_state(self.host)
+        return only_kept(self.host.state(), self.named())
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        load_kept(self.host, state)
-        self._weigh()
+        self.host.load_state(spread(state, self.named()))
+        self._measure_while_growing()
 
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
+
+class _Measure(torch.autograd.Function):
+    """The update dW as it is; its gradient G gives ``importance`` the gradient mean |dW * G|."""
+
+    @staticmethod
+    def forward(dW: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        return dW.view_as(dW)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        dW, importance = inputs
+        ctx.save_for_backward(dW)
+        ctx.dtype = importance.dtype
+
+    @staticmethod
+    def backward(ctx, G: torch.Tensor):
+        (dW,) = ctx.saved_tensors
+        return G, (dW.to(ctx.dtype) * G.to(ctx.dtype)).abs().mean()  # (out, in), ()

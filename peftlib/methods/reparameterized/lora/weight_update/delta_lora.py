@@ -4,15 +4,14 @@ r"""Delta-LoRA: LoRA whose frozen weight follows the change of the low-rank prod
     W_{t+1} = W_t + \lambda \frac{\alpha}{r} \bigl(B_{t+1} A_{t+1} - B_t A_t\bigr) \text{ for } t \ge K
 
 Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. W has no gradient and no
-optimizer state; what Adam and weight decay make of the factors is in their change, so W gets it too. There is no
-dropout: the gradient of the product then is the gradient of W. Merge: exact, W as it has become plus the product.
-Trained: r (in + out) a matrix.
+optimizer state: it gets the factors' change as Adam and weight decay made it. There is no dropout, so the gradient of
+the product is the gradient of W. Merge: exact, the present W plus the product. Trained: r (in + out) a matrix.
 
 The steps of W add up to :math:`\lambda \frac{\alpha}{r} (B_T A_T - B_K A_K)`, so a file holds the factors now and those
 at step K, never W. At the end of training W is set to its original plus this sum, rounded once, which takes away the
-rounding of single steps and makes loading exact. It needs the original, so ``attach(..., keep_original=False)`` leaves
-W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in float32. A
-further training goes on following from its first step.
+rounding of single steps and makes loading exact. This needs the original, so ``attach(..., keep_original=False)``
+leaves W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in
+float32. In a further training W follows from the first step on.
 
 Source: Zi et al. 2023, arXiv:2309.02411, which has no public code: lambda 0.5 for RoBERTa on GLUE with K the steps of
 the learning rate's warm-up, 2 and 500 for GPT-2, 0.5 and 1000 for BART; queries and values, r = 8. Here K is a share of
@@ -25,9 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
+from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import Anchored, add_to_weight, check_rank
-from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight
+from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,51 @@ class DeltaLoRAConfig(MethodConfig):
             raise ConfigError(f"warmup={self.warmup!r} leaves no steps in which the weights follow; it must be below 1")
 
 
-class DeltaLoRA(Method):
+class Anchored(LowRank):
+    """:class:`LowRank` with a copy of its factors at step K: ``A_anchor`` (r, in), ``B_anchor`` (out, r)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
+        super().__init__(in_features, out_features, rank, scale)
+        self.register_buffer("A_anchor", self.A.detach().clone())
+        self.register_buffer("B_anchor", self.B.detach().clone())
+
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Copy the present factors: from now on the weight follows."""
+        self.A_anchor.copy_(self.A)
+        self.B_anchor.copy_(self.B)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of A and B."""
+        return self.A.detach().clone(), self.B.detach().clone()
+
+    def change(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """From the update of these factors to the present one, (out, in)."""
+        before = self.scale * (B.to(self.delta_dtype) @ A.to(self.delta_dtype))  # (out, r) (r, in) -> (out, in)
+        return self.delta() - before  # (out, in)
+
+    def moved(self) -> torch.Tensor:
+        """The update's change since step K, (out, in)."""
+        return self.change(self.A_anchor, self.B_anchor)
+
+
+class DeltaLoRA(LowRankUpdates):
     Config = DeltaLoRAConfig
     learning_rate = 2e-3
 
-    def attach(self, host: Host) -> None:
-        c = self.config
-        self.updates: dict = {}
-        self.originals: dict = {}
-        self.before: dict = {}
+    def __init__(self, config: DeltaLoRAConfig):
+        super().__init__(config)
         self.following = False
-        for site in host.anatomy.sites(c.targets):
-            check_rank(c.rank, site)
-            update = Anchored(site.in_features, site.out_features, c.rank, c.alpha / c.rank)
-            self.updates[site] = host.after(site, "lora", update)
-            self.originals[site] = host.write(site)
+        self.before: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
+        """A and B before the optimizer's step."""
+
+    def update(self, site: Site) -> Anchored:
+        c = self.config
+        return Anchored(site.in_features, site.out_features, c.rank, c.alpha / c.rank)
+
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self.originals = {site: host.write(site) for site in self.updates}
 
     def on_gradients(self, training: TrainingState) -> None:
         if not self.following and training.step >= round(self.config.warmup * training.total):
@@ -83,11 +114,11 @@ class DeltaLoRA(Method):
             self._follow({site: original for site, original in self.originals.items() if original is not None})
 
     @torch.no_grad()
-    def _follow(self, originals: dict) -> None:
-        """Set the weights to their originals plus what they have followed, rounded once."""
+    def _follow(self, originals: dict[Site, torch.Tensor]) -> None:
+        """Set the weights to their originals plus lambda times the updates' change since step K, rounded once."""
         for site, original in originals.items():
-            followed = self.config.follow * self.updates[site].moved()
-            site.weight.copy_(original.to(followed) + followed)
+            moved = self.config.follow * self.updates[site].moved()  # (out, in)
+            site.weight.copy_(original.to(moved) + moved)
 
     def run_state(self) -> dict[str, torch.Tensor]:
         return {"following": torch.tensor(self.following)}
@@ -109,9 +140,4 @@ class DeltaLoRA(Method):
             self._follow(base)
 
     def _anchors(self) -> set[str]:
-        paths = (path for path, child in self.host.paths().items() if isinstance(child, Anchored))
-        return {f"{path}.{name}" for path in paths for name in ("A_anchor", "B_anchor")}
-
-    def merge(self) -> None:
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
+        return {f"{path}.{name}" for path in self.named() for name in ("A_anchor", "B_anchor")}

@@ -40,12 +40,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from peftlib import anatomy
 from peftlib.errors import LoadError, TargetError, UnsupportedError
 from peftlib.mechanisms import structured
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
+from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank, thin
 from peftlib.mechanisms.structured import Block
 from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least, between
 
@@ -191,8 +192,8 @@ class LoRAPrune(Method):
             if block.units.cut:
                 continue
             for site in block.into:
-                self.updates[site].select(rows=block.indices(site))
-            self.updates[block.out].select(columns=block.indices(block.out))
+                select(self.updates[site], rows=block.indices(site))
+            select(self.updates[block.out], columns=block.indices(block.out))
             structured.cut(self.host, block, _NAME)
         self.scores = {}
 
@@ -227,3 +228,13 @@ class LoRAPrune(Method):
 def _count(share: float, block: Block) -> int:
     """How many units of a block this share is."""
     return int(share * len(block.kept) + 1e-9)
+
+
+def select(update: LowRank, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+    """Keep these outputs (rows) or inputs (columns) of an update only. An optimizer from before knows the old
+    factors."""
+    if rows is not None:
+        B = thin(len(rows), update.B.shape[1]).to(update.B).copy_(update.B.detach()[rows])
+        update.B = nn.Parameter(B, requires_grad=update.B.requires_grad)
+    if columns is not None:
+        update.A = nn.Parameter(update.A.detach()[:, columns], requires_grad=update.A.requires_grad)
