@@ -38,6 +38,7 @@ from torch import nn
 from peftlib.errors import StateError, UnknownNameError
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, check_alike
+from peftlib.methods.bases.sources import attach_source
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ class MerA(Method):
             raise ConfigError(f"{len(self.merged)} sources are of track {c.track!r}; merging needs at least 2")
 
     def attach(self, host: Host) -> None:
-        part = self.sources[0].method()
-        part.host = host
-        part.attach(host)
+        attach_source(self.sources[0], host)
         self.own = tuple(host.trained())
         if not self.calibrates and self.merged[0].state is not None:
             self._merge({})
