@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,13 @@ from peftlib.report.rendering import render
 
 
 def source(name: str) -> Markdown:
-    """A method's file as it stands in the library, or any module below ``peftlib`` by its dotted name."""
-    module = name if "." in name else taxonomy.entry(name).module
-    text = inspect.getsource(importlib.import_module(module)).rstrip()
-    return Markdown(f"```python\n{text}\n```")
+    """A method's file as it stands in the library, or the files of its package, ``method.py`` first. A dotted name is
+    any module below ``peftlib``."""
+    modules = [importlib.import_module(name if "." in name else taxonomy.entry(name).module)]
+    if "." not in name and hasattr(modules[0], "__path__"):
+        parts = sorted((part.name for part in pkgutil.iter_modules(modules[0].__path__)), key=lambda n: n != "method")
+        modules = [importlib.import_module(f"{modules[0].__name__}.{part}") for part in parts]
+    return Markdown("\n\n".join(f"```python\n{inspect.getsource(module).rstrip()}\n```" for module in modules))
 
 
 def table(rows: Iterable[dict[str, Any]]) -> HTML:

@@ -34,14 +34,15 @@ def attached(method="adapter_drop", family="bert", **options):
 def test_each_place_mixes_what_its_adapters_add(method):
     adapted, sources = attached(method)
     perturb(adapted, std=0.1)
+    adapted.model.double()
     names = {id(m): n for n, m in adapted.model.named_modules()}
     for fused in adapted.method.fused:
         place = names[id(fused)]
-        h = torch.randn(2, 3, 32)
+        h = torch.randn(2, 3, 32).double()
         q = h @ fused.query.weight.T + fused.query.bias
         outputs, scores = [], []
         for source in sources:
-            w = {n.removeprefix(f"{place}."): t for n, t in source.own.items() if n.startswith(f"{place}.")}
+            w = {n.removeprefix(f"{place}."): t.double() for n, t in source.own.items() if n.startswith(f"{place}.")}
             x = torch.nn.functional.layer_norm(h, (32,), w["norm.weight"], w["norm.bias"]) if "norm.weight" in w else h
             act = {"sequential_adapter": torch.nn.functional.gelu}.get(method, torch.relu)
             z = act(x @ w["down.weight"].T + w["down.bias"]) @ w["up.weight"].T + w["up.bias"]
@@ -50,7 +51,7 @@ def test_each_place_mixes_what_its_adapters_add(method):
             scores.append((q * (z @ fused.key.weight.T + fused.key.bias)).sum(-1))
         weights = torch.stack(scores, -1).softmax(-1)
         expected = sum(weights[..., n, None] * outputs[n] for n in range(3))
-        torch.testing.assert_close(fused.delta(h), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fused.delta(h), expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("method", "family"), [(m, "bert") for m in KINDS] + [("adapter_drop", "gpt2")])

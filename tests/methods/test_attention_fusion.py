@@ -56,14 +56,15 @@ def last_state(model, data):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama", "t5", "bart"])
 @torch.no_grad()
 def test_the_equation_token_by_token(family):
-    model, data = backbone(family), inputs(family, 2)
+    model, data = backbone(family).double(), inputs(family, 2)
     states = layer_outputs(model, data)
     adapted = peftlib.attach(model, "attention_fusion")
+    adapted.model.double()
     mean = sum(states) / len(states)
-    torch.testing.assert_close(last_state(model, data), mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(last_state(model, data), mean, atol=1e-12, rtol=1e-12)
     perturb(adapted)
     query = adapted.host.paths().popitem()[1].query
-    torch.testing.assert_close(last_state(model, data), fused(states, query), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last_state(model, data), fused(states, query), atol=1e-12, rtol=1e-10)
 
 
 @torch.no_grad()

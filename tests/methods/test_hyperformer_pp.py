@@ -20,7 +20,7 @@ def attached(family="bert", head="classification", std=0.3, **options):
 
 
 def generated(network, task, layer, place, d):
-    """The paper's generator, written from its embeddings to the weights of one adapter."""
+    """The paper's network H, written from its embeddings to the weights of one adapter."""
     code = torch.cat([network.task.weight[task], network.layer.weight[layer], network.place.weight[place]])
     first, _, second = network.join
     code = second.weight @ torch.relu(first.weight @ code + first.bias) + second.bias
@@ -33,6 +33,7 @@ def generated(network, task, layer, place, d):
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_every_block_has_the_adapter_of_its_row_s_task(family):
     adapted = attached(family)
+    adapted.model.double()
     parts = adapted.host.anatomy
     sites = [(layer, place) for layer in parts.layers for place in ("ffn.down", "attention.output")]
     spy = Spy(*(layer.sites[place].module for layer, place in sites))
@@ -47,7 +48,7 @@ def test_every_block_has_the_adapter_of_its_row_s_task(family):
             own = linear(layer.sites[place], x[row])
             inner = F.gelu(own @ w["down"].T + w["down_bias"], approximate="tanh")
             z = F.layer_norm(inner @ w["up"].T + w["up_bias"], (parts.d,))
-            torch.testing.assert_close(y[row], own + z * w["scale"] + w["shift"], atol=5e-4, rtol=1e-3)
+            torch.testing.assert_close(y[row], own + z * w["scale"] + w["shift"], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -10,7 +10,6 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import TargetError
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.scaling import ia3_attention, ia3_ffn
 
 # What HF peft adapts by default (bert, t5, llama), or what does the same as the paper.
 PEFT_TARGETS = {
@@ -23,11 +22,26 @@ PEFT_TARGETS = {
 AS_PEFT = {"bert": ("attention.output", "ffn.down"), "roberta": ("attention.output", "ffn.down")}
 
 
+def attention(Q, K, V, l_k, l_v):
+    """Liu et al. 2022: softmax(Q (l_k * K)^T / sqrt(p)) (l_v * V) of one head; Q, K, V (n, p), vectors (p)."""
+    scores = [[sum(a * (s * b) for a, s, b in zip(q, l_k, k)) / len(k) ** 0.5 for k in K] for q in Q]
+    weights = torch.softmax(torch.stack([torch.stack(row) for row in scores]), dim=-1)
+    values = torch.stack([torch.stack([s * a for s, a in zip(l_v, v)]) for v in V])
+    return torch.stack([sum(w * value for w, value in zip(row, values)) for row in weights])
+
+
+def feed_forward(x, W_1, b_1, W_2, b_2, l_f, act):
+    """W_2 (l_f * act(W_1 x + b_1)) + b_2 of one token x (d)."""
+    inner = torch.stack([s * act(sum(w * v for w, v in zip(row, x)) + b) for row, b, s in zip(W_1, b_1, l_f)])
+    return torch.stack([sum(w * v for w, v in zip(row, inner)) + b for row, b in zip(W_2, b_2)])
+
+
 @torch.no_grad()
 def test_equations_on_one_layer_of_bert():
     model = backbone("bert")
     adapted = peftlib.attach(model, "ia3")
     perturb(adapted)
+    model.double()
     layer = adapted.host.anatomy.layers[1]
     s = layer.sites
     key, value, down = (s[n].module for n in ("attention.key", "attention.value", "ffn.down"))
@@ -39,12 +53,12 @@ def test_equations_on_one_layer_of_bert():
     q, k, v = (x @ s[f"attention.{m}"].weight.T + s[f"attention.{m}"].bias for m in ("query", "key", "value"))
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)
-        expected = ia3_attention(q[:, part], k[:, part], v[:, part], key.ia3.scale[part], value.ia3.scale[part])
-        torch.testing.assert_close(spy[output][0][0, :n, part], expected, atol=1e-5, rtol=1e-4)
+        expected = attention(q[:, part], k[:, part], v[:, part], key.ia3.scale[part], value.ia3.scale[part])
+        torch.testing.assert_close(spy[output][0][0, :n, part], expected, atol=1e-12, rtol=1e-10)
     token = spy[up][0][0, 2]
     gelu = torch.nn.functional.gelu
-    expected = ia3_ffn(token, up.weight, up.bias, down.weight, down.bias, down.ia3.scale, gelu)
-    torch.testing.assert_close(spy[down][1][0, 2], expected, atol=1e-5, rtol=1e-4)
+    expected = feed_forward(token, up.weight, up.bias, down.weight, down.bias, down.ia3.scale, gelu)
+    torch.testing.assert_close(spy[down][1][0, 2], expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("family", list(PEFT_TARGETS))

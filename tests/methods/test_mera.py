@@ -9,7 +9,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import backbone, batch, inputs, logits
 from peftlib.errors import UnknownNameError
-from peftlib.mechanisms import transport
+from peftlib.methods.additive.adapters.mera import transport_plan
 from peftlib.methods.base import ConfigError
 from tests.methods.helpers import perturb
 
@@ -63,7 +63,7 @@ def test_without_alignment_a_permutation_is_not_undone():
 def test_the_plan_is_the_cheapest_permutation():
     torch.manual_seed(0)
     a, b = torch.randn(5, 3), torch.randn(5, 3)
-    found = transport.plan(a, b)
+    found = transport_plan(a, b)
     assert torch.equal(found.sum(0), torch.ones(5))
     assert set(found.flatten().tolist()) == {0.0, 1.0}
     cost = torch.cdist(a, b).square()

@@ -1,5 +1,7 @@
 """The tiny-attention adapter: its formula at both places, what it sees, averaged heads, its place in the cache."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,23 @@ from peftlib.efficiency.speed import count_flops
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
-from tests.reference.tiny_attention import tiny_attention
+
+
+def tiny_attention(z, visible, maps, W_O, b_O, p):
+    """What is added at each position of one sample's z (n, d): one position, one head at a time. ``visible[t]`` are the
+    positions that t attends to; ``maps`` are weight and bias of query, key and value, whose rows belong to one head of
+    size p after the other."""
+    rows = [[W @ h + b for h in z] for W, b in maps]
+    added = []
+    for t in range(len(z)):
+        total = b_O.clone()
+        for head in range(len(maps[0][1]) // p):
+            part = slice(head * p, (head + 1) * p)
+            q, k, v = ([row[part] for row in one] for one in rows)
+            weights = [math.exp(float(q[t] @ k[s]) / math.sqrt(p)) for s in visible[t]]
+            total += W_O[:, part] @ sum(weight / sum(weights) * v[s] for weight, s in zip(weights, visible[t]))
+        added.append(total)
+    return torch.stack(added)
 
 
 def attached(family, head="classification", **options):
@@ -27,6 +45,7 @@ def logits(model, data):
 @pytest.mark.parametrize("family", list(backbones.tiny.FAMILIES))
 def test_adds_its_heads_over_all_that_the_block_attends_to(family, place):
     adapted = attached(family, heads=2, head_dim=1 if place == "parallel" else 2, place=place)
+    adapted.model.double()
     layers, data = adapted.host.anatomy.layers, inputs(family, 3)
     spy = Spy(*(layer.sites[f"attention.{part}"].module for layer in layers for part in ("query", "output")))
     logits(adapted.model, data)
@@ -45,7 +64,7 @@ def test_adds_its_heads_over_all_that_the_block_attends_to(family, place):
             expected = own[row] + tiny_attention(z, visible, maps, *parts, a.head_dim)
             # A decoder of one stack masks padding too, which only padding itself can tell: it comes last.
             seen = data["attention_mask"][row].bool() if len(adapted.host.anatomy.stacks) == 1 else slice(None)
-            torch.testing.assert_close(output[row][seen], expected[seen], atol=5e-5, rtol=1e-4)
+            torch.testing.assert_close(output[row][seen], expected[seen], atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

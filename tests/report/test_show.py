@@ -19,6 +19,12 @@ def test_source_is_the_file_of_the_library():
     assert "class Bottleneck" in report.source("peftlib.mechanisms.bottleneck").data
 
 
+def test_source_of_a_package_is_its_method_and_then_its_layer():
+    folder = (ROOT / taxonomy.entry("ladder_side_tuning").file).parent
+    files = ((folder / name).read_text().rstrip() for name in ("method.py", "layer.py"))
+    assert report.source("ladder_side_tuning").data == "\n\n".join(f"```python\n{text}\n```" for text in files)
+
+
 def test_table_escapes_and_aligns():
     html = report.table([{"name": "<a & b>", "count": "1,234"}, {"name": "c", "count": "5e-4"}]).data
     assert "&lt;a &amp; b&gt;" in html

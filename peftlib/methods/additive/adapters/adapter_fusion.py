@@ -2,11 +2,11 @@ r"""AdapterFusion: frozen adapters of several tasks, whose outputs an attention 
 
 .. math:: o = h + \sum_n \mathrm{softmax}_n\bigl((W_Q h + b_Q)^\top (W_K z_n + b_K)\bigr)\, W_V z_n
 
-Shapes: h (..., d), what the adapters read; z_n (..., d), what adapter n would add; W_Q, W_K, W_V (d, d). W_Q and W_K
-start from N(0, 0.02^2) and W_V from the identity with 1e-6 elsewhere, so that the start is a mix of the adapters: not
-the backbone's output. Trained: 3 d^2 + 2 d at each place of an adapter; stored with the adapters, so that a file needs
-nothing else. No merge: the mix depends on the input. W_V is kept near the identity by the penalty
-0.01 ||W_V - I||^2.
+Shapes, with b rows of t tokens and N sources: h (b, t, d), what the adapters read; z_n (b, t, d), what adapter n would
+add; W_Q, W_K, W_V (d, d). W_Q and W_K start from N(0, 0.02^2) and W_V from the identity with 1e-6 elsewhere, so that
+the start is a mix of the adapters: not the backbone's output. Trained: 3 d^2 + 2 d at each place of an adapter; stored
+with the adapters, so that a file needs nothing else. No merge: the mix depends on the input. W_V is kept near the
+identity by the penalty 0.01 ||W_V - I||^2.
 
 Stage 1 is training the ``sources``, adapters of one kind: ``adapter_drop`` with ``robust=False`` is the paper's adapter
 (Pfeiffer's, one a layer); sequential, parallel and residual adapters work too, sequential ones without ``train_norms``.
@@ -28,6 +28,7 @@ from torch import nn
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, at_least
+from peftlib.methods.bases.sources import attach_source
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class FusedAdapters(nn.Module):
             self.value.weight.fill_diagonal_(1.0)
 
     def delta(self, h: torch.Tensor) -> torch.Tensor:
-        """What is added for h, both (..., d)."""
-        z = torch.stack([adapter.delta(h) for adapter in self.adapters], dim=-2)
-        scores = (self.query(cast(h, self.query.weight))[..., None, :] * self.key(z)).sum(-1)
-        weights = torch.softmax(self.dropout(scores), dim=-1)
-        return (weights[..., None, :].to(z.dtype) @ self.value(z).to(z.dtype))[..., 0, :]
+        """What is added for h, both (b, t, d)."""
+        z = torch.stack([adapter.delta(h) for adapter in self.adapters], dim=-2)  # N of (b, t, d) -> (b, t, N, d)
+        q = self.query(cast(h, self.query.weight))  # (b, t, d)
+        scores = (q[..., None, :] * self.key(z)).sum(-1)  # (b, t, N, d) -> (b, t, N)
+        a = torch.softmax(self.dropout(scores), dim=-1)  # (b, t, N)
+        return (a[..., None, :].to(z.dtype) @ self.value(z).to(z.dtype))[..., 0, :]  # (b, t, N, d) -> (b, t, d)
 
     def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        # Where the result of delta goes is the adapters' own affair.
+        # The adapters' own class says to what the delta is added.
         return type(self.adapters[0]).forward(self, *args)
 
 
@@ -82,51 +84,47 @@ class AdapterFusion(Method):
     }
 
     def attach(self, host: Host) -> None:
-        c = self.config
         names = {id(module): name for name, module in host.model.named_modules()}
-        columns = [_adapters(host, source, names) for source in self.sources]
-        places = [tuple(column) for column in columns]
-        for source, mine in zip(self.sources, places):
-            if mine != places[0] or source.config.method != self.sources[0].config.method:
+        found = [_adapters(host, source, names) for source in self.sources]
+        for source, adapters in zip(self.sources, found):
+            if list(adapters) != list(found[0]) or source.config.method != self.sources[0].config.method:
                 raise ConfigError(
                     f"sources {self.sources[0].name!r} and {source.name!r} are of different methods or stand at "
                     "different places; fuse adapters of one kind"
                 )
-        sides = iter([column[place] for column in columns] for place in places[0])
+        places = iter(found[0])
         self.fused: list[FusedAdapters] = []
 
-        def side_by_side(_: nn.Module) -> nn.Module:
-            self.fused.append(FusedAdapters(next(sides), host.anatomy.d, c.dropout))
+        def fused(_: nn.Module) -> nn.Module:
+            place = next(places)
+            side_by_side = [adapters[place] for adapters in found]
+            self.fused.append(FusedAdapters(side_by_side, host.anatomy.d, self.config.dropout))
             return self.fused[-1]
 
-        part = self.sources[0].method()
-        part.host = host.scope(exchange=side_by_side)
-        part.attach(part.host)
-        part.host._exchange = None
+        scope = host.scope(exchange=fused)
+        attach_source(self.sources[0], scope)
+        scope._exchange = None
 
     def hooks(self) -> tuple[str, ...]:
         return super().hooks() if self.config.regularization else ()
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor:
-        squares = [
-            (fused.value.weight - torch.eye(len(fused.value.weight), device=fused.value.weight.device)).square().sum()
-            for fused in self.fused
-        ]
-        return self.config.regularization * sum(squares)
+        values = [fused.value.weight for fused in self.fused]  # each (d, d)
+        distances = [(W_V - torch.eye(len(W_V), device=W_V.device)).square().sum() for W_V in values]
+        return self.config.regularization * sum(distances)
 
 
 def _adapters(host: Host, source: SavedAdapter, names: dict[int, str]) -> dict[str, nn.Module]:
     """Place -> the source's adapter there, as it was saved."""
-    part = source.method()
-    part.host = host.dry_run()
-    part.attach(part.host)
-    if part.host.unfrozen:
+    dry_run = host.dry_run()
+    attach_source(source, dry_run)
+    if dry_run.unfrozen:
         raise ConfigError(
             f"source {source.name!r} trains parameters of the backbone, which cannot stand side by side; train the "
             "sources with train_norms=False"
         )
     found = {}
-    for module, name, child in part.host.children:
+    for module, name, child in dry_run.children:
         prefix = f"{names[id(module)]}.{name}."
         if source.state is not None:
             child.load_state_dict({n.removeprefix(prefix): t for n, t in source.own.items() if n.startswith(prefix)})

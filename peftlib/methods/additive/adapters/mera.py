@@ -4,13 +4,14 @@ r"""MerA: pretrained adapters are aligned neuron by neuron and merged into one, 
           W_{up} = \frac{1}{N} \sum_n W_{up}^{(n)} T_n, \qquad
           T_n = \mathrm{OT}(\text{neurons of adapter } n, \text{neurons of adapter } 1)
 
-Shapes: those of the sources' adapters; T (r, r) moves the bottleneck's r neurons, layer by layer, at the least total
-squared distance, so it is a permutation. Biases move with their neurons. ``merging="sum"`` leaves out 1/N. Trained: one
-adapter, as a source has it. Start: the merged adapter, not the backbone's output. No merge into weights.
+Shapes: those of the sources' adapters, W_down (r, d), W_up (d, r); T (r, r) moves the bottleneck's r neurons, layer by
+layer, at the least total squared distance, so it is a permutation. Biases move with their neurons. ``merging="sum"``
+leaves out 1/N. Trained: one adapter, as a source has it. Start: the merged adapter, not the backbone's output. No merge
+into weights.
 
-A neuron is known by what ``align`` says: "weights": its row of W_down, its bias and its column of W_up;
-"activations": its values before the nonlinearity on up to ``tokens`` tokens of the target's batches, with its adapter
-in the backbone (in :func:`calibrate`); "none": neurons stay where they are.
+``align`` says by what a neuron is known: "weights": its row of W_down, its bias and its column of W_up; "activations":
+its values before the nonlinearity on up to ``tokens`` tokens of the target's batches, with its adapter in the backbone
+(in :func:`calibrate`); "none": neurons stay where they are.
 
 ``sources`` are adapters of one method with one config: ``adapter_drop`` with ``robust=False`` (Pfeiffer's, one a
 layer), parallel, residual or sequential ones. Same-track merging: with ``tracks``, the kind of task of each source,
@@ -35,9 +36,9 @@ import torch
 from torch import nn
 
 from peftlib.errors import StateError, UnknownNameError
-from peftlib.mechanisms import transport
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, check_alike
+from peftlib.methods.bases.sources import attach_source
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ class MerA(Method):
             raise ConfigError(f"{len(self.merged)} sources are of track {c.track!r}; merging needs at least 2")
 
     def attach(self, host: Host) -> None:
-        part = self.sources[0].method()
-        part.host = host
-        part.attach(host)
+        attach_source(self.sources[0], host)
         self.own = tuple(host.trained())
         if not self.calibrates and self.merged[0].state is not None:
             self._merge({})
@@ -102,15 +101,16 @@ class MerA(Method):
         states = [{n: source.state[n] for n in self.own} for source in self.merged]
         merged = {n: torch.stack([state[n] for state in states]).mean(0) for n in self.own}
         for place in (n.removesuffix("down.weight") for n in self.own if n.endswith("down.weight")):
-            parts = [{n.removeprefix(place): t for n, t in s.items() if n.startswith(place)} for s in states]
+            adapters = [{n.removeprefix(place): t for n, t in s.items() if n.startswith(place)} for s in states]
             if self.config.align != "none":
                 neurons = activations.get(place) or [
-                    torch.cat([p["down.weight"], p["down.bias"][:, None], p["up.weight"].T], dim=1) for p in parts
-                ]
-                parts = [transport.move(p, transport.plan(x, neurons[0])) for p, x in zip(parts, neurons)]
+                    torch.cat([a["down.weight"], a["down.bias"][:, None], a["up.weight"].T], dim=1) for a in adapters
+                ]  # each (r, tokens), or (r, d + 1 + d)
+                plans = [transport_plan(x, neurons[0]) for x in neurons]  # each (r, r)
+                adapters = [moved(adapter, T) for adapter, T in zip(adapters, plans)]
             for name in ("down.weight", "down.bias", "up.weight", "up.bias"):
-                total = torch.stack([part[name] for part in parts]).sum(0)
-                merged[place + name] = total / len(parts) if self.config.merging == "average" else total
+                total = torch.stack([adapter[name] for adapter in adapters]).sum(0)  # N of a shape -> that shape
+                merged[place + name] = total / len(adapters) if self.config.merging == "average" else total
         self._write(merged)
 
     def _write(self, state: dict[str, torch.Tensor]) -> None:
@@ -121,7 +121,7 @@ class MerA(Method):
 
     @torch.no_grad()
     def _activations(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Place -> what each neuron of the attached adapters gives (r, tokens)."""
+        """Place -> the values of the attached adapters' neurons, (r, tokens)."""
         seen: dict[str, torch.Tensor] = {}
         found: dict[str, list[torch.Tensor]] = {}
         handles = [
@@ -140,7 +140,31 @@ class MerA(Method):
         finally:
             for handle in handles:
                 handle.remove()
-        return {place: torch.cat(rows)[: self.config.tokens].T for place, rows in found.items()}
+        return {place: torch.cat(rows)[: self.config.tokens].T for place, rows in found.items()}  # each (r, tokens)
+
+
+def transport_plan(neurons: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The plan T (r, r) that moves ``neurons`` (r, k) to ``reference`` (r, k) at the least squared distance.
+
+    Each neuron has mass one; the cheapest plan is then a permutation, entry [i, j] = 1 where neuron i becomes j.
+    """
+    # Imported late: few need it, and it takes a second.
+    import ot
+
+    cost = torch.cdist(neurons.double(), reference.double()).square().cpu().numpy()  # (r, k) and (r, k) -> (r, r)
+    mass = torch.ones(len(cost), dtype=torch.double).numpy()
+    return torch.as_tensor(ot.emd(mass, mass, cost)).to(neurons)  # (r, r)
+
+
+def moved(adapter: dict[str, torch.Tensor], T: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by name with its neurons moved by a plan T (r, r). What does not belong to single neurons,
+    such as b_up, stays."""
+    W_down, b_down, W_up = (adapter[name] for name in ("down.weight", "down.bias", "up.weight"))
+    return adapter | {
+        "down.weight": T.T.to(W_down) @ W_down,  # (r, d)
+        "down.bias": T.T.to(b_down) @ b_down,  # (r,)
+        "up.weight": W_up @ T.to(W_up),  # (d, r)
+    }
 
 
 def _look(seen: dict[str, torch.Tensor], place: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:

@@ -3,24 +3,30 @@ r"""Attention fusion: one trained query attends, token by token, over the output
 .. math:: z_t = \sum_{\ell=1}^{L} a_{t, \ell}\, h_{\ell, t}, \qquad
           a_t = \mathrm{softmax}_{\ell}\bigl(q^\top h_{\ell, t}\bigr)
 
-Shapes: h (B, n, d), the output of layer l; q (d). The head gets z where it got the last layer's output. No gradient
-enters the backbone: of its activations a training step keeps the layers' outputs alone. q starts at zero, so that z is
-the mean of the layers: not the backbone's output. Trained: d. The mix depends on the input: no merge.
+Shapes, with b rows of n tokens: h (b, n, d), the output of layer l, L of them; q (d). The head gets z where it got the
+last layer's output. No gradient enters the backbone: its layers run on detached inputs, and of its activations a
+training step keeps the layers' outputs alone. q starts at zero, so that z is the mean of the layers: not the backbone's
+output. Trained: d. The mix depends on the input: no merge.
 
 Source: Cao et al. 2022, Findings of NAACL, 10.18653/v1/2022.findings-naacl.64, of which only the abstract could be
 read: attention over each token's layer outputs, decoupled from the backbone, 0.0009 % of the parameters, which is one
 vector of 768. No code was published. Not confirmed, so chosen here: neither projections of keys and values nor a
 scale; q starts at zero; the embeddings are no layer (``with_embeddings`` makes them one); the fused [CLS] goes through
-BERT's frozen pooler; backbones with a norm behind their last layer have it on every layer's output; of
-encoder-decoder backbones the decoder's layers are fused.
+BERT's frozen pooler; backbones with a norm behind their last layer have it on every layer's output, which is then what
+the head would get if the stack ended there; of encoder-decoder backbones the decoder's layers are fused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from peftlib.mechanisms import fusion
+import torch
+from torch import nn
+
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import state_of, with_state
+from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import Method, MethodConfig
 
 
@@ -29,6 +35,21 @@ class AttentionFusionConfig(MethodConfig):
     """``with_embeddings``: whether the first layer's input counts as a layer."""
 
     with_embeddings: bool = False
+
+
+class LayerAttention(nn.Module):
+    """One query q (d) over the layers. ``states`` are the outputs h_l (b, n, d) of those that have run in the present
+    forward."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(d))
+        self.states: list[torch.Tensor] = []
+
+    def forward(self, states: list[torch.Tensor]) -> torch.Tensor:
+        h = cast(torch.stack(states, dim=-2), self.query)  # L of (b, n, d) -> (b, n, L, d)
+        a = torch.softmax(h @ self.query, dim=-1)  # (b, n, L, d) -> (b, n, L)
+        return (a[..., None, :].to(h.dtype) @ h)[..., 0, :]  # (b, n, L, d) -> (b, n, d)
 
 
 class AttentionFusion(Method):
@@ -40,4 +61,36 @@ class AttentionFusion(Method):
     }
 
     def attach(self, host: Host) -> None:
-        fusion.attach(host, self.name, self.config.with_embeddings)
+        parts = host.anatomy
+        last = parts.stacks[-1]
+        holder = parts.holder(last)
+        fusion = host.add(holder, self.name, LayerAttention(parts.d))
+        for stack in parts.stacks:
+            layers = [layer.module for layer in parts.layers if layer.stack == stack]
+            host.hook(layers[0], _begin, fusion, stack == last and self.config.with_embeddings, before=True)
+            if stack == last:
+                for layer in layers:
+                    host.hook(layer, _record, fusion)
+        host.hook(parts.final_norm(last) or holder, _fuse, fusion)
+
+
+def _begin(fusion: LayerAttention, record: bool, module: nn.Module, args: tuple, kwargs: dict):
+    """Before the first layer of a stack."""
+    h = args[0].detach()
+    fusion.states = [h] if record else []
+    return (h, *args[1:]), kwargs
+
+
+def _record(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Behind each layer of the last stack."""
+    fusion.states.append(state_of(output).detach())
+
+
+def _fuse(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Behind the last stack, or the norm that ends it: the mix replaces its output."""
+    states, fusion.states = fusion.states, []
+    if isinstance(output, torch.Tensor):
+        # The norm behind the last layer; by its forward alone, as this is its own hook.
+        with torch.no_grad():
+            states = [module.forward(h) for h in states]
+    return with_state(output, fusion(states).to(state_of(output).dtype))  # L of (b, n, d) -> (b, n, d)

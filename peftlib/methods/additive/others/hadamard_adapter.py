@@ -2,9 +2,9 @@ r"""Hadamard adapter: a trained vector scales the attention output, another shif
 
 .. math:: a' = w \odot a + b
 
-Shapes: a (..., d), the output of the attention block before the residual sum; w, b (d), which start at one and zero, so
-the start is the identity. Trained: w, b and one norm (2d) a layer, 36,864 on BERT-base. It merges exactly into the
-output projection: w scales the rows of its weight and its bias, b is added to the bias.
+Shapes: a (b, t, d), the output of the attention block before the residual sum, for b rows of t tokens; w, b (d), which
+start at one and zero, so the start is the identity. Trained: w, b and one norm (2d) a layer, 36,864 on BERT-base. It
+merges exactly into the output projection: w scales the rows of its weight and its bias, b is added to the bias.
 
 Two stages: for the first ``head_stage`` of the steps only the task head trains, then the head stays as it is and
 vectors and norms train. Without a task head (language models, ``train_head=False``) there is only the second stage.
@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from peftlib.anatomy import Layer
+from peftlib.anatomy import Layer, Site
 from peftlib.errors import MergeError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.scaling import ScaleOutput
@@ -43,6 +44,18 @@ class HadamardAdapterConfig(MethodConfig):
             raise ConfigError(f"head_stage={self.head_stage!r} is a share of the steps: at least 0 and below 1")
 
 
+class Hadamard(ScaleOutput):
+    """Behind the output projection: ``forward(x, a) = w * a + b`` with ``scale`` w and ``shift`` b, or without b."""
+
+    def __init__(self, d: int, shift: bool):
+        super().__init__(d)
+        self.shift = nn.Parameter(torch.zeros(d)) if shift else None
+
+    def forward(self, x: torch.Tensor | None, a: torch.Tensor) -> torch.Tensor:
+        scaled = a * self.scale  # (b, t, d)
+        return (scaled if self.shift is None else scaled + self.shift).to(a.dtype)  # (b, t, d)
+
+
 class HadamardAdapter(Method):
     Config = HadamardAdapterConfig
     learning_rate = 1e-2
@@ -52,16 +65,15 @@ class HadamardAdapter(Method):
     }
 
     def attach(self, host: Host) -> None:
-        self.scales = {}
+        self.layers: dict[Site, Hadamard] = {}
         for layer in host.anatomy.layers:
             site = layer.sites["attention.output"]
-            scale = ScaleOutput(site.out_features, shift=self.config.shift)
-            self.scales[site] = host.after(site, "hadamard_adapter", scale)
+            self.layers[site] = host.after(site, "hadamard_adapter", Hadamard(site.out_features, self.config.shift))
             if self.config.train_norms:
                 host.train(_next_norm(layer).parameters())
 
     def on_gradients(self, training: TrainingState) -> None:
-        """Keep the optimizer away from the stage that is not on."""
+        """Leave gradients to the parameters of the present stage alone."""
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         if not head or not self.config.head_stage:
             return
@@ -73,7 +85,7 @@ class HadamardAdapter(Method):
 
     def check_mergeable(self) -> None:
         super().check_mergeable()
-        bare = [site for site, scale in self.scales.items() if scale.shift is not None and site.bias is None]
+        bare = [site for site, layer in self.layers.items() if layer.shift is not None and site.bias is None]
         if bare:
             raise MergeError(
                 f"hadamard_adapter's shift merges into the bias of the output projection, and {bare[0]} has none. Keep "
@@ -81,8 +93,8 @@ class HadamardAdapter(Method):
             )
 
     def merge(self) -> None:
-        for site, scale in self.scales.items():
-            scale.fold(site)
+        for site, layer in self.layers.items():
+            layer.fold(site)
 
 
 def _next_norm(layer: Layer) -> nn.Module:

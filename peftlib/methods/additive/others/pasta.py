@@ -2,10 +2,13 @@ r"""PASTA: trained vectors are added to the hidden states of the special tokens 
 
 .. math:: h_{\ell, t} \leftarrow h_{\ell, t} + e(v_{\ell, p(t)}) \quad \text{where } t \text{ is special}
 
-Shapes: h (B, n, d), v (tokens, d) a layer; p(t) counts a text's special tokens in their order, so that the vectors are
-those of [CLS], the first [SEP] and the second [SEP]; e is dropout. All other hidden states go on bit for bit. The
-vectors start at N(0, 0.02), as the reference code's do, so the start is near the backbone; ``std=0`` starts at it.
-Trained: tokens d a layer. The addition depends on where the tokens stand: no merge.
+Shapes, with b rows of n tokens: h (b, n, d), v (tokens, d) a layer. p(t) counts a text's special tokens in their order,
+so that the vectors are those of [CLS], the first [SEP] and the second [SEP]; e is dropout. All other hidden states go
+on bit for bit. The vectors start at N(0, 0.02), as the reference code's do, so the start is near the backbone;
+``std=0`` starts at it. Trained: tokens d a layer. The addition depends on where the tokens stand: no merge.
+
+A layer sees hidden states and no ids, so the ids are looked at once a forward, where they enter the first stack. With a
+cache the vectors act on the tokens of its first call.
 
 Source: Yang et al. 2023, arXiv:2210.04382, and its code, on BERT and RoBERTa: L d 3 for pairs of texts, L d 2 for
 single ones. Here ``tokens`` is 3 for both, and on single texts the third vector is idle; RoBERTa's pairs have four
@@ -19,9 +22,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from peftlib.errors import TargetError, UnsupportedError
-from peftlib.mechanisms import special_tokens
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.positions import by_name, names, past_length
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 
@@ -43,6 +50,39 @@ class PastaConfig(MethodConfig):
             raise ConfigError(f"dropout={self.dropout!r} leaves nothing of the vectors; it must be below 1")
 
 
+class Places(nn.Module):
+    """p(t) of the input that is going through, ``now`` (b, n): k at the k-th token of ``ids`` in a row, counted from 1
+    up to ``count``, and 0 at all other tokens and at padding. None between two forwards."""
+
+    def __init__(self, ids: tuple[int, ...], count: int):
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.count = count
+        self.now: torch.Tensor | None = None
+
+    def find(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        special = torch.isin(input_ids, self.ids)  # (b, n)
+        if mask is not None:
+            special = special & mask.bool()  # (b, n)
+        p = special.long().cumsum(dim=1) * special  # (b, n)
+        return p * (p <= self.count)  # (b, n)
+
+
+class TokenVectors(nn.Module):
+    """``vectors`` v (count, d) of a layer. The k-th is added, through dropout, where p(t) is k; h at p(t) = 0 stays as
+    it is, bit for bit. N(0, std) at the start."""
+
+    def __init__(self, count: int, d: int, std: float, dropout: float):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(count, d).normal_(std=std))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        v = F.pad(self.vectors, (0, 0, 1, 0))  # (count, d) -> (1 + count, d), zero in front
+        added = self.dropout(F.embedding(p, v))  # (b, n) -> (b, n, d)
+        return torch.where(p[..., None] > 0, (h + added).to(h.dtype), h)  # (b, n, d)
+
+
 class Pasta(Method):
     Config = PastaConfig
     learning_rate = 1e-2
@@ -52,8 +92,16 @@ class Pasta(Method):
     }
 
     def attach(self, host: Host) -> None:
-        c = self.config
-        special_tokens.attach(host, self.name, self._ids(host), c.tokens, c.std, c.dropout)
+        c, parts = self.config, host.anatomy
+        stack = parts.stacks[0]
+        inputs = parts.stack_inputs(stack)
+        places = host.add(inputs, f"{self.name}_places", Places(self._ids(host), c.tokens))
+        host.hook(inputs, _find, places, names(inputs), before=True)
+        for layer in parts.layers:
+            if layer.stack == stack:
+                child = host.add(layer.module, self.name, TokenVectors(c.tokens, parts.d, c.std, c.dropout))
+                host.hook(layer.module, _add, child, places, before=True)
+        host.hook(inputs, _forget, places)
 
     def _ids(self, host: Host) -> tuple[int, ...]:
         ids, parts = self.config.token_ids, host.anatomy
@@ -72,3 +120,34 @@ class Pasta(Method):
                 "them from its own tokenizer"
             )
         return ids
+
+
+def _find(places: Places, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before the stack."""
+    call = by_name(order, args, kwargs)
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if ids is None:
+        raise UnsupportedError(
+            "vectors for special tokens are placed by the tokens' ids, and the model was given embeddings without ids; "
+            "call it with input_ids"
+        )
+    if past_length(call) > 0:
+        places.now = torch.zeros_like(ids)  # (b, n)
+    else:
+        places.now = places.find(ids, mask if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else None)
+
+
+def _add(child: TokenVectors, places: Places, module: nn.Module, args: tuple, kwargs: dict):
+    """Before each layer."""
+    h, *others = args
+    if h.shape[:2] != places.now.shape:
+        raise UnsupportedError(
+            f"special tokens were found among {places.now.shape[1]} tokens, and the layers get {h.shape[1]}: "
+            "something else adds positions to the input, which does not go with vectors for special tokens"
+        )
+    return (child(h, places.now), *others), kwargs
+
+
+def _forget(places: Places, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    """Behind the stack."""
+    places.now = None

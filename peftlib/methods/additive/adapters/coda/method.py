@@ -1,14 +1,15 @@
-r"""CODA, conditional adapters: only k of n tokens pass each frozen layer, a parallel adapter serves them all.
+r"""CODA, conditional adapters: each frozen layer computes k of n tokens only, and a parallel adapter serves them all.
 
 .. math:: h \leftarrow h + W_{up}\, \mathrm{ReLU}(W_{down}\, \bar h + b_{down}) + b_{up}
           + \lambda \odot \bigl(\mathrm{Layer}(h_{\mathcal{S}}) - h_{\mathcal{S}}\bigr), \qquad
           \lambda, \mathcal{S} = \operatorname{soft\,top}_k(\bar h\, w)
 
-Shapes: h (n, d), the layer's input, and its norm's output \bar h; w (d,), the router; W_down (r, d), W_up (d, r). S are
-the k = n / ``reduction`` (rounded up) real tokens with the largest weights; all others skip the layer, whose
-computation falls to k/n, and lambda, in [0, 1], gates what it changes. Padding is never chosen, and k is taken of each
-row's own length. The chosen tokens attend to each other (``attention="k-to-k"``) or to all ("k-to-all", which computes
-keys and values of all). With k = n all gates are one and it is a bottleneck beside each layer.
+Shapes: h (n, d), the layer's input with n tokens of hidden size d, and its norm's output \bar h; w (d,), the router;
+W_down (r, d), W_up (d, r). S are the k = n / ``reduction`` (rounded up) real tokens with the largest weights. All
+others skip the layer, whose computation falls to k/n, and lambda, in [0, 1], gates what it changes. Padding is never
+chosen, and k is taken of each row's own length. The chosen tokens attend to each other (``attention="k-to-k"``) or to
+all ("k-to-all", which computes keys and values of all). With k = n all gates are one and it is a bottleneck beside each
+layer.
 
 Soft top-k: a = eps ln k - eps LSE((s + b) / eps), b = min(-s - a, 0), 20 times from b = 0; lambda = exp((s + a + b) /
 eps), with eps falling from 4 by 0.7 a step to ``epsilon``. W_up and the biases start at zero, W_down as in LoRA, w at
@@ -18,8 +19,8 @@ paper the layers' norms. No merge, because routing depends on the input.
 Only encoders are routed: the choice among n tokens looks at all of them, which a decoder that generates one by one
 cannot. Decoders of encoder-decoder models have the adapter alone, and decoder-only models are refused.
 
-The paper lets a light phase of pre-training (C4) convert the dense model before task tuning. Here that is CODA on the
-backbone with its language-model head, trained on text in any loop; what it gave is where a task starts from:
+In the paper a light phase of pre-training (C4) converts the dense model before it is tuned on a task. Here that is CODA
+on the backbone with its language-model head, trained on text in any loop. A task then starts from the result:
 
 >>> lm = peftlib.attach(masked_lm_model, "coda")                          # train on text, then
 >>> adapted = peftlib.attach(classifier, "coda")
@@ -39,12 +40,14 @@ from typing import ClassVar, Literal
 import torch
 
 from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms import conditional
+from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck, check_activation
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.positions import names
+from peftlib.methods.additive.adapters.coda.layer import Columns, Conditional, Temperature, enter, leave
 from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, between
 
-KEYS = {"k-to-k": "k", "k-to-all": "all"}
+ATTENTION = ("k-to-k", "k-to-all")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class CODAConfig(MethodConfig):
         at_least("iterations", self.iterations, 1)
         at_least("bottleneck", self.bottleneck, 1)
         check_activation(self.activation)
-        if self.attention not in KEYS:
-            raise UnknownNameError("attention of coda", self.attention, KEYS)
+        if self.attention not in ATTENTION:
+            raise UnknownNameError("attention of coda", self.attention, ATTENTION)
 
 
 class CODA(Method):
@@ -86,19 +89,24 @@ class CODA(Method):
                 "decoder, which must not look at them; use an encoder, or an encoder-decoder model, whose encoder it "
                 "routes"
             )
-        temperature = conditional.Temperature(c.epsilon, steps=c.iterations)
+        temperature = Temperature(c.epsilon, steps=c.iterations)
         for layer in parts.layers:
             reduction = c.reduction if layer.stack == "encoder" else None
             adapter = Bottleneck(parts.d, c.bottleneck, c.activation)
-            child = conditional.Conditional(adapter, parts.d, reduction, KEYS[c.attention], temperature)
-            conditional.attach(host, layer, "coda", child)
+            child = Conditional(adapter, parts.d, reduction, c.attention == "k-to-all", temperature)
+            host.add(layer.module, "coda", child)
+            if child.router is not None:
+                attention.attach(host, layer.attention, "coda_columns", Columns())
+            host.hook(layer.module, enter, child, layer, names(layer.module), parts.head_dim, before=True)
+            host.hook(layer.module, leave, child)
         if c.train_norms:
             host.train(p for norm in parts.norms() for p in norm.parameters())
 
     @torch.no_grad()
     def start_from(self, source: SavedAdapter) -> None:
-        """Take routers, adapters and norms from a CODA adapter of this backbone under another head: what the conversion
-        phase gave. Raises ConfigError for another method's adapter, LoadError where names or shapes do not fit."""
+        """Take routers, adapters and norms from a CODA adapter of this backbone under another head, the result of the
+        conversion phase. Raises ConfigError for another method's adapter, LoadError where names or shapes do not
+        fit."""
         if source.config.method != "coda":
             raise ConfigError(f"{source.name!r} is an adapter of {source.config.method}; start from one of coda")
         mine = {n: t for n, t in self.host.state().items() if n not in self.host.anatomy.head}
