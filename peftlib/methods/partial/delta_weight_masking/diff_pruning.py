@@ -5,13 +5,14 @@ r"""Diff pruning: a difference to the pretrained weights is learned with gates t
     z = \min\bigl(1, \max(0,\, \sigma(\operatorname{logit} u + \alpha)(r - l) + l)\bigr), \qquad
     \mathcal L + \lambda \sum_i P(z_i \ne 0), \quad P(z_i \ne 0) = \sigma\bigl(\alpha_i - \log\tfrac{-l}{r}\bigr)
 
-Shapes: w and alpha have an entry for each of the backbone's below the head; u is drawn anew at every step. In the
-structured form (default) each tensor has one more gate, its own alpha, by which all its gates are multiplied; an entry
-is then non-zero with the product of both probabilities. Warm-up training trains w (from 0), alpha and the head. Then
-the difference with its gates at u = 1/2 is projected: the k entries with the largest absolute values over all tensors
-together stay (ties by position), the others are zero. The main training trains these k as sparse values, from where the
-projection left them, so optimizer states have k entries and nothing moves the rest. Stored: k values with their
-indices. Merge: exact, they are the weights' own. Trained without the head: ``k = int(density * parameters below it)``.
+Shapes: w, alpha and z have the shapes of all the backbone's tensors below the head; u is drawn anew at every step. In
+the structured form (default) each tensor has one more gate, its own alpha, by which all its gates are multiplied; an
+entry is then non-zero with the product of both probabilities. Warm-up training trains w (from 0), alpha and the head.
+Then the difference with its gates at u = 1/2 is projected: the k entries with the largest absolute values over all
+tensors together stay (ties by position), the others are zero. The main training trains these k as sparse values, from
+where the projection left them, so optimizer states have k entries and nothing moves the rest. Stored: k values with
+their indices. Merge: exact, they are the weights' own. Trained without the head:
+``k = int(density * parameters below it)``.
 
 The warm-up training is :meth:`Adapted.calibrate`, on the batches given (``fit``: the training data);
 :mod:`peftlib.methods.bases.entries` says why. It needs more memory than full fine-tuning: w and alpha with gradients

@@ -4,12 +4,12 @@ r"""LT-SFT: train everything, take the entries that moved most, rewind, and trai
     \theta = \theta_0 + \phi, \qquad \phi_i = 0 \text{ unless } i \in \operatorname{top}_K |\theta_1 - \theta_0|,
     \qquad \theta_{\text{task} + \text{language}} = \theta_0 + \phi_{\text{task}} + \phi_{\text{language}}
 
-Shapes: theta and phi have an entry for each of the backbone's below the head (embeddings, norms and biases included).
-Warm-up training, a full fine-tuning with the head, gives theta_1. The K entries with the largest change over all
-tensors together are chosen, ties by position. Then everything goes back to theta_0, the head too, and the main training
-trains the K entries as sparse values and the head densely: the start is the identity, optimizer states have K entries,
-nothing moves the rest. Stored: K values with their indices. Trained without the head: ``K = int(density * parameters
-below the head)``. Merge: exact, the values are the weights' own.
+Shapes: theta and phi have the shapes of all the backbone's tensors below the head (embeddings, norms and biases
+included). Warm-up training, a full fine-tuning with the head, gives theta_1. The K entries with the largest change over
+all tensors together are chosen, ties by position. Then everything goes back to theta_0, the head too, and the main
+training trains the K entries as sparse values and the head densely: the start is the identity, optimizer states have K
+entries, nothing moves the rest. Stored: K values with their indices. Trained without the head:
+``K = int(density * parameters below the head)``. Merge: exact, the values are the weights' own.
 
 The warm-up training is :meth:`Adapted.calibrate`, on the batches given (``fit``: the training data), with an optimizer
 of its own. It takes no share of the main training's steps: an optimizer that was built for all parameters would keep
