@@ -449,7 +449,7 @@ def compiles(case: Case, tmp: Path) -> None:
     assert all(torch.allclose(grads[n], grads_[n], atol=1e-4) for n in grads)
 
 
-@check("transformers' Trainer with the callback runs the method's training hooks, trains it, and resumes", families=None)
+@check("transformers' Trainer with the callback runs the training hooks, trains the method, and resumes", families=None)
 def trainer(case: Case, tmp: Path) -> None:
     adapted = case.attach()
     before = {n: p.detach().clone() for n, p in adapted.trainable().items()}

@@ -1,11 +1,11 @@
 """How much each entry of a network's tensors matters to a task, from gradients on a stream of batches.
 
 Three kinds of score, on any backbone: the diagonal of the Fisher information (:func:`per_example`, :func:`per_batch`),
-the accumulated gradient, which a second-order view of the loss asks for (:func:`accumulated`), and the first-order
-estimate of what setting an entry back would cost (:func:`first_order`).
+the mean gradient (:func:`per_batch`, "signed"), and the first-order estimate of what setting an entry back would cost
+(:func:`first_order`).
 
-Memory is fixed, however many batches there are: beside the model and one forward pass, one float32 accumulator an entry
-and, at any time, the gradient of a single tensor, added and dropped as soon as the backward pass has formed it.
+Memory does not grow with the number of batches. Beside the model and one forward pass it is one float32 accumulator an
+entry and the gradient of a single tensor, which is added and dropped as soon as the backward pass has formed it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from peftlib.errors import DataError, UnsupportedError
 T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
 Kind = Literal["empirical", "expected"]
+Form = Literal["square", "absolute", "signed"]
 
 _FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "square": torch.square,
@@ -41,7 +42,7 @@ class GradientSums:
     tensor's gradient down to that norm. The parameters require gradients inside only, and keep none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], form: str = "square", max_norm: float | None = None):
+    def __init__(self, parameters: Iterable[nn.Parameter], form: Form = "square", max_norm: float | None = None):
         self.parameters = list(parameters)
         self.sums = [torch.zeros(p.shape, device=p.device) for p in self.parameters]
         self.form = _FORMS[form]
@@ -108,24 +109,17 @@ def per_batch(
     parameters: Sequence[nn.Parameter],
     batches: Iterable[Batch],
     limit: int | None = None,
+    form: Form = "square",
     max_norm: float | None = None,
 ) -> list[torch.Tensor]:
-    """Means, over the batches (or the first ``limit``), of the squared gradient of the batch's loss.
+    """Means, over the batches (or the first ``limit``), of f(gradient of the batch's loss).
 
-    ``max_norm`` clips each tensor's gradient to this norm. Returns and raises as :func:`per_example`.
+    ``form`` and ``max_norm`` are those of :class:`GradientSums`. Returns and raises as :func:`per_example`.
     """
-    return _means(model, GradientSums(parameters, max_norm=max_norm), batches, limit)
-
-
-def accumulated(
-    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Iterable[Batch], limit: int | None = None
-) -> list[torch.Tensor]:
-    """Absolute values of the mean gradient over the batches (or the first ``limit``), signs summed before.
-
-    With a curvature that is equal everywhere, the entries whose change lowers the loss most are those with the largest
-    squared gradient of the whole loss, and this ranks them alike. Returns and raises as :func:`per_example`.
-    """
-    return [mean.abs_() for mean in _means(model, GradientSums(parameters, "signed"), batches, limit)]
+    with GradientSums(parameters, form, max_norm) as sums:
+        for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
+            sums.backward(loss(model, batch))
+    return [total.div_(sums.passes) for total in _checked(sums)]
 
 
 def first_order(
@@ -137,25 +131,18 @@ def first_order(
 ) -> list[torch.Tensor]:
     """``(parameter - start) * gradient``, of the mean loss over the batches (or the first ``limit``), entry by entry.
 
-    To first order the loss rises by minus this where one entry is set back to its start, and by minus the sum over a
-    group where all of it is: absolute values, of entries or of such sums, are scores for pruning a change.
+    Setting one entry back to its start changes the loss by minus this, to first order, and setting a whole group back
+    by minus the sum over the group. The absolute values of entries or of such sums are scores for pruning a change.
     ``starts`` None: zeros, as for parameters that were added (SNIP's score at their present values). Returns and
     raises as :func:`per_example`.
     """
     parameters = list(parameters)
-    means = _means(model, GradientSums(parameters, "signed"), batches, limit)
+    means = per_batch(model, parameters, batches, limit, "signed")
     with torch.no_grad():
         zeros: list[torch.Tensor | int] = [0] * len(parameters)
         for mean, parameter, start in zip(means, parameters, starts or zeros, strict=True):
             mean.mul_(parameter - start)
     return means
-
-
-def _means(model: nn.Module, sums: GradientSums, batches: Iterable[Batch], limit: int | None) -> list[torch.Tensor]:
-    with sums:
-        for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
-            sums.backward(loss(model, batch))
-    return [total.div_(sums.passes) for total in _checked(sums)]
 
 
 def _rows(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from peftlib.mechanisms.bottleneck import Bottleneck
 from peftlib.mechanisms.host import Tasks
 from peftlib.mechanisms.low_rank import LowRank, update
 from peftlib.mechanisms.precision import cast
-from peftlib.mechanisms.prefix import Maker, Prefix
+from peftlib.mechanisms.prefix import Prefix, PrefixEncoder
 
 
 def top(scores: torch.Tensor, share: float) -> torch.Tensor:
@@ -177,7 +177,7 @@ class MaskedLowRank(Masked):
 class Table(nn.Module):
     """Keys and values beside each other, ``table`` (m, 2 width): made by a trained network until :meth:`keep`."""
 
-    def __init__(self, maker: Maker):
+    def __init__(self, maker: PrefixEncoder):
         super().__init__()
         self.maker = maker
 

@@ -137,17 +137,6 @@ def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
     return chosen
 
 
-def shares(sizes: Sequence[int], k: int) -> list[int]:
-    """``k`` divided among tensors of these sizes in proportion, in whole numbers that add up to k: each gets the floor
-    of its share, and those with the largest remainders one more, the first ones where remainders are equal."""
-    total = sum(sizes)
-    counts = [size * k // total for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * k % total))
-    for i in order[: k - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
 def _bucket(histogram: torch.Tensor, k: int) -> tuple[int, int]:
     """The bucket that holds the k-th largest, and how many are in the buckets above it."""
     from_top = histogram.flip(0).cumsum(0)

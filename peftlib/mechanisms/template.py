@@ -1,8 +1,10 @@
 """The seam inside a text: vectors at places that depend on where a row's texts end. For encoders.
 
 A row ``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` gets vectors in three groups: behind [CLS], behind the first text
-and behind the last one. The groups stand before the [SEP] that ends the text, and with a single text the second comes
-before the third.
+and behind the last one. The second and the third group stand before the [SEP] that ends their text; with a single text
+the second comes before the third.
+
+Shapes: b rows, t tokens, m vectors, e the width of the embedding, d the hidden size.
 """
 
 from __future__ import annotations
@@ -37,22 +39,22 @@ class Template:
         return self.before + self.between + self.after
 
     def spots(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """For every vector the index of the token before which it goes, (B, m), from ids and mask (B, n). A row without
-        a [SEP] counts as ended by its last token."""
-        place = torch.arange(ids.shape[1], device=ids.device)
-        real = mask.bool()
-        end = (place * real).amax(dim=1) + 1
-        is_end = (ids == self.sep) & real
-        start = torch.where(real, place, ids.shape[1]).amin(dim=1) + 1
-        first = torch.minimum(torch.where(is_end, place, ids.shape[1]).amin(dim=1), end)
-        last = torch.where(is_end.any(dim=1), (place * is_end).amax(dim=1), end)
+        """For every vector the index of the token before which it goes, (b, m), from ids and mask (b, t). A row without
+        a [SEP] ends with its last token."""
+        place = torch.arange(ids.shape[1], device=ids.device)  # (t)
+        real = mask.bool()  # (b, t)
+        end = (place * real).amax(dim=1) + 1  # (b)
+        is_end = (ids == self.sep) & real  # (b, t)
+        start = torch.where(real, place, ids.shape[1]).amin(dim=1) + 1  # (b)
+        first = torch.minimum(torch.where(is_end, place, ids.shape[1]).amin(dim=1), end)  # (b)
+        last = torch.where(is_end.any(dim=1), (place * is_end).amax(dim=1), end)  # (b)
         groups = ((start, self.before), (first, self.between), (last, self.after))
         columns = [torch.maximum(spot, start)[:, None].expand(-1, count) for spot, count in groups]
-        return torch.cat(columns, dim=1)
+        return torch.cat(columns, dim=1)  # (b, m)
 
 
 class Layout:
-    """Where n tokens and m vectors stand in rows of n + m: ``text`` (B, n) and ``vectors`` (B, m)."""
+    """The places of t tokens and m vectors in rows of t + m: ``text`` (b, t) and ``vectors`` (b, m)."""
 
     def __init__(self, spots: torch.Tensor, tokens: int):
         place = torch.arange(tokens, device=spots.device)
@@ -61,26 +63,28 @@ class Layout:
         self.vectors = spots + torch.arange(spots.shape[1], device=spots.device)
 
     def merge(self, text: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """(B, n + m, ...) of (B, n, ...) and (B, m, ...)."""
-        both = torch.cat([text, vectors.to(text.dtype)], dim=1)
-        index = torch.cat([self.text, self.vectors], dim=1)
-        return torch.zeros_like(both).scatter(1, _like(index, both), both)
+        """(b, t, ...) and (b, m, ...) -> (b, t + m, ...)."""
+        both = torch.cat([text, vectors.to(text.dtype)], dim=1)  # (b, t + m, ...)
+        index = torch.cat([self.text, self.vectors], dim=1)  # (b, t + m)
+        return torch.zeros_like(both).scatter(1, _like(index, both), both)  # (b, t + m, ...)
 
     def at(self, index: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-        """What stands at these places (B, k) of (B, n + m, ...)."""
+        """The entries at these places (b, k) of (b, t + m, ...), (b, k, ...)."""
         return merged.gather(1, _like(index, merged))
 
 
 def _like(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """An index (b, k) for gather and scatter on (b, n, ...): (b, k, ...)."""
     return index.reshape(*index.shape, *(1,) * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
 
 
 def attach(host: Host, child: nn.Module, template: Template, only: int | None = None) -> nn.Module:
-    """Put the vectors that ``child(embedded (B, n, e)) -> (B, m, e)`` gives into every input of an encoder. What leaves
-    the encoder is the text's hidden states (B, n, d), or, with ``only``, that of this one of the vectors (B, 1, d).
+    """Put the vectors that ``child(x) -> (b, m, e)`` gives for the embedded input x (b, t, e) of an encoder into it.
+    The encoder then gives the text's hidden states (b, t, d) or, with ``only``, that of this one of the vectors (b, 1,
+    d).
 
     Raises UnsupportedError on other than an encoder, and, when the model is called, for an input without ids, one that
-    leaves too few positions, or a mask that is not (B, n).
+    leaves too few positions, or a mask that is not (b, t).
     """
     parts = host.anatomy
     if parts.stacks != ("encoder",):
@@ -122,23 +126,23 @@ def _insert(
         )
     check_length(ids.shape[1], template.length, limit)
     layout = child.layout = Layout(template.spots(ids, mask), ids.shape[1])
-    embedded = module.get_input_embeddings()(ids)
+    x = module.get_input_embeddings()(ids)  # (b, t) -> (b, t, e)
     call["input_ids"] = None
-    call["inputs_embeds"] = layout.merge(embedded, child(embedded))
-    call["attention_mask"] = layout.merge(mask, mask.new_ones(layout.vectors.shape))
+    call["inputs_embeds"] = layout.merge(x, child(x))  # (b, t + m, e)
+    call["attention_mask"] = layout.merge(mask, mask.new_ones(layout.vectors.shape))  # (b, t + m)
     # A vector has the segment and the place of the token before which it goes.
-    at = layout.spots.clamp(max=ids.shape[1] - 1)
+    at = layout.spots.clamp(max=ids.shape[1] - 1)  # (b, m)
     if types is not None:
-        call["token_type_ids"] = layout.merge(types, types.gather(1, at))
+        call["token_type_ids"] = layout.merge(types, types.gather(1, at))  # (b, t + m)
     if positions is not None:
-        positions = positions.expand(ids.shape[0], -1)
-        steps = layout.vectors - layout.spots
-        shift = layout.text - torch.arange(ids.shape[1], device=ids.device)
-        call["position_ids"] = layout.merge(positions + shift, positions.gather(1, at) + steps)
+        positions = positions.expand(ids.shape[0], -1)  # (b, t)
+        steps = layout.vectors - layout.spots  # (b, m)
+        shift = layout.text - torch.arange(ids.shape[1], device=ids.device)  # (b, t)
+        call["position_ids"] = layout.merge(positions + shift, positions.gather(1, at) + steps)  # (b, t + m)
     return (), call
 
 
 def _take_out(child: Any, only: int | None, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     layout, child.layout = child.layout, None
     index = layout.text if only is None else layout.vectors[:, only : only + 1]
-    return with_state(output, layout.at(index, output[0]))
+    return with_state(output, layout.at(index, output[0]))  # (b, t + m, d) -> (b, t, d) or (b, 1, d)

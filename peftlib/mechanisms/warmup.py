@@ -1,7 +1,7 @@
-"""A training inside a calibration: the first phase of methods that learn densely before they choose what to train.
+"""Warm-up training: a dense training inside a calibration, before a method chooses what it trains.
 
-It has its own optimizer, which is gone when it ends, and leaves the global random state, the parameters' flags and the
-model's mode as they were.
+It has an optimizer of its own, which is dropped at the end. The global random state, the parameters' flags and the
+model's mode are afterwards what they were before.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def train(
     *,
     epochs: float,
     steps: int | None = None,
-    warmup: float = 0.06,
+    rise: float = 0.06,
     max_norm: float = 1.0,
     seed: int = 0,
-    what: str = "first phase",
+    what: str = "warm-up training",
     loss: Callable[[nn.Module, Batch], torch.Tensor] = importance.loss,
     after_step: Callable[[], None] = lambda: None,
 ) -> int:
@@ -39,8 +39,9 @@ def train(
         groups: optimizer groups, ``{"params": [...], "lr": rate}``.
         batches: with a length (a DataLoader): read anew each epoch; without: kept in memory.
         epochs: passes over the batches; ``steps`` overrides them.
-        warmup: share of the steps in which the rates rise linearly from 0; they fall linearly to 0 afterwards.
-        seed: of dropout and whatever else is drawn meanwhile.
+        rise: share of the steps in which the rates rise linearly from 0; they fall linearly to 0 afterwards.
+        seed: of dropout and of every other draw meanwhile.
+        what: title of the progress bar.
         loss: the loss of a batch, by default the model's own.
         after_step: called after each step.
 
@@ -48,9 +49,9 @@ def train(
     """
     batches = batches if sized(batches) else list(batches)
     if not len(batches):
-        raise DataError("there is nothing to train the first phase on: the calibration batches are empty")
+        raise DataError("there is nothing to run the warm-up training on: the calibration batches are empty")
     total = steps if steps is not None else max(1, round(epochs * len(batches)))
-    rising = max(1, round(warmup * total))
+    rising = max(1, round(rise * total))
     groups = [{**group, "params": list(group["params"])} for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     flags = [p.requires_grad for p in parameters]
@@ -76,7 +77,9 @@ def train(
                 optimizer.zero_grad()
                 after_step()
         if not bool(value.isfinite()):
-            raise DataError("the loss of the first phase is not finite; look at the labels, the precision and the rate")
+            raise DataError(
+                "the loss of the warm-up training is not finite; look at the labels, the precision and the rate"
+            )
     finally:
         for parameter, flag in zip(parameters, flags):
             parameter.requires_grad_(flag)

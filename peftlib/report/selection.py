@@ -19,9 +19,9 @@ from torch import nn
 
 from peftlib.adapted import Adapted
 from peftlib.errors import StateError, UnknownNameError
-from peftlib.mechanisms.mask import StraightThroughMask
 from peftlib.mechanisms.sparse import SparseValues
 from peftlib.methods.bases.entries import ChosenEntries
+from peftlib.methods.partial.pretrained_weight_masking.threshold_mask import StraightThroughMask
 from peftlib.report.figures import CLASSES, INK, STYLE
 
 By = Literal["tensor", "matrix", "layer", "site"]

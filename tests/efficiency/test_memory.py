@@ -54,7 +54,7 @@ def test_training_k_values_takes_states_and_gradients_of_k_values(name):
     assert row.training < 0.6 * full.training
     assert full.calibration == 0
     if name in ("lt_sft", "diff_pruning"):
-        assert row.calibration > full.training, "the first phase trains everything"
+        assert row.calibration > full.training, "the warm-up training trains everything"
 
 
 def test_the_table_names_what_was_measured():

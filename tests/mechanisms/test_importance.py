@@ -93,13 +93,14 @@ def mean_gradients(model, batches: list[dict]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["roberta", "llama", "t5"])
-def test_accumulated_adds_before_it_takes_the_size(family):
+def test_signed_means_add_before_anyone_takes_the_size(family):
     model, batches = backbone(family).double(), split(batch(family), 3)
     parameters = list(model.parameters())
-    expected = [g.abs().float() for g in mean_gradients(model, batches)]
-    assert_equal(importance.accumulated(model, parameters, batches), expected)
-    one = importance.accumulated(model, parameters, batches, limit=1)
-    assert_equal(one, importance.accumulated(model, parameters, batches[:1]))
+    signed = [g.float() for g in mean_gradients(model, batches)]
+    assert_equal(importance.per_batch(model, parameters, batches, form="signed"), signed)
+    one = importance.per_batch(model, parameters, batches, limit=1, form="signed")
+    assert_equal(one, importance.per_batch(model, parameters, batches[:1], form="signed"))
+    expected = [g.abs() for g in signed]
     sizes = torch.stack([torch.stack([g.abs().sum() for g in gradients(model, model(**b).loss)]) for b in batches])
     assert all(bool((e.sum() < s).item()) for e, s in zip(expected, sizes.mean(0)) if s > 1e-6)
 

@@ -1,4 +1,4 @@
-"""Diff pruning: the gates' price, the projection, the second phase."""
+"""Diff pruning: the gates against their definition and against chance, their price, projection, main training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import ConfigError, DataError
-from peftlib.mechanisms import hard_concrete, warmup
+from peftlib.mechanisms import warmup
+from peftlib.methods.partial.delta_weight_masking import diff_pruning
+from peftlib.methods.partial.delta_weight_masking.diff_pruning import expected_open, gate, noise_like, open_probability
+
+LOW, HIGH, DRAWS = -0.4, 1.3, 20_000
 
 
 def halves(family: str = "bert") -> list[dict]:
@@ -24,7 +28,7 @@ def attached(family: str = "bert", **options) -> peftlib.Adapted:
 
 
 def literal(structured: bool, steps: int, seed: int, rate: float, gate_rate: float, price: float) -> dict:
-    """The first phase written out: the difference of each tensor with its gates at u = 1/2, by name."""
+    """The warm-up training written out: the difference of each tensor with its gates at u = 1/2, by name."""
     model, low, high = backbone("bert").train(), -1.5, 1.5
     names = [n for n, _ in model.named_parameters() if n.startswith("bert")]
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -74,8 +78,54 @@ def literal(structured: bool, steps: int, seed: int, rate: float, gate_rate: flo
         }
 
 
+def draws(alpha: torch.Tensor) -> torch.Tensor:
+    return gate(alpha, noise_like(alpha.expand(DRAWS, *alpha.shape)), LOW, HIGH)
+
+
+@pytest.fixture
+def seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.usefixtures("seeded")
+def test_expected_number_of_open_gates_is_what_many_draws_give():
+    alpha = torch.linspace(-4, 4, 9)
+    z = draws(alpha)
+    assert float(z.min()) == 0 and float(z.max()) == 1
+    opened = (z > 0).float()
+    error = (opened.mean(0) - open_probability(alpha, LOW, HIGH)).abs()
+    assert (error < 4 * opened.std(0) / DRAWS**0.5 + 2e-4).all()  # u keeps 1e-4 away from its ends
+    count = opened.sum(1)
+    expected = float(expected_open(alpha, None, LOW, HIGH))
+    assert abs(float(count.mean()) - expected) < 4 * float(count.std()) / DRAWS**0.5
+
+
+@pytest.mark.usefixtures("seeded")
+@pytest.mark.parametrize("group", [-1.5, 0.0, 3.0])
+def test_with_a_gate_of_the_whole_tensor_both_must_be_open(group):
+    alpha, group = torch.linspace(-3, 3, 8).reshape(2, 4), torch.tensor(group)
+    count = (draws(alpha) * draws(group)[:, None, None] > 0).float().sum((1, 2))
+    expected = float(expected_open(alpha, group, LOW, HIGH))
+    assert abs(float(count.mean()) - expected) < 4 * float(count.std()) / DRAWS**0.5
+    assert expected < 0.99 * float(expected_open(alpha, None, LOW, HIGH))
+
+
+def test_a_gate_is_its_formula_and_has_its_gradient_where_it_is_neither_open_nor_closed():
+    alpha = torch.tensor([-5.0, -0.5, 0.7, 5.0], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([0.0, 0.3, -0.2, 0.0], dtype=torch.float64)
+    z = gate(alpha, noise, LOW, HIGH)
+    s = 1 / (1 + (-(alpha + noise)).exp())
+    assert torch.allclose(z, (s * 1.7 - 0.4).clamp(0, 1), atol=1e-12)
+    z.sum().backward()
+    inside = (s * 1.7 - 0.4 > 0) & (s * 1.7 - 0.4 < 1)
+    assert inside.tolist() == [False, True, True, False]
+    assert torch.allclose(alpha.grad, torch.where(inside, 1.7 * s * (1 - s), 0.0), atol=1e-12)
+
+
 @pytest.mark.parametrize("structured", [False, True])
-def test_the_first_phase_is_the_papers_and_the_projection_keeps_its_largest_part(structured):
+def test_the_warmup_training_is_the_papers_and_the_projection_keeps_its_largest_part(structured):
     options = {"structured": structured, "first_rate": 1e-3, "gate_rate": 2.0, "penalty": 1e-3}
     adapted = attached(**options, steps=4)
     expected = literal(structured, 4, adapted.method.seed, 1e-3, 2.0, 1e-3)
@@ -95,14 +145,14 @@ def test_the_first_phase_is_the_papers_and_the_projection_keeps_its_largest_part
 
 @pytest.mark.parametrize("structured", [False, True])
 def test_the_price_closes_gates(structured, monkeypatch):
-    """With a high price fewer gates are expected to be open at the end of the first phase."""
-    seen, counted = [], hard_concrete.expected_open
+    """With a high price fewer gates are expected to be open at the end of the warm-up training."""
+    seen, counted = [], diff_pruning.expected_open
 
     def watched(*args):
         seen.append(float(counted(*args).detach()))
         return counted(*args)
 
-    monkeypatch.setattr(hard_concrete, "expected_open", watched)
+    monkeypatch.setattr(diff_pruning, "expected_open", watched)
     ends = []
     for price in (0.0, 1e-2):
         seen.clear()
@@ -128,7 +178,7 @@ def test_the_head_trains_through_and_is_not_priced(monkeypatch):
     assert torch.equal(adapted.detach().classifier.weight, backbone("bert").classifier.weight)
 
 
-def test_the_second_phase_holds_the_mask_with_states_for_k_values():
+def test_the_main_training_holds_the_mask_with_states_for_k_values():
     adapted, plain = attached(), backbone("bert")
     logits(adapted.model, **batch("bert"))
     count = adapted.count()
@@ -166,5 +216,5 @@ def test_bad_settings_and_data():
     for options in bad:
         with pytest.raises(ConfigError, match=next(iter(options))):
             attached(**options)
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="warm-up training is not finite"):
         attached(first_rate=1e30)

@@ -1,4 +1,4 @@
-"""LT-SFT: the first phase, the choice, the rewinding, and vectors that add up."""
+"""LT-SFT: the warm-up training, the choice, the rewinding, and vectors that add up."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_everything_is_rewound_the_head_too_and_the_random_state_is_left_alone()
     assert all(p.grad is None for p in adapted.model.parameters())
 
 
-def test_the_optimizer_of_phase_two_has_states_for_k_values_and_nothing_else_moves():
+def test_the_main_trainings_optimizer_has_states_for_k_values_and_nothing_else_moves():
     adapted = attached()
     count, plain = adapted.count(), backbone("bert")
     optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=0.1, weight_decay=0.5)
@@ -95,7 +95,7 @@ def test_the_optimizer_of_phase_two_has_states_for_k_values_and_nothing_else_mov
     assert sum(int((t != plain.get_parameter(n)).sum()) for n, t in dense(adapted).items()) > 0.99 * count.method
 
 
-def test_phase_one_reads_as_many_epochs_or_steps_as_it_is_told():
+def test_the_warmup_training_reads_as_many_epochs_or_steps_as_it_is_told():
     class Counted(list):
         passes = 0
 
@@ -209,9 +209,9 @@ def test_bad_settings_and_data():
             attached(**options)
     with pytest.raises(TargetError, match=r"density=1e-07 of \S+ entries is 0"):
         attached(density=1e-7)
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="warm-up training on: the calibration batches are empty"):
         attached(batches=[])
     with pytest.raises(DataError, match="no labels"):
         attached(batches=[{k: v for k, v in batch("bert").items() if k != "labels"}])
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="warm-up training is not finite"):
         attached(first_rate=1e30)

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: the decomposition against HF peft, the lesson of the teachers, the target phase."""
+"""Multitask prompt tuning: the decomposition against HF peft, the distillation from teachers, the target phase."""
 
 from dataclasses import replace
 
@@ -94,7 +94,7 @@ def test_each_row_learns_from_its_tasks_teacher_with_its_head():
     penalty = 0.9 * (torch.cat(expected).mean() + squares / positions)
     torch.testing.assert_close(loss - plain.loss, penalty, atol=1e-5, rtol=1e-4)
     assert all(p.grad is not None for p in (prompt.shared, prompt.u, prompt.v))
-    assert prompt.lesson.state is None
+    assert prompt.distillation.state is None
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():

@@ -79,12 +79,12 @@ def test_after_training_there_are_plain_embeddings_and_no_encoder():
     assert torch.equal(logits(as_prompt.model, **inputs("bert")), before)
 
 
-def test_what_is_saved_amid_training_is_what_the_encoder_makes(tmp_path):
+def test_what_is_saved_amid_training_is_what_the_encoder_gives(tmp_path):
     ours, prompt = attached(backbone("bert"))
     folder = ours.save(tmp_path / "a")
     loaded = peftlib.load(backbone("bert"), folder)
     with torch.no_grad():
-        assert torch.equal(loaded.method.prompt.vectors, prompt.made())
+        assert torch.equal(loaded.method.prompt.vectors, prompt.current())
     assert torch.equal(logits(loaded.model, **inputs("bert")), logits(ours.model, **inputs("bert")))
     assert prompt.maker is not None
     other, _ = attached(backbone("bert"), length=4)

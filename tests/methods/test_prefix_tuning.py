@@ -1,4 +1,4 @@
-"""Prefix tuning: the keys and values that every query sees, the MLP that makes them, and HF peft's version."""
+"""Prefix tuning: the keys and values that every query sees, the MLP behind them, and HF peft's version."""
 
 import copy
 
@@ -173,14 +173,14 @@ def test_the_mlp_is_the_papers_and_trains_but_is_not_stored(tmp_path):
     d, m, layers, h = 32, 5, 2, 7
     assert ours.count().method == m * d + (d + 1) * h + 2 * layers * d * (h + 1)
     assert ours.count().stored == 2 * layers * m * d + ours.count().head
-    trunk, linear = prefixes[1].maker.trunk, prefixes[1].maker.linear
-    hidden = torch.tanh(trunk.embedding @ trunk.linear.weight.T + trunk.linear.bias)
+    shared, linear = prefixes[1].maker.trunk, prefixes[1].maker.linear
+    hidden = torch.tanh(shared.embedding @ shared.linear.weight.T + shared.linear.bias)
     key, value = (hidden @ linear.weight.T + linear.bias).chunk(2, dim=1)
     name = "bert.encoder.layer.1.attention.self.prefix"
     for which, expected in (("key", key), ("value", value)):
         got = ours.state()[f"{name}.{which}"]
         assert torch.allclose(got, expected.view(m, 4, 8).transpose(0, 1), atol=1e-6)
-    assert prefixes[0].maker.trunk is trunk
+    assert prefixes[0].maker.trunk is shared
 
     before = logits(model, **inputs("bert"))
     loaded = peftlib.load(backbone("bert"), ours.save(tmp_path / "a"))

@@ -12,6 +12,7 @@ from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.mechanisms import importance, warmup
+from peftlib.methods.partial.bias.s_bitfit import best_groups, reachable
 
 
 def halves(family: str = "bert") -> list[dict]:
@@ -77,6 +78,34 @@ def test_the_vectors_are_the_best_that_have_the_size():
     best = max(sum(values[i] for i in c) for c in fitting)
     assert len(fitting) > 100
     assert sum(values[i] for i in chosen(adapted)) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_groups_are_those_of_trying_all(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (32 * torch.randint(1, 5, (9,), generator=generator)).tolist()
+    scores = torch.rand(9, generator=generator).tolist()
+    every = [c for n in range(10) for c in combinations(range(9), n)]
+    for budget in range(0, sum(sizes) + 1, 32):
+        fitting = [c for c in every if sum(sizes[i] for i in c) == budget]
+        if not fitting:
+            with pytest.raises(ValueError, match=str(budget)):
+                best_groups(scores, sizes, budget)
+            continue
+        best = max(fitting, key=lambda c: sum(scores[i] for i in c))
+        assert best_groups(scores, sizes, budget) == list(best)
+
+
+def test_of_equal_groups_the_first_ones_win():
+    assert best_groups([1.0] * 5, [2] * 5, 6) == [0, 1, 2]
+    assert best_groups([0.0] * 5, [2] * 5, 6) == [0, 1, 2]
+
+
+def test_reachable_is_the_largest_sum_that_fits():
+    sizes = [48, 48, 80, 32]
+    sums = {sum(c) for n in range(5) for c in combinations(sizes, n)}
+    for most in range(230):
+        assert reachable(sizes, most) == max(s for s in sums if s <= most)
 
 
 def test_it_starts_from_the_pretrained_values():

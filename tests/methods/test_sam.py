@@ -8,7 +8,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import ConfigError, TargetError
-from peftlib.mechanisms.sparse import shares
+from peftlib.methods.partial.delta_weight_masking.sam import shares
 
 
 def parts(family: str, count: int = 4) -> list[dict]:

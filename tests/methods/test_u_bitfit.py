@@ -1,4 +1,4 @@
-"""U-BitFit: the budget, the first-order score, the rewinding."""
+"""U-BitFit: the budget, the first-order score, the search's rounds, the rewinding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.mechanisms import warmup
+from peftlib.methods.bases.biases import search_masks
+from peftlib.methods.partial.bias.u_bitfit import largest_entries
 
 
 def halves(family: str = "bert") -> list[dict]:
@@ -48,6 +50,39 @@ def test_the_entries_are_the_largest_of_change_times_gradient():
     expected = {places[int(i)] for i in order[: adapted.count().method]}
     chosen = {(n, int(i)) for n, child in adapted.method.children.items() for i in child.indices}
     assert len(chosen ^ expected) <= 4, "beyond rounding"
+
+
+def test_entries_that_are_out_stay_out_also_when_those_left_score_zero():
+    scores = [torch.tensor([5.0, 0.0, -3.0]), torch.tensor([0.0, -4.0])]
+    masks = [torch.tensor([False, True, True]), torch.tensor([True, False])]
+    for budget, expected in ((1, [[0, 0, 1], [0, 0]]), (3, [[0, 1, 1], [1, 0]])):
+        chosen = largest_entries(scores, masks, budget)
+        assert [c.int().tolist() for c in chosen] == expected
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_search_prunes_in_equal_ratios_and_leaves_nothing_behind(rounds):
+    model = backbone("bert")
+    plain = {n: t.clone() for n, t in model.state_dict().items()}
+    parameters = [p for n, p in model.named_parameters() if n.startswith("bert") and n.endswith("bias")]
+    total, asked, changed = sum(p.numel() for p in parameters), [], []
+
+    def choose(scores, masks, budget):
+        asked.append(budget)
+        now = torch.cat([(p != plain[n]).flatten() for n, p in model.named_parameters() if n.endswith("bias")])
+        changed.append(int(now.sum()) - 2)
+        return largest_entries(scores, masks, budget)
+
+    data = [{k: v[i : i + 4] for k, v in batch("bert").items()} for i in (0, 4)]
+    options = {"rate": 1e-2, "epochs": 3.0, "rounds": rounds, "beside": model.classifier.parameters()}
+    masks = search_masks(model, parameters, data, 100, choose, **options)
+    assert sum(int(m.sum()) for m in masks) == 100
+    assert asked == [round(total * (100 / total) ** (r / rounds)) for r in range(1, rounds + 1)]
+    # In each round but the first only what the last one left has moved.
+    assert all(now <= before for now, before in zip(changed[1:], asked))
+    assert changed[0] > 0.9 * total
+    assert all(torch.equal(t, plain[n]) for n, t in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_it_starts_from_the_pretrained_values_and_moves_its_entries_only():

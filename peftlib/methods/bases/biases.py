@@ -1,18 +1,28 @@
-"""What the methods share that search which of a backbone's biases train: BitFit, trained for a while, then pruned."""
+"""What the methods share that search which of a backbone's biases train.
+
+The search trains all biases with the task head for a while, prunes their change to a budget by how much it matters to
+the loss, to first order, in one round or in several, and then sets everything back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from peftlib.errors import UnsupportedError
-from peftlib.mechanisms import pruning
+from peftlib.mechanisms import importance, warmup
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.importance import Batch
 from peftlib.methods.base import MethodConfig, at_least, between
 from peftlib.methods.bases.entries import ChosenEntries
+
+Choose = Callable[[list[torch.Tensor], list[torch.Tensor], int], list[torch.Tensor]]
+"""``choose(scores, masks, budget)`` gives the masks of ``budget`` entries to keep among those in ``masks``, from signed
+scores (:func:`peftlib.mechanisms.importance.first_order`)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class SearchConfig(MethodConfig):
 
 
 class SearchedBiases(ChosenEntries):
-    """Chooses among the entries of all biases; subclasses call :meth:`search` to calibrate."""
+    """Chooses among the entries of all biases; a subclass's ``calibrate`` calls :meth:`search`."""
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         biases = {n: p for n, p in host.anatomy.biases.items() if not p.requires_grad}
@@ -47,12 +57,10 @@ class SearchedBiases(ChosenEntries):
             )
         return biases
 
-    def search(
-        self, batches: Iterable[dict[str, torch.Tensor]], choose: pruning.Choose, what: str, rounds: int = 1
-    ) -> None:
-        """Train all biases with the head for a while, go back, and train what ``choose`` finds by the change."""
+    def search(self, batches: Iterable[Batch], choose: Choose, what: str, rounds: int = 1) -> None:
+        """Search the entries that ``choose`` keeps, and train these."""
         c: SearchConfig = self.config
-        masks = pruning.search(
+        masks = search_masks(
             self.host.model,
             self.candidates.values(),
             batches,
@@ -68,3 +76,57 @@ class SearchedBiases(ChosenEntries):
             what=f"{self.name}: searching {what}",
         )
         self.train(mask.flatten().nonzero().flatten() for mask in masks)
+
+
+def search_masks(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Batch],
+    budget: int,
+    choose: Choose,
+    *,
+    rate: float,
+    epochs: float,
+    steps: int | None = None,
+    rounds: int = 1,
+    limit: int | None = None,
+    beside: Iterable[nn.Parameter] = (),
+    seed: int = 0,
+    what: str = "searching entries",
+) -> list[torch.Tensor]:
+    """Masks of the ``budget`` entries to train, boolean, of the parameters' shapes. All values are set back at the end.
+
+    Each of ``rounds`` trains the entries in the masks for its part of ``epochs`` (or ``steps``), scores their change on
+    the batches (at most ``limit``), and sets back the entries that ``choose`` drops. The number of entries falls in
+    equal ratios to ``budget``. ``beside`` are trained along, such as a task head, and not pruned.
+    """
+    parameters, beside = list(parameters), list(beside)
+    batches = batches if warmup.sized(batches) else list(batches)
+    starts = [p.detach().clone() for p in (*parameters, *beside)]
+    masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+    total = sum(p.numel() for p in parameters)
+
+    @torch.no_grad()
+    def set_back() -> None:
+        for parameter, mask, start in zip(parameters, masks, starts):
+            parameter.copy_(torch.where(mask, parameter, start))
+
+    for round_ in range(1, rounds + 1):
+        warmup.train(
+            model,
+            [{"params": [*parameters, *beside], "lr": rate}],
+            batches,
+            epochs=epochs / rounds,
+            steps=None if steps is None else math.ceil(steps / rounds),
+            seed=seed + round_,
+            what=f"{what}, round {round_} of {rounds}",
+            after_step=set_back,
+        )
+        scores = importance.first_order(model, parameters, batches, limit, starts[: len(parameters)])
+        kept = budget if round_ == rounds else round(total * (budget / total) ** (round_ / rounds))
+        masks = choose(scores, masks, kept)
+        set_back()
+    with torch.no_grad():
+        for parameter, start in zip((*parameters, *beside), starts):
+            parameter.copy_(start)
+    return masks

@@ -1,9 +1,9 @@
 """What the methods share that choose entries of frozen tensors from data, and then train those alone.
 
-Such a method has one life: :meth:`Method.calibrate` looks at the training data, in a pass over gradients or in a whole
-first training, and decides which entries train. Only then do the trained parameters exist, k values, so an optimizer
-that is built afterwards has states for k values, counts and files are those of k values, and a resumed training finds
-the same parameters as the one that it resumes.
+:meth:`Method.calibrate` looks at the training data, in a pass over gradients or in a whole warm-up training, and
+decides which entries train. The trained parameters, k values, exist only from then on. An optimizer that is built
+afterwards has states for k values, counts and files are those of k values, and a resumed training finds the same
+parameters as the one that it resumes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from peftlib.methods.base import Method, MethodConfig
 
 
 class Budgeted:
-    """Of a method that chooses k among the entries of its ``candidates``: what there is to choose from, and how many.
-    Subclasses say what the candidates are (``choices``); they have a ``density`` in their config, or a ``k``."""
+    """The candidates and the budget of a method that chooses k among the entries of its ``candidates``.
+
+    Subclasses say in ``choices`` which tensors the candidates are. They have a ``density`` in their config, or a ``k``.
+    """
 
     def find_candidates(self, host: Host) -> None:
-        """Fix the candidates and a seed for what is drawn. Raises TargetError for a k that is none."""
+        """Fix the candidates and a seed for random draws. Raises TargetError where k is not from 1 to all entries."""
         self.candidates: dict[str, nn.Parameter] = self.choices(host)
         self.seed = int(torch.randint(2**31, (), device="cpu"))
         if not 1 <= self.k <= self.entries:
@@ -47,8 +49,8 @@ class Budgeted:
 class ChosenEntries(Budgeted, Method):
     """A method that trains k entries of the tensors in ``candidates``.
 
-    Subclasses say which these are (:meth:`choices`), how many entries are chosen (``k``, known before the data) and,
-    in ``calibrate``, which: they end it with :meth:`choose`.
+    Subclasses say which tensors these are (:meth:`choices`) and how many entries are chosen (``k``, known before the
+    data). Their ``calibrate`` says which entries, and ends with :meth:`choose` or :meth:`train`.
     """
 
     calibrates = True
@@ -62,7 +64,7 @@ class ChosenEntries(Budgeted, Method):
         self.find_candidates(host)
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        """The tensors among whose entries is chosen: by default all of the backbone below its head."""
+        """The candidates: by default all frozen tensors of the backbone below its head."""
         return {n: p for n, p in host.anatomy.named_parameters().items() if not p.requires_grad}
 
     def trained_head(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What the methods share that have a part for each of several tasks: one task can be kept alone, and then merged."""
+"""What the methods share that have a part for each of several tasks. One task can be kept alone, and then merged."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from peftlib.methods.base import ConfigError, Method
 
 
 class Part(Protocol):
-    """Something with as many pieces as there are tasks."""
+    """A module or list with one piece for each task."""
 
     def __len__(self) -> int: ...
 
     def keep(self, task: int) -> None:
-        """Forget every other task's piece."""
+        """Drop every other task's piece."""
 
 
 class PerTask(Method):
-    """``task_parts()`` gives the parts, none where all rows are of one task; ``each_task_has`` names them in errors."""
+    """``task_parts()`` gives the parts, none where all rows belong to one task; ``each_task_has`` names them in
+    errors."""
 
     each_task_has: ClassVar[str]
 
@@ -32,8 +33,8 @@ class PerTask(Method):
         return next(map(len, self.task_parts()), 1)
 
     def keep(self, task: int) -> None:
-        """Forget every other task, for good: every row then belongs to this one. Do it after training: an optimizer
-        knows the old parameters."""
+        """Drop every other task for good; every row then belongs to this one. Do it after training, because an
+        optimizer knows the old parameters."""
         if task not in range(self.tasks):
             raise ConfigError(f"task {task!r} is not here; choose one from 0 to {self.tasks - 1}")
         for part in self.task_parts():

@@ -1,4 +1,4 @@
-"""What the methods share that add modules of other methods and prune their entries from data before training."""
+"""What the methods share that add the modules of other methods and prune their entries from data before training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peftlib.methods.combination import Combination
 
 
 class PrunedCombination(Budgeted, Combination):
-    """Attaches its parts, then keeps k of the entries that they added: :meth:`calibrate` chooses them.
+    """Attaches its parts, then keeps k of the entries that they added; :meth:`calibrate` chooses which.
 
-    Afterwards k values train, so an optimizer has states for k values and files hold k values with their indices.
+    Afterwards k values train: an optimizer has states for k values, and files hold k values with their indices.
     """
 
     calibrates = True
@@ -31,7 +31,7 @@ class PrunedCombination(Budgeted, Combination):
         self.find_candidates(host)
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        """The added tensors among whose entries is chosen, by default all."""
+        """The candidates: by default all added tensors."""
         return pruned.added(host)
 
     def pending(self) -> tuple[int, int, int]:

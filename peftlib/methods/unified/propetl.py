@@ -56,7 +56,7 @@ from peftlib.mechanisms.masking import (
     TaskPrefix,
     TopMask,
 )
-from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
+from peftlib.mechanisms.prefix import Prefix, PrefixEmbedding, PrefixEncoder
 from peftlib.methods.base import Method, MethodConfig, at_least, between
 from peftlib.methods.bases.per_task import PerTask
 
@@ -172,10 +172,10 @@ class ProPETL(PerTask):
                 host,
                 role,
                 role,
-                make=lambda width=width: Table(Maker(Trunk(c.length, parts.d, c.hidden), width)),
+                make=lambda width=width: Table(PrefixEncoder(PrefixEmbedding(c.length, parts.d, c.hidden), width)),
                 shapes={"table": (c.length, 2 * width)},
             )
-            attention.attach(host, module, "propetl", kind(heads, c.length, parts.head_dim, maker=masked))
+            attention.attach(host, module, "propetl", kind(heads, c.length, parts.head_dim, encoder=masked))
 
     def _parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
         """The modules of this kind in what was attached, each once, by name in the model."""

@@ -4,14 +4,15 @@ r"""ATTEMPT: a small attention network mixes frozen source prompts with a new on
           a(x) = \mathrm{softmax}_j\Bigl(\tfrac{1}{T}\, \hat{P}_j^\top\,
           \mathrm{LN}\bigl(W_{up}\, \mathrm{SiLU}(W_{down} \hat{X})\bigr)\Bigr)
 
-Shapes: P (m, e) with e the width of the embedding; P_1 .. P_S are the sources' prompts, frozen, and P_{S+1} = P_t is
-the target's, trained; P-hat, X-hat (e) are maxima over the prompt's positions and over the input's tokens without
-padding; W_down (r, e), W_up (e, r), without biases; LN is a layer norm of scale one and shift zero that does not train.
-P_t starts from the first source's prompt. Trained: m e for each task and 2 e r; stored with the sources' prompts, so
-that a file needs nothing else. The prompt depends on the input: no merge.
+Shapes: P (m, e) with e the width of the embedding, X (b, t, e) for b rows of t tokens; P_1 .. P_S are the sources'
+prompts, frozen, and P_{S+1} = P_t is the target's, trained; P-hat (e) and X-hat (b, e) are maxima over the prompt's
+positions and over the input's tokens without padding; W_down (r, e), W_up (e, r), without biases; LN is a layer norm of
+scale one and shift zero that does not train; a (b, S + 1). P_t starts from the first source's prompt. Trained: m e for
+each task and 2 e r; stored with the sources' prompts, so that a file needs nothing else. The prompt depends on the
+input: no merge.
 
-With ``tasks`` above 1 the attention network is shared and each task has a target prompt of its own; rows say in
-``task_ids`` which is theirs.
+With ``tasks`` above 1 the attention network is shared and each task has a target prompt of its own; rows say their task
+in ``task_ids``.
 
 Source: Asai et al. 2022, arXiv:2205.11961, and its code: r = 100, T = e exp(1), which is 2087 on T5-base, m = 100, rate
 0.3. Theirs takes the maximum over padding too. Their attention network can start from one that was trained on the
@@ -51,37 +52,41 @@ class AttemptConfig(MethodConfig):
 
 
 class PromptMixture(nn.Module):
-    """``sources`` (S, m, e) frozen, ``targets`` (tasks, m, e); called with the embedded input (B, n, e) and its mask
-    (B, n) it gives each row's prompt (B, m, e)."""
+    """``forward(X) = P`` for the embedded input X (b, t, e), whose mask is (b, t); ``sources`` P_1 .. P_S (S, m, e),
+    frozen, ``targets`` P_t (tasks, m, e)."""
 
     reads_mask = True
 
     def __init__(self, sources: torch.Tensor, tasks: int, bottleneck: int, temperature: float, rows: Tasks):
         super().__init__()
-        width = sources.shape[-1]
+        e = sources.shape[-1]
         self.register_buffer("sources", sources)
         self.targets = nn.Parameter(sources[:1].repeat(tasks, 1, 1))
-        self.down = nn.Linear(width, bottleneck, bias=False)
-        self.up = nn.Linear(bottleneck, width, bias=False)
+        self.down = nn.Linear(e, bottleneck, bias=False)
+        self.up = nn.Linear(bottleneck, e, bias=False)
         self.temperature = temperature
         self.rows = rows
 
-    def weights(self, embedded: torch.Tensor, mask: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        """a (B, S + 1) for each row's target prompt (B, m, e)."""
-        x = cast(embedded, self.down.weight)
+    def weights(self, X: torch.Tensor, mask: torch.Tensor | None, P_t: torch.Tensor) -> torch.Tensor:
+        """a (b, S + 1) for the target prompt P_t (b, m, e) of each row."""
+        X = cast(X, self.down.weight)  # (b, t, e)
         if mask is not None:
-            x = x.masked_fill(mask[..., None] == 0, -torch.inf)
-        query = self.up(F.silu(self.down(x.amax(1))))
-        query = F.layer_norm(query.float(), query.shape[-1:])
+            X = X.masked_fill(mask[..., None] == 0, -torch.inf)  # (b, t, e)
+        query = self.up(F.silu(self.down(X.amax(1))))  # (b, e) -> (b, r) -> (b, e)
+        query = F.layer_norm(query.float(), query.shape[-1:])  # (b, e)
         scores = torch.cat(
-            [query @ self.sources.amax(1).T.to(query.dtype), (query * targets.amax(1)).sum(-1, keepdim=True)], dim=-1
-        )
-        return torch.softmax(scores / self.temperature, dim=-1)
+            [
+                query @ self.sources.amax(1).T.to(query.dtype),  # (b, e) @ (e, S) -> (b, S)
+                (query * P_t.amax(1)).sum(-1, keepdim=True),  # (b, e) -> (b, 1)
+            ],
+            dim=-1,
+        )  # (b, S + 1)
+        return torch.softmax(scores / self.temperature, dim=-1)  # (b, S + 1)
 
-    def forward(self, embedded: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        targets = self.targets[self.rows.ids(len(embedded), embedded.device)]
-        a = self.weights(embedded, mask, targets)[..., None, None]
-        return targets + (a[:, :-1] * self.sources).sum(1) + a[:, -1] * targets
+    def forward(self, X: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        P_t = self.targets[self.rows.ids(len(X), X.device)]  # (b, m, e)
+        a = self.weights(X, mask, P_t)[..., None, None]  # (b, S + 1, 1, 1)
+        return P_t + (a[:, :-1] * self.sources).sum(1) + a[:, -1] * P_t  # (b, S, m, e) -> (b, m, e)
 
 
 class Attempt(Method):
@@ -104,12 +109,12 @@ class Attempt(Method):
                 f"attempt makes its prompt from the whole input, which in {type(host.model).__name__} is also what is "
                 "to be predicted; use it with a classification head or an encoder-decoder model"
             )
-        width = prompt.embedding(host).weight.shape[1]
-        sources = torch.zeros(len(self.sources), settings.length, width)
+        e = prompt.embedding(host).weight.shape[1]
+        sources = torch.zeros(len(self.sources), settings.length, e)  # (S, m, e)
         for vectors, source in zip(sources, self.sources):
             if source.state is not None:
                 vectors.copy_(*source.own.values())
-        temperature = math.e * width if c.temperature is None else c.temperature
+        temperature = math.e * e if c.temperature is None else c.temperature
         mixture = PromptMixture(sources, c.tasks, c.bottleneck, temperature, host.tasks)
         host.tasks.count = c.tasks
         prompt.attach(host, mixture, settings.length, settings.position)

@@ -3,17 +3,18 @@ r"""Multitask prompt tuning: a shared prompt times a low-rank factor of each tas
 .. math:: P_k = P^* \odot (u_k v_k^\top), \qquad
           L = L_{task} + \lambda\, \bigl(\mathrm{KL}(p_{teacher} \,\|\, p) + \|h_{teacher} - h\|^2\bigr)
 
-Shapes: P* (m, e) with e the width of the embedding; u_k (m, r), v_k (r, e), r = 1; h, the last layer's output, is
-compared by its mean square over positions that are not padding. Trained: m e and (m + e) r for each task. u and v start
-from N(0, 0.02^2) and P* from embeddings of the vocabulary, so the first prompts are nearly zero; they take positions,
-so the start is not the backbone's output. No merge: a prompt is input.
+Shapes: P* (m, e) with e the width of the embedding; for each task k u_k (m, r), v_k (r, e), r = 1; h (b, t, d), the
+last layer's output for b rows of t tokens, prompt included, is compared by its mean square over positions that are not
+padding. Trained: m e and (m + e) r for each task. u and v start from N(0, 0.02^2) and P* from embeddings of the
+vocabulary, so the first prompts are nearly zero. They take positions, so the start is not the backbone's output. No
+merge: a prompt is input.
 
 ========================  ===========================================================================================
 ``sources``               what happens
 ========================  ===========================================================================================
-prompts, one a task       the source phase: rows say their task in ``task_ids``, and each row learns from the prompt
-                          of its task, with the task head that was saved with it. Saved is the student alone; loaded,
-                          it trains on without its teachers
+prompts, one a task       the source phase: rows say their task in ``task_ids``; the teacher of a row is the prompt of
+                          its task, with the task head that was saved with it. The student alone is saved; loaded, it
+                          trains on without teachers
 one saved ``mpt``         the target phase: P* is the source's, u and v are the mean over its tasks
                           (``start="mean"``), those of ``start_task`` ("task") or new ones ("shared")
 none                      the decomposition alone, for ``tasks`` tasks
@@ -21,8 +22,8 @@ none                      the decomposition alone, for ``tasks`` tasks
 
 Source: Wang et al. 2023, arXiv:2303.02861, which could be read in part. Decomposition, its start and the starts of the
 target phase are those of the authors' institute in HF peft. Teachers and the two distances are the paper's; lambda =
-0.9, means in the place of sums and the last layer's states are chosen here. The teacher sees the rows in the same mode
-as the student, dropout included. The paper draws the number of tasks of a batch anew each time; here the mixture of
+0.9, means in the place of sums and the last layer's states are chosen here. The teacher's forward is in the same mode
+as the student's, dropout included. The paper draws the number of tasks of a batch anew each time; here the mixture of
 :func:`peftlib.tasks.mix` says what is in a batch. One output (regression) is compared by its square.
 """
 
@@ -71,51 +72,58 @@ class MPTConfig(MethodConfig):
                 raise UnknownNameError(name, getattr(self, name), known)
 
 
-class Lesson:
-    """The state (B, n, d) that the last layer gave in a training forward, while ``listening``; when it is ``on``,
-    the teachers speak."""
+class Distillation:
+    """What a training forward and the teachers' share: the rows' tasks, and h (b, t, d), the last layer's ``state``.
+
+    ``teaching``: the teachers' prompts and heads act in the student's place. ``keeps_state``: h is to be kept.
+    """
 
     def __init__(self, tasks: Tasks):
-        self.tasks, self.on, self.listening = tasks, False, False
+        self.tasks, self.teaching, self.keeps_state = tasks, False, False
         self.state: torch.Tensor | None = None
 
 
 class MultitaskPrompt(nn.Module):
-    """``shared`` (m, e), ``u`` (tasks, m, r), ``v`` (tasks, r, e); gives each row its task's prompt, or in a lesson its
-    teacher's of ``teachers`` (tasks, m, e)."""
+    """``forward(x) = P_k`` for each row of the embedded input x (b, t, e), k its task.
 
-    def __init__(self, shared: torch.Tensor, tasks: int, rank: int, lesson: Lesson):
+    ``shared`` P* (m, e), ``u`` (tasks, m, r), ``v`` (tasks, r, e), frozen ``teachers`` (tasks, m, e) or None.
+    """
+
+    def __init__(self, shared: torch.Tensor, tasks: int, rank: int, distillation: Distillation):
         super().__init__()
         m, e = shared.shape
         self.shared = nn.Parameter(shared)
         self.u = nn.Parameter(0.02 * torch.randn(tasks, m, rank))
         self.v = nn.Parameter(0.02 * torch.randn(tasks, rank, e))
         self.register_buffer("teachers", None, persistent=False)
-        self.lesson = lesson
+        self.distillation = distillation
 
-    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
-        ids = self.lesson.tasks.ids(len(embedded), embedded.device)
-        if self.lesson.on:
-            return self.teachers[ids]
-        return self.shared * (self.u[ids] @ self.v[ids])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k = self.distillation.tasks.ids(len(x), x.device)  # (b)
+        if self.distillation.teaching:
+            return self.teachers[k]  # (b, m, e)
+        return self.shared * (self.u[k] @ self.v[k])  # (m, e) * (b, m, r) @ (b, r, e) -> (b, m, e)
 
 
 class TeacherHead(nn.Module):
-    """One map of the task head as each teacher has it: ``weight`` (tasks, out, in), ``bias`` (tasks, out) or None."""
+    """``forward(x, y)``: the student's y (b, ..., out), or for x (b, ..., in) the output of each row's teacher.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, lesson: Lesson):
+    One linear map of the task head as each teacher has it: ``weight`` (tasks, out, in), ``bias`` (tasks, out) or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, distillation: Distillation):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.lesson = lesson
+        self.distillation = distillation
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if not self.lesson.on:
+        if not self.distillation.teaching:
             return y
-        ids = self.lesson.tasks.ids(len(x), x.device)
-        own = torch.einsum("b...i,boi->b...o", x.to(self.weight.dtype), self.weight[ids])
+        k = self.distillation.tasks.ids(len(x), x.device)  # (b)
+        own = torch.einsum("b...i,boi->b...o", x.to(self.weight.dtype), self.weight[k])  # (b, ..., in) -> (b, ..., out)
         if self.bias is not None:
-            own = own + self.bias[ids].view(len(ids), *[1] * (own.dim() - 2), -1)
+            own = own + self.bias[k].view(len(k), *[1] * (own.dim() - 2), -1)  # (b, ..., out)
         return own.to(y.dtype)
 
 
@@ -148,28 +156,26 @@ class MPT(Method):
                 raise ConfigError(f"{name}={mine!r}, and the sources have {theirs[0]!r}; set it to that")
 
     @property
-    def teaches(self) -> bool:
+    def distills(self) -> bool:
+        """Whether there are teachers; a loaded student has none."""
         return bool(self.teachers) and self.teachers[0].state is not None
 
     def hooks(self) -> tuple[str, ...]:
-        return super().hooks() if self.teaches and self.config.distill else ()
+        return super().hooks() if self.distills and self.config.distill else ()
 
     def attach(self, host: Host) -> None:
         c = self.config
-        table = prompt.embedding(host)
-        ids = torch.randperm(min(c.common, table.weight.shape[0]))
-        with torch.no_grad():
-            shared = table(ids.repeat(-(-c.length // len(ids)))[: c.length]).float().clone()
-        self.lesson = Lesson(host.tasks)
-        self.child = MultitaskPrompt(shared, self.tasks, c.rank, self.lesson)
+        shared = prompt.sample(prompt.embedding(host), c.length, c.common)
+        self.distillation = Distillation(host.tasks)
+        self.child = MultitaskPrompt(shared, self.tasks, c.rank, self.distillation)
         host.tasks.count = self.tasks
         prompt.attach(host, self.child, c.length, c.position)
         if self.learned is not None and self.learned.state is not None:
-            self._start()
+            self._start_target()
         if "penalty" in self.hooks():
-            self._hire(host)
+            self._set_up_teachers(host)
 
-    def _start(self) -> None:
+    def _start_target(self) -> None:
         """Take P* and the factors from the source phase."""
         c = self.config
         found = {name.rpartition(".")[2]: t for name, t in self.learned.own.items()}
@@ -183,9 +189,9 @@ class MPT(Method):
                     raise ConfigError(f"start_task={c.start_task}: the source has tasks 0 to {len(theirs) - 1}")
                 mine.copy_(theirs.mean(0) if c.start == "mean" else theirs[c.start_task])
 
-    def _hire(self, host: Host) -> None:
-        """Set up the teachers: their prompts, their task heads, and what a forward keeps for the comparison."""
-        parts, lesson = host.anatomy, self.lesson
+    def _set_up_teachers(self, host: Host) -> None:
+        """Add the teachers' prompts and task heads, and the hooks that keep h."""
+        parts, distillation = host.anatomy, self.distillation
         prompts = [next(iter(source.own.values())) for source in self.teachers]
         self.child.teachers = torch.stack(prompts).to(self.child.shared)
         maps = dict.fromkeys(name.rpartition(".")[0] for source in self.teachers for name in source.head)
@@ -194,12 +200,13 @@ class MPT(Method):
             if not isinstance(module, nn.Linear):
                 raise UnsupportedError(f"the head's {path} is no linear map, so teachers' heads cannot take its place")
             tensors = [self._of_teachers(parts.head, f"{path}.{kind}") for kind in ("weight", "bias")]
-            host.after(module, "teacher", TeacherHead(*tensors, lesson))
+            host.after(module, "teacher", TeacherHead(*tensors, distillation))
         last = [layer for layer in parts.layers if layer.stack == parts.stacks[-1]][-1]
-        host.hook(last.module, _keep_state, lesson)
-        host.hook(host.model, _listen, lesson, before=True)
+        host.hook(last.module, _keep_state, distillation)
+        host.hook(host.model, _keep_in_training, distillation, before=True)
 
     def _of_teachers(self, head: dict[str, nn.Parameter], name: str) -> torch.Tensor | None:
+        """A tensor of the head as each teacher has it, (tasks, ...); the model's own where a teacher has none."""
         if name not in head:
             return None
         own = head[name].detach().float()
@@ -213,51 +220,51 @@ class MPT(Method):
         return torch.stack(tensors)
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor:
-        lesson, tasks = self.lesson, self.host.tasks
-        student, lesson.state = lesson.state, None
+        distillation, tasks = self.distillation, self.host.tasks
+        h, distillation.state = distillation.state, None  # (b, t, d)
         # The rows' tasks count during a forward, and this is one.
-        lesson.on = lesson.listening = tasks.running = True
+        distillation.teaching = distillation.keeps_state = tasks.running = True
         try:
             with torch.no_grad():
-                logits = forward.logits(forward.replay())
+                teacher_logits = forward.logits(forward.replay())  # (b, ..., classes)
         finally:
-            lesson.on = lesson.listening = tasks.running = False
-        teacher, lesson.state = lesson.state, None
-        labels, two = forward.labels, len(self.host.anatomy.stacks) > 1
-        asked = labels != -100 if labels is not None and labels.dim() == 2 else None
-        mask = asked if two and asked is not None else forward.kwargs.get("attention_mask")
-        squares = (student.float() - teacher.float()).square().mean(-1)
-        total = _distance(forward.logits(), logits, asked) + _mean(squares, _fitted(mask, squares.shape[1]))
-        return self.config.distill * total
+            distillation.teaching = distillation.keeps_state = tasks.running = False
+        h_teacher, distillation.state = distillation.state, None  # (b, t, d)
+        labels, two_stacks = forward.labels, len(self.host.anatomy.stacks) > 1
+        labelled = labels != -100 if labels is not None and labels.dim() == 2 else None  # (b, t)
+        mask = labelled if two_stacks and labelled is not None else forward.kwargs.get("attention_mask")
+        squares = (h.float() - h_teacher.float()).square().mean(-1)  # (b, t, d) -> (b, t)
+        kl = _divergence(forward.logits(), teacher_logits, labelled)
+        return self.config.distill * (kl + _masked_mean(squares, _mask_of_states(mask, squares.shape[1])))
 
 
-def _distance(logits: torch.Tensor, teacher: torch.Tensor, asked: torch.Tensor | None) -> torch.Tensor:
-    """KL divergence from the teacher's distribution, over the positions where something is asked."""
+def _divergence(logits: torch.Tensor, teacher: torch.Tensor, labelled: torch.Tensor | None) -> torch.Tensor:
+    """KL(p_teacher || p) of logits (b, ..., classes), the mean over rows or over the labelled positions."""
     logits, teacher = logits.float(), teacher.float()
     if logits.shape[-1] == 1:
         return (logits - teacher).square().mean()
     each = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return _mean(each, asked)
+    return _masked_mean(each, labelled)
 
 
-def _fitted(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The text's mask (B, n) for states with a prompt in front, which counts; None where it is not theirs."""
+def _mask_of_states(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The text's mask with ones for the prompt in front, (b, length); None where the mask is not the states'."""
     if mask is None or mask.dim() != 2 or mask.shape[1] > length:
         return None
     return F.pad(mask, (length - mask.shape[1], 0), value=1)
 
 
-def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return values.mean()
     return (values * mask).sum() / mask.sum()
 
 
-def _listen(lesson: Lesson, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    lesson.listening = model.training and torch.is_grad_enabled()
+def _keep_in_training(distillation: Distillation, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    distillation.keeps_state = model.training and torch.is_grad_enabled()
 
 
-def _keep_state(lesson: Lesson, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _keep_state(distillation: Distillation, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     # Checkpointing runs the layer once more, after the comparison.
-    if lesson.listening:
-        lesson.state = state_of(output)
+    if distillation.keeps_state:
+        distillation.state = state_of(output)

@@ -2,19 +2,19 @@ r"""Prefix tuning: trained keys and values stand before those of every attention
 
 .. math:: \mathrm{Attn}(Q, [P_K; K], [P_V; V]), \qquad [P_K; P_V]_\ell = W_\ell \tanh(W E_P + b) + b_\ell
 
-Shapes: P_K, P_V (m, d) a layer, or (m, H_kv p) with grouped keys and values; E_P (m, d), W (h, d), W_l (2d, h). The MLP
-that makes them trains in their place and is not stored: what is saved, and trains on after loading, are the keys and
-values. Trained: m d + (d + 1) h + 2 L d (h + 1), stored: 2 L m d; ``reparametrize=False`` trains what is stored. A
-prefix draws attention from the first step on, and what it adds depends on the query: no merge.
+Shapes: P_K, P_V (m, d) a layer l, or (m, H_kv p) with grouped keys and values; E_P (m, d), W (h, d), W_l (2d, h). The
+MLP trains in the place of P_K and P_V and is not stored: keys and values are saved, and train on after loading.
+Trained: m d + (d + 1) h + 2 L d (h + 1), stored: 2 L m d; with ``reparametrize=False`` keys and values train
+themselves. A prefix draws attention from the first step on, and its effect depends on the query: no merge.
 
 Encoder-decoder backbones have prefixes in encoder, decoder and cross-attention, an MLP each, as in the paper. The text
-of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft; that of two
-stacks stays where it is, and T5's relative bias leaves prefixes out. HF peft counts them there, and of its prefixes for
-encoder-decoder backbones only the decoder's self-attention gets some: what it does on T5 is ``relative_bias=True`` with
-``attentions=("decoder",)``.
+of one-stack backbones stands at the positions after the prefix, as with the paper's GPT-2 and in HF peft. With two
+stacks the text stays where it is, and T5's relative bias leaves prefixes out. HF peft counts them there, and gives
+encoder-decoder backbones prefixes in the decoder's self-attention only: ``relative_bias=True`` with
+``attentions=("decoder",)`` is its version on T5.
 
-Source: Li & Liang 2021, arXiv:2101.00190, whose h is 512 (800 for summarization). Without the MLP they start at
-N(0, 1) or, as ``init_token_ids`` does, from the keys and values of a text; N(0, 0.02) is from He et al. 2022.
+Source: Li & Liang 2021, arXiv:2101.00190, whose h is 512 (800 for summarization). Without the MLP their keys and
+values start at N(0, 1) or, as with ``init_token_ids``, from those of a text; N(0, 0.02) is from He et al. 2022.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 from peftlib.errors import TargetError, UnknownNameError
 from peftlib.mechanisms import attention, positions
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.prefix import Maker, Prefix, Trunk
+from peftlib.mechanisms.prefix import Prefix, PrefixEmbedding, PrefixEncoder
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 from peftlib.methods.bases import hf_peft
 
@@ -59,7 +59,7 @@ class PrefixTuningConfig(MethodConfig):
                 raise UnknownNameError("attention", role, ROLES)
         if self.init_token_ids and self.reparametrize:
             raise ConfigError(
-                f"init_token_ids={self.init_token_ids!r} set keys and values, which the MLP makes; "
+                f"init_token_ids={self.init_token_ids!r} set keys and values, which come from the MLP; "
                 "add reparametrize=False"
             )
 
@@ -87,10 +87,12 @@ class PrefixTuning(Method):
                 + ", ".join((*parts.stacks, *(("cross",) if parts.layers[-1].cross_attention else ())))
             )
         seen = self._see_text(host, [module for _, module, _ in places]) if c.init_token_ids else None
-        trunks = {role: Trunk(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
+        shared = (
+            {role: PrefixEmbedding(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
+        )
         for i, (role, module, heads) in enumerate(places):
-            maker = Maker(trunks[role], heads * parts.head_dim) if c.reparametrize else None
-            prefix = Prefix(heads, c.length, parts.head_dim, c.std, maker, owners.get(role))
+            encoder = PrefixEncoder(shared[role], heads * parts.head_dim) if c.reparametrize else None
+            prefix = Prefix(heads, c.length, parts.head_dim, c.std, encoder, owners.get(role))
             if seen:
                 with torch.no_grad():
                     prefix.key.copy_(seen[i].key[0])
@@ -100,7 +102,7 @@ class PrefixTuning(Method):
             positions.shift(host, c.length)
 
     def _owners(self, host: Host) -> dict[str, nn.Module]:
-        """Role -> the attention module that makes the relative bias which counts prefixes."""
+        """Role -> the attention module whose relative bias counts the prefixes of that role."""
         if not self.config.relative_bias:
             return {}
         stacks = host.anatomy.family.stacks
@@ -114,6 +116,7 @@ class PrefixTuning(Method):
         return owners
 
     def _see_text(self, host: Host, modules: list[nn.Module]) -> list[attention.Inputs]:
+        """What these attention modules get of the text ``init_token_ids``."""
         c = self.config
         ids = torch.tensor([[c.init_token_ids[i % len(c.init_token_ids)] for i in range(c.length)]])
         batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if len(host.anatomy.stacks) > 1 else {})

@@ -2,9 +2,10 @@ r"""Prompt tuning: a few trained embeddings stand before the input (additive, so
 
 .. math:: \hat{y} = f\bigl([\,P; E(x)\,]\bigr)
 
-Shapes: P (m, e) with e the width of the embedding (d, but ELECTRA's is smaller), E(x) (n, e). Trained: m e. The prompt
-acts on the output from the first step on. It takes part in attention with every input, so nothing of it folds into
-weights: no merge. Encoder-decoder backbones get it before the encoder's input; with a cache it enters once.
+Shapes: P (m, e) with e the width of the embedding (d, but ELECTRA's is smaller), E(x) (b, t, e) for b rows of t tokens.
+Trained: m e. The prompt acts on the output from the first step on. It takes part in attention with every input, so
+nothing of it folds into weights: no merge. Encoder-decoder backbones get it before the encoder's input; with a cache it
+enters once.
 
 Source: Lester et al. 2021, arXiv:2104.08691. There m is 100 on T5 and the rate is 0.3 under Adafactor; here m is 20, as
 in the survey's runs. ``"vocabulary"`` is the paper's sampled-vocabulary start, ``"text"`` its class-label start with
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from peftlib.errors import TargetError
 from peftlib.mechanisms import prompt
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, one_of
 from peftlib.methods.bases import hf_peft
 
 
@@ -44,17 +46,24 @@ class PromptTuningConfig(MethodConfig):
     def __post_init__(self):
         at_least("length", self.length, 1)
         at_least("common", self.common, 1)
-        for name, value, known in (
-            ("init", self.init, ("vocabulary", "text", "random")),
-            ("position", self.position, ("front", "after_first")),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+        one_of("init", self.init, ("vocabulary", "text", "random"))
+        one_of("position", self.position, ("front", "after_first"))
         if (self.init == "text") != bool(self.init_token_ids):
             raise ConfigError(
                 f'init={self.init!r} with init_token_ids={self.init_token_ids!r}: init="text" needs the token ids of '
                 "a text, tokenizer(text)['input_ids'], and the others take none"
             )
+
+
+class Prompt(nn.Module):
+    """``forward(x) = P`` for each row of the embedded input x (b, t, e): m trained ``vectors`` (m, e)."""
+
+    def __init__(self, vectors: torch.Tensor):
+        super().__init__()
+        self.vectors = nn.Parameter(vectors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vectors.expand(x.shape[0], -1, -1)  # (m, e) -> (b, m, e)
 
 
 class PromptTuning(Method):
@@ -69,22 +78,20 @@ class PromptTuning(Method):
 
     def attach(self, host: Host) -> None:
         c = self.config
-        prompt.attach(host, prompt.Prompt(self._start(prompt.embedding(host))), c.length, c.position)
+        prompt.attach(host, Prompt(self._start(prompt.embedding(host))), c.length, c.position)
 
-    def _start(self, embedding: torch.nn.Embedding) -> torch.Tensor:
-        """The first prompt, (m, e) in float32."""
-        c, (rows, width) = self.config, embedding.weight.shape
+    @torch.no_grad()
+    def _start(self, embedding: nn.Embedding) -> torch.Tensor:
+        """P at the start, (m, e) in float32."""
+        c, (vocabulary, e) = self.config, embedding.weight.shape
         if c.init == "random":
-            return torch.empty(c.length, width).uniform_(-c.init_range, c.init_range)
+            return torch.empty(c.length, e).uniform_(-c.init_range, c.init_range)
         if c.init == "vocabulary":
-            ids = torch.randperm(min(c.common, rows))
-            ids = ids.repeat(-(-c.length // len(ids)))[: c.length]
-        else:
-            ids = torch.tensor([c.init_token_ids[i % len(c.init_token_ids)] for i in range(c.length)])
-            if not 0 <= min(c.init_token_ids) <= max(c.init_token_ids) < rows:
-                raise TargetError(
-                    f"init_token_ids go from {min(c.init_token_ids)} to {max(c.init_token_ids)}; the backbone's "
-                    f"vocabulary has ids 0 to {rows - 1}. Use its own tokenizer."
-                )
-        with torch.no_grad():
-            return embedding(ids).float().clone()
+            return prompt.sample(embedding, c.length, c.common)
+        if not 0 <= min(c.init_token_ids) <= max(c.init_token_ids) < vocabulary:
+            raise TargetError(
+                f"init_token_ids go from {min(c.init_token_ids)} to {max(c.init_token_ids)}; the backbone's "
+                f"vocabulary has ids 0 to {vocabulary - 1}. Use its own tokenizer."
+            )
+        ids = torch.tensor([c.init_token_ids[i % len(c.init_token_ids)] for i in range(c.length)])
+        return embedding(ids).float().clone()

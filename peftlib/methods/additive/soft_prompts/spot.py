@@ -7,14 +7,14 @@ tuning with the sources' settings in everything but its start. No merge: a promp
 
 ``sources`` are saved prompts of :mod:`prompt_tuning`, the library of source tasks. With one of them, or with its name
 in ``source``, the target starts from it. With several, :meth:`calibrate` trains a probe on the target's batches for a
-few steps, from the start that prompt tuning has, ranks the library by similarity to the probe
-(``adapted.method.ranking``) and starts from the nearest, or from the mean of the ``top`` nearest weighted by
-similarity. Probe and its task head are then dropped, and the sources' heads are never used: the target trains one of
-its own. ``similarity="tokens"`` is the mean over all pairs of positions of the pairs' cosine.
+few steps, from prompt tuning's start, ranks the library by similarity to the probe (``adapted.method.ranking``) and
+starts from the nearest, or from the mean of the ``top`` nearest weighted by similarity. The probe and its task head are
+then dropped. The sources' heads are never used: the target trains one of its own. ``similarity="tokens"`` is the mean
+over all pairs of positions of the pairs' cosine.
 
 Source: Vu et al. 2022, arXiv:2110.07904, whose two similarities and weighted mean these are. There m is 100, both
 tasks' embeddings are prompts early in training (10,000 of 262,144 steps) and the target's own is trained that far; here
-the sources' are the prompts as they were saved, and steps and rate of the probe are chosen here. Negative similarities
+the sources' are the prompts as they were saved, and the probe's steps and rate are chosen here. Negative similarities
 count as zero in the weighted mean. Similarities compare best where all prompts start from the same vectors, as they do
 with the same ``seed`` of attach(). A library of one prompt trained on a mixture of tasks is ``peftlib.tasks.mix``.
 """
@@ -60,8 +60,8 @@ def similarity(one: torch.Tensor, other: torch.Tensor, kind: str = "mean") -> fl
     """Cosine similarity of two prompts (m, e): of their means, or the mean over all pairs of their "tokens"."""
     one, other = one.double(), other.double()
     if kind == "mean":
-        return float(F.cosine_similarity(one.mean(0), other.mean(0), dim=0))
-    return float((F.normalize(one, dim=1) @ F.normalize(other, dim=1).T).mean())
+        return float(F.cosine_similarity(one.mean(0), other.mean(0), dim=0))  # (m, e) -> (e) -> ()
+    return float((F.normalize(one, dim=1) @ F.normalize(other, dim=1).T).mean())  # (m, e) @ (e, m) -> (m, m) -> ()
 
 
 class SPoT(Method):
@@ -101,8 +101,8 @@ class SPoT(Method):
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         if any(source.state is None for source in self.sources):
             raise StateError("this spot was loaded without its sources; attach() it with them to retrieve again")
-        probe = self._probe(batches)
-        prompts = [_vectors(source) for source in self.sources]
+        probe = self._probe(batches)  # (m, e)
+        prompts = [_vectors(source) for source in self.sources]  # each (m, e)
         near = [similarity(probe, p, self.config.similarity) for p in prompts]
         order = sorted(range(len(near)), key=lambda i: -near[i])
         self.ranking = [(self.sources[i].name, near[i]) for i in order]
@@ -113,7 +113,7 @@ class SPoT(Method):
         self._start(sum(w * prompts[i] for w, i in zip(weights / weights.sum(), best)))
 
     def _probe(self, batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """The prompt (m, e) after a few steps on the target; prompt and head are then what they were."""
+        """The prompt (m, e) after a few steps on the target; prompt and head are then set back."""
         c, parameters = self.config, list(self.host.trained().values())
         before = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=c.probe_rate, weight_decay=0.0)

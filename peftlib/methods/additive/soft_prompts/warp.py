@@ -3,36 +3,41 @@ r"""WARP: trained embeddings around the text and a [MASK], and a trained vector 
 .. math:: p(c \mid x) = \frac{\exp(v_c^\top f(T_P(x))_{\mathrm{mask}})}
                              {\sum_{c'} \exp(v_{c'}^\top f(T_P(x))_{\mathrm{mask}})}
 
-Shapes: P (m, e) with e the width of the embedding, v_c (d). T_P(x) is [CLS] P_1 x_1 P_2 [MASK] P_3 [SEP] x_2 P_4 [SEP],
-with a single text [CLS] P_1 x P_2 [MASK] P_3 P_4 [SEP]. Trained: m e, and the class vectors with a bias, which are the
-task head. All positions are new, so the start is another output, and a prompt is input: no merge. The backbone runs
-without dropout in training too.
+Shapes: P (m, e) with e the width of the embedding, f (b, t, d) for b rows of t tokens, v_c (d). T_P(x) is
+[CLS] P_1 x_1 P_2 [MASK] P_3 [SEP] x_2 P_4 [SEP], with a single text [CLS] P_1 x P_2 [MASK] P_3 P_4 [SEP]. Trained: m e,
+and the class vectors with a bias, which are the task head. All positions are new, so the start is another output, and a
+prompt is input: no merge. The backbone runs without dropout in training too.
 
 On a masked language model f ends with the head's own transform (dense map, nonlinearity, norm), and the class vectors
-stand in the place of the vocabulary's, as in the paper; the model's ``config.num_labels`` says how many there are, its
-logits are those of the classes, and ``peftlib.fit`` takes it for a classification task. On a classification model,
-where the transform's weights are not there, the mask's state itself is scored, by the head's last linear map; other
-parts of the head neither act nor train. A masked language model loaded from files that lack its head has a random
-transform, which stays frozen: there a classification model is the better host.
+stand in the place of the vocabulary's, as in the paper. The model's ``config.num_labels`` says how many there are, its
+logits are those of the classes, and ``peftlib.fit`` takes it for a classification task. A classification model lacks
+the transform's weights: there the head's last linear map scores the mask's state itself, and other parts of the head
+neither act nor train. A masked language model loaded from files that lack its head has a random transform, which stays
+frozen: there a classification model is the better host.
 
 Source: Hambardzumyan et al. 2021, arXiv:2101.00121, and its code: 20 vectors in groups of 5 that start as the [MASK]'s
 embedding; rate 1e-3. A template of zeros is WARP_0. ``init="normal"`` has the embedding matrix's mean and deviation,
-another start of that code; its few-shot runs start from [PAD], ``init="tokens"``, and its class vectors from words,
-``verbalizer_token_ids``, here with a bias of zero. That code puts both texts into one segment; here the tokenizer's
-[SEP] between them stays.
+another start of that code. In its few-shot runs vectors start from [PAD], ``init="tokens"``, and class vectors from
+words, ``verbalizer_token_ids``, here with a bias of zero. That code puts both texts into one segment; here the
+tokenizer's [SEP] between them stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms import cloze, dropout, prompt, template
+from peftlib.mechanisms import prompt, template
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.positions import by_name, names
+from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 INITS = ("mask", "normal", "tokens")
@@ -41,7 +46,7 @@ INITS = ("mask", "normal", "tokens")
 @dataclass(frozen=True)
 class WarpConfig(MethodConfig):
     """``template``: how many vectors stand before the first text, behind it before the [MASK], behind the [MASK], and
-    behind the second text. ``init`` of the vectors: as the embedding of [MASK], ``"normal"``, or as those of
+    behind the second text. ``init`` of the vectors: the embedding of the [MASK], ``"normal"``, or the embeddings of
     ``init_token_ids``, repeated or cut to m. ``verbalizer_token_ids``: a word for each class whose embedding starts its
     vector (empty: random)."""
 
@@ -67,6 +72,42 @@ class WarpConfig(MethodConfig):
             )
 
 
+class Cloze(nn.Module):
+    """``forward(x)`` = P with the [MASK] as the ``at``-th among its vectors, (b, m + 1, e) for the embedded input x.
+
+    ``vectors`` P (m, e), trained, or None for m = 0; ``mask`` (e), frozen. ``state`` is the mask's last state (b, d)
+    between the encoder and the scores.
+    """
+
+    def __init__(self, vectors: torch.Tensor, mask: torch.Tensor, at: int):
+        super().__init__()
+        self.vectors = nn.Parameter(vectors) if len(vectors) else None
+        self.register_buffer("mask", mask, persistent=False)
+        self.at = at
+        self.state: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        P = self.mask[None]  # (1, e)
+        if self.vectors is not None:
+            P = torch.cat([self.vectors[: self.at], P.to(self.vectors.dtype), self.vectors[self.at :]])  # (m + 1, e)
+        return P.expand(x.shape[0], -1, -1)  # (m + 1, e) -> (b, m + 1, e)
+
+
+class Verbalizer(nn.Linear):
+    """``forward(x, y)``: the scores of the classes, ``weight`` v (classes, d), in the place of the vocabulary's y.
+
+    It stays frozen until the host trains it. ``labels`` are those of the present forward.
+    """
+
+    def __init__(self, d: int, classes: int):
+        super().__init__(d, classes)
+        self.requires_grad_(False)
+        self.labels: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(cast(x, self.weight)).to(y.dtype)  # (b, 1, d) -> (b, 1, classes)
+
+
 class Warp(Method):
     Config = WarpConfig
     learning_rate = 2e-3
@@ -87,11 +128,11 @@ class Warp(Method):
         places = template.Template(before, left + 1 + right, after, sep)
         table = prompt.embedding(host).weight.detach()
         vector = _rows(table, (mask or 0,))[0]
-        child = cloze.Cloze(self._start(table, vector), vector.to(table.dtype), before + left)
-        self.scorer = cloze.attach(host, self.name, child, places, parts.config.num_labels)
+        child = Cloze(self._start(table, vector), vector.to(table.dtype), before + left)
+        self.scorer = self._score_mask(host, child, places)
         if c.verbalizer_token_ids:
             self._name_classes(host, table)
-        dropout.switch_off(host)
+        _switch_dropout_off(host)
 
     @property
     def classifies(self) -> bool:
@@ -101,8 +142,34 @@ class Warp(Method):
         mine = {id(p) for p in self.scorer.parameters()}
         return {n: p for n, p in self.host.model.named_parameters() if id(p) in mine}
 
+    def _score_mask(self, host: Host, child: Cloze, places: template.Template) -> nn.Linear:
+        """Put ``child`` into every text and let the mask's state alone be scored; gives the linear map that scores it.
+
+        Raises UnsupportedError for a model that has neither one answer a text nor a masked language model's head.
+        """
+        model, parts = host.model, host.anatomy
+        kind = type(model).__name__
+        masked_lm = kind.endswith("ForMaskedLM")
+        if parts.stacks != ("encoder",) or not (masked_lm or kind.endswith("ForSequenceClassification")):
+            raise UnsupportedError(
+                f"{self.name} scores the state at a [MASK], which takes an encoder with a classification head or a "
+                f"masked language model's; {kind} is neither. Load an encoder with head='masked_lm' or "
+                "'classification', or use prompt_tuning or p_tuning."
+            )
+        template.attach(host, child, places, only=child.at)
+        if not masked_lm:
+            host.hook(parts.stack_inputs("encoder"), _keep_state, child)
+            host.hook(parts.scorer, _score_state, child, before=True)
+            return parts.scorer
+        decoder = model.get_output_embeddings()
+        verbalizer = Verbalizer(decoder.in_features, parts.config.num_labels)
+        host.after(decoder, self.name, verbalizer)
+        host.hook(model, _withhold_labels, verbalizer, names(model), before=True)
+        host.hook(model, _answer, verbalizer)
+        return verbalizer
+
     def _start(self, table: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The first vectors, (m, e) in float32."""
+        """P at the start, (m, e) in float32."""
         c, m = self.config, sum(self.config.template)
         if c.init == "mask":
             return mask.repeat(m, 1)
@@ -131,3 +198,44 @@ def _rows(table: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     if ids and not 0 <= min(ids) <= max(ids) < len(table):
         raise TargetError(f"token ids {ids!r} are not all in the vocabulary, 0 to {len(table) - 1}; use its tokenizer")
     return table[list(ids)].float().clone()
+
+
+def _keep_state(child: Cloze, encoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    child.state = output[0][:, 0]  # (b, 1, d) -> (b, d)
+
+
+def _score_state(child: Cloze, scorer: nn.Module, args: tuple, kwargs: dict):
+    state, child.state = child.state, None  # (b, d)
+    return (state,), {}
+
+
+def _withhold_labels(verbalizer: Verbalizer, order: tuple[str, ...], model: nn.Module, args: tuple, kwargs: dict):
+    call = by_name(order, args, kwargs)
+    verbalizer.labels = call.pop("labels", None)
+    return (), call
+
+
+def _answer(verbalizer: Verbalizer, model: nn.Module, args: tuple, kwargs: dict, output):
+    """The classes' logits (b, classes) and the loss on them, in the place of the masked language model's output."""
+    labels, verbalizer.labels = verbalizer.labels, None  # (b)
+    as_tuple = isinstance(output, tuple)
+    logits = (output[0] if as_tuple else output.logits)[:, 0]  # (b, 1, classes) -> (b, classes)
+    loss = None
+    if labels is not None and logits.shape[-1] == 1:
+        loss = F.mse_loss(logits[:, 0], labels.view(-1).to(logits.dtype))
+    elif labels is not None:
+        loss = F.cross_entropy(logits, labels.view(-1))
+    if as_tuple:
+        return (logits, *output[1:]) if loss is None else (loss, logits, *output[1:])
+    return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+def _switch_dropout_off(host: Host) -> None:
+    """Set every dropout rate of the model to 0 until the method leaves. Modules stay in training mode, which gradient
+    checkpointing asks for."""
+    for module in host.model.modules():
+        for name, rate in list(vars(module).items()):
+            is_rate = name == "p" if isinstance(module, nn.Dropout) else "dropout" in name
+            if is_rate and isinstance(rate, float) and rate > 0:
+                setattr(module, name, 0.0)
+                host.on_remove(partial(setattr, module, name, rate))

@@ -4,12 +4,12 @@ r"""U-BitFit: BitFit pruned entry by entry, to the biases whose change matters m
     b = b_0 + z \odot \delta, \qquad z = \operatorname{top}_k(s), \qquad
     s_i = \Bigl|\delta_i\, \frac{\partial \mathcal L}{\partial \delta_i}\Bigr|
 
-Shapes: delta, s and z have an entry for each of BitFit's, every bias below the task head. s_i is the first-order
-estimate of how the loss changes when entry i alone is set back to b_0: the change delta counts, not the bias itself.
-A search trains all biases with the head for a while and prunes the change to the k entries with the largest s over all
-biases together (ties by position); then everything goes back to the pretrained values, and the k entries train as
-sparse values. Start: identity. Stored: k values with their indices. Merge: exact, they are the backbone's own entries.
-Trained without the head: ``k = int(density * biases)``.
+Shapes: delta, s and z have those of BitFit's biases b, (out) or (d): every bias below the task head. s_i is the
+first-order estimate of how the loss changes when entry i alone is set back to b_0: the change delta counts, not the
+bias itself. A search trains all biases with the head for a while and prunes the change to the k entries with the
+largest s over all biases together (ties by position). Then everything goes back to the pretrained values, and the k
+entries train as sparse values. Start: identity. Stored: k values with their indices. Merge: exact, they are the
+backbone's own entries. Trained without the head: ``k = int(density * biases)``.
 
 The search is :meth:`Adapted.calibrate`, with an optimizer of its own, so that afterwards k values train and nothing
 else: see :mod:`peftlib.methods.bases.entries`.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from peftlib.mechanisms import pruning
+from peftlib.mechanisms.sparse import top_entries
 from peftlib.methods.base import at_least
 from peftlib.methods.bases.biases import SearchConfig, SearchedBiases
 
@@ -50,4 +50,14 @@ class UBitFit(SearchedBiases):
     learning_rate = 1e-2
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        self.search(batches, pruning.entries, "entries", self.config.rounds)
+        self.search(batches, largest_entries, "entries", self.config.rounds)
+
+
+def largest_entries(scores: list[torch.Tensor], masks: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
+    """z: the masks of the entries with the largest |score| over all tensors, among those in ``masks``."""
+    # An entry in the masks comes before one that is out, also where its score is zero.
+    s = [torch.where(mask, score.abs() + 1e-30, 0) for score, mask in zip(scores, masks)]  # of the biases' shapes
+    z = [torch.zeros_like(mask) for mask in masks]  # of the biases' shapes
+    for mask, indices in zip(z, top_entries(s, budget)):
+        mask.view(-1)[indices] = True
+    return z

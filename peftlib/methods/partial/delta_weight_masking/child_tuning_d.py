@@ -5,16 +5,17 @@ r"""Child-Tuning D: a child network, the layers' entries that matter most to the
     \bigl(\nabla_{\theta_i} \mathcal L_\beta\bigr)^2, \qquad M = \operatorname{top}_{pn}(F), \qquad
     \theta \leftarrow \theta - \eta\, M \odot \nabla_\theta \mathcal L
 
-F is the mean over the training batches; the largest share p of the n entries of all transformer layers together trains,
-as sparse values, so nothing moves the rest. Everything outside the layers (embeddings, pooler, final norms, head)
-trains fully, as in the reference code; ``train_rest=False`` freezes it, the head excepted. Merge: exact, the values are
-the weights' own entries. Trained without the head: ``parameters outside the layers + int(p n)``.
+Shapes: F and M have the shapes of all tensors of the transformer layers, n entries together. F is the mean over the
+training batches beta. The share p of entries with the largest F, over all layers together, trains as sparse values, so
+nothing moves the rest. Everything outside the layers (embeddings, pooler, final norms, head) trains fully, as in the
+reference code; ``train_rest=False`` freezes it, the head excepted. Merge: exact, the values are the weights' own
+entries. Trained without the head: ``parameters outside the layers + int(p n)``.
 
 Source: Xu et al. 2021, arXiv:2109.05687, and its code. Taxonomy: partial/delta_weight_masking. Departures: the code
 masks gradients, so its weight decay moves masked entries; it measures F in training mode, here dropout is off; it takes
 every entry at or above the quantile, here exactly ``int(p n)`` are taken, ties by position. As in the code each
-tensor's gradient is clipped to norm 1 before it is squared, which the paper's formula does not say
-(``clip=None`` leaves it).
+tensor's gradient is clipped to norm 1 before it is squared, which the paper's formula does not say (``clip=None``
+leaves it).
 """
 
 from __future__ import annotations
@@ -69,5 +70,6 @@ class ChildTuningD(ChosenEntries):
         return {n: p for n, p in host.model.named_parameters() if id(p) in inside and not p.requires_grad}
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        c = self.config
-        self.choose(importance.per_batch(self.host.model, self.candidates.values(), batches, c.batches, c.clip))
+        c, theta = self.config, self.candidates.values()
+        F = importance.per_batch(self.host.model, theta, batches, c.batches, max_norm=c.clip)  # of the tensors' shapes
+        self.choose(F)

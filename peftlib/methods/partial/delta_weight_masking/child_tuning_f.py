@@ -1,14 +1,13 @@
-r"""Child-Tuning F: at every step a random child network is trained, and the rest of the network waits.
+r"""Child-Tuning F: at every step a random child network, a part of all entries, gets its gradient.
 
 .. math::
     \theta \leftarrow \theta - \eta\, \Bigl(\tfrac{1}{p}\, M_t \odot \nabla_\theta \mathcal L\Bigr), \qquad
     M_t \sim \mathrm{Bernoulli}(p)
 
-Shapes: M has the shape of every parameter and is drawn anew at each step; the gradients that pass are divided by p, so
-that their expectation is the gradient. The optimizer sees the masked gradients: with Adam an entry that is masked at a
-step still moves by its momentum. Trained: all parameters, as in full fine-tuning, and memory is that of full
-fine-tuning; so is the saved file, because every entry has moved. Start: identity, nothing is added. Merge: there is
-nothing to fold.
+Shapes: theta and M have the shapes of all the model's parameters. M is drawn anew at each step t; the gradients that
+pass are divided by p, so that their expectation is the gradient. The optimizer sees the masked gradients: with Adam an
+entry that is masked at a step still moves by its momentum. Trained: all parameters. Memory and the saved file are those
+of full fine-tuning, because every entry moves. Start: identity, nothing is added. Merge: there is nothing to fold.
 
 Source: Xu et al. 2021, arXiv:2109.05687, and its code, which masks after clipping and before Adam's moments, every
 parameter that has a gradient, the head included; so it is here. Departure: a step's mask follows from the seed of
@@ -47,11 +46,12 @@ class ChildTuningF(Method):
 
     @torch.no_grad()
     def on_gradients(self, training: TrainingState) -> None:
+        p = self.config.density
         generators: dict[torch.device, torch.Generator] = {}
         for parameter in self.host.trained().values():
-            if (gradient := parameter.grad) is None:
+            if (g := parameter.grad) is None:
                 continue
-            if gradient.device not in generators:
-                generators[gradient.device] = torch.Generator(gradient.device).manual_seed(self.seed + training.step)
-            mask = torch.empty_like(gradient).bernoulli_(self.config.density, generator=generators[gradient.device])
-            gradient.mul_(mask).div_(self.config.density)
+            if g.device not in generators:
+                generators[g.device] = torch.Generator(g.device).manual_seed(self.seed + training.step)
+            M = torch.empty_like(g).bernoulli_(p, generator=generators[g.device])  # the parameter's shape
+            g.mul_(M).div_(p)  # M g / p, in place

@@ -4,23 +4,24 @@ r"""LT-SFT: train everything, take the entries that moved most, rewind, and trai
     \theta = \theta_0 + \phi, \qquad \phi_i = 0 \text{ unless } i \in \operatorname{top}_K |\theta_1 - \theta_0|,
     \qquad \theta_{\text{task} + \text{language}} = \theta_0 + \phi_{\text{task}} + \phi_{\text{language}}
 
-Phase one is a full fine-tuning that gives theta_1; the K entries of the backbone (embeddings, norms and biases
-included, the head not) with the largest change over all tensors together are chosen, ties by position. Then everything
-goes back to theta_0, the head too, and phase two trains the K entries as sparse values and the head densely: the start
-is the identity, optimizer states have K entries, nothing moves the rest. Stored: K values with their indices. Trained
-without the head: ``K = int(density * parameters below the head)``. Merge: exact, the values are the weights' own.
+Shapes: theta and phi have the shapes of all the backbone's tensors below the head (embeddings, norms and biases
+included). Warm-up training, a full fine-tuning with the head, gives theta_1. The K entries with the largest change over
+all tensors together are chosen, ties by position. Then everything goes back to theta_0, the head too, and the main
+training trains the K entries as sparse values and the head densely: the start is the identity, optimizer states have K
+entries, nothing moves the rest. Stored: K values with their indices. Trained without the head:
+``K = int(density * parameters below the head)``. Merge: exact, the values are the weights' own.
 
-Phase one is :meth:`Adapted.calibrate`, a training of its own on the batches given (``fit``: the training data) with its
-own optimizer, and not a share of the main training's steps: an optimizer that was built for all parameters would keep
-their states through phase two, and a resumed Trainer would have to know which phase it is in. Its memory is that of
-full fine-tuning, with a copy of the weights on the CPU; phase two's is that of sparse training.
+The warm-up training is :meth:`Adapted.calibrate`, on the batches given (``fit``: the training data), with an optimizer
+of its own. It takes no share of the main training's steps: an optimizer that was built for all parameters would keep
+their states through the main training, and a resumed Trainer would have to know which training it is in. Its memory is
+that of full fine-tuning, with a copy of the weights on the CPU; the main training's is that of sparse training.
 
 Vectors of tasks and languages add up: :func:`peftlib.add_vector`.
 
 Source: Ansell et al. 2022, arXiv:2110.07560, and its code (one iteration; K is 1 % by default as there). Departures:
 the code masks gradients, so its weight decay moves masked entries and its optimizer states are dense; it takes every
 entry at the threshold, here exactly K are taken; the heads of language models stay frozen. The learning rate and the
-length of phase one are chosen here: those of full fine-tuning in this library.
+length of the warm-up training are chosen here: those of full fine-tuning in this library.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from peftlib.methods.bases.entries import ChosenEntries
 
 @dataclass(frozen=True)
 class LTSFTConfig(MethodConfig):
-    """``density``: K as a share of the backbone's parameters; phase one takes ``epochs`` over the calibration batches,
-    or ``steps``, at ``first_rate``."""
+    """``density``: K as a share of the backbone's parameters; the warm-up training takes ``epochs`` over the
+    calibration batches, or ``steps``, at ``first_rate``."""
 
     density: float = 0.01
     epochs: float = 3.0
@@ -59,22 +60,22 @@ class LTSFT(ChosenEntries):
     learning_rate = 5e-4
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        c, head = self.config, self.trained_head()
-        everything = [*self.candidates.values(), *head.values()]
-        before = [p.detach().to("cpu", copy=True) for p in everything]
+        c = self.config
+        theta = [*self.candidates.values(), *self.trained_head().values()]
+        theta_0 = [p.detach().to("cpu", copy=True) for p in theta]
         warmup.train(
             self.host.model,
-            [{"params": everything, "lr": c.first_rate}],
+            [{"params": theta, "lr": c.first_rate}],
             batches,
             epochs=c.epochs,
             steps=c.steps,
             seed=self.seed,
-            what="lt_sft, phase one: everything trains",
+            what="lt_sft, warm-up training of everything",
         )
-        moved = []
+        change = []
         with torch.no_grad():
-            for parameter, start in zip(everything, before):
-                start = start.to(parameter.device)
-                moved.append((parameter - start).float().abs())
-                parameter.copy_(start)
-        self.choose(moved[: len(self.candidates)])
+            for theta_1, start in zip(theta, theta_0):
+                start = start.to(theta_1.device)
+                change.append((theta_1 - start).float().abs())  # |theta_1 - theta_0|, of the tensor's shape
+                theta_1.copy_(start)
+        self.choose(change[: len(self.candidates)])

@@ -1,15 +1,16 @@
-r"""SAM: the entries that a second-order view of the loss singles out at the pretrained point train.
+r"""SAM: only those entries train that lower a second-order approximation of the loss most.
 
 .. math::
     M = \operatorname{top}\Bigl(\bigl(\textstyle\sum_t \nabla_\theta \mathcal L_t(\theta_0)\bigr)^2\Bigr), \qquad
     \theta = \theta_0 + M \odot \delta
 
-To second order, with a curvature that is the same everywhere, changing entry i alone lowers the loss in proportion to
-its squared gradient; the gradients of the batches t are therefore added, signs and all, before they are squared. The
-share ``density`` of every tensor below the head (embeddings, norms and biases included) is chosen, or, with
-``scope="all"``, of all tensors together. The chosen entries train as sparse values, so the start is the identity,
-optimizer states have k entries, and nothing moves the rest. Stored: k values with their indices. Merge: exact, the
-values are the weights' own. Trained without the head: ``k = int(density * parameters below the head)``, in both scopes.
+Shapes: theta, M and delta have the shapes of all the backbone's tensors below the head (embeddings, norms and biases
+included). To second order, with a curvature that is the same everywhere, changing entry i alone lowers the loss in
+proportion to its squared gradient. The gradients of the batches t at the pretrained point are therefore added with
+their signs before they are squared. The share ``density`` of every tensor is chosen or, with ``scope="all"``, of all
+tensors together. The chosen entries train as sparse values, so the start is the identity, optimizer states have k
+entries, and nothing moves the rest. Stored: k values with their indices. Merge: exact, the values are the weights' own.
+Trained without the head: ``k = int(density * parameters below the head)``, in both scopes.
 
 Source: Fu et al. 2023, arXiv:2211.15583, and its code (0.5 % within each tensor, 600 batches, the head dense).
 Departures: the code gives each tensor the floor of its share, here the shares are rounded so that they add up to k
@@ -20,7 +21,7 @@ over batches, diagonals of the Hessian) are not offered; those by squares are ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,26 @@ class SAM(ChosenEntries):
     learning_rate = 5e-4
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        scores = importance.accumulated(self.host.model, self.candidates.values(), batches, self.config.batches)
-        if self.config.scope == "all":
+        c, theta_0 = self.config, self.candidates.values()
+        means = importance.per_batch(self.host.model, theta_0, batches, c.batches, "signed")
+        # The absolute value of the mean ranks the entries as the square of the sum does.
+        scores = [mean.abs_() for mean in means]  # of the tensors' shapes
+        if c.scope == "all":
             self.choose(scores)
         else:
-            counts = sparse.shares([s.numel() for s in scores], self.k)
+            counts = shares([s.numel() for s in scores], self.k)
             self.train(sparse.top_entries([s], k)[0] for s, k in zip(scores, counts))
+
+
+def shares(sizes: Sequence[int], k: int) -> list[int]:
+    """Divide k among tensors in proportion to their sizes, in whole numbers that add up to k.
+
+    Each tensor gets the floor of its share. Those with the largest remainders get one more; among equal remainders the
+    first ones do.
+    """
+    total = sum(sizes)
+    counts = [size * k // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: -(sizes[i] * k % total))
+    for i in order[: k - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -4,11 +4,12 @@ r"""FISH mask: only the entries with the largest empirical Fisher information tr
     \hat F_i = \sum_{n=1}^{N} \bigl(\nabla_{\theta_i} \log p_\theta(y_n \mid x_n)\bigr)^2, \qquad
     M = \operatorname{top}_k(\hat F), \qquad \theta = \theta_0 \text{ outside } M
 
-F is summed over the gradients of single examples, in evaluation mode; the k largest entries are taken over all weights
-of the backbone together (embeddings, norms and biases included), ties by position. They train as sparse values, so the
-start is bit-identical, optimizer states have k entries, and nothing moves the rest. Stored: k values with their
-indices. Merge: exact, the values are the weights' own entries. Trained without the head:
-``k = int(density * parameters) - head`` (the head trains fully and is charged to the budget), to the entry.
+Shapes: theta, F and M have the shapes of all the backbone's tensors below the head (embeddings, norms and biases
+included). F is summed over the gradients of N single examples, in evaluation mode; the k largest entries over all
+tensors together are taken, ties by position. They train as sparse values, so the start is bit-identical, optimizer
+states have k entries, and nothing moves the rest. Stored: k values with their indices. Merge: exact, the values are the
+weights' own entries. Trained without the head: ``k = int(density * parameters) - head`` (the head trains fully and is
+charged to the budget), to the entry.
 
 Source: Sung et al. 2021, arXiv:2111.09839, and its code. Taxonomy: partial/pretrained_weight_masking. Departures: the
 code masks gradients, so its weight decay moves masked entries and its optimizer states are dense; it takes the first N
@@ -77,6 +78,6 @@ class FishMask(ChosenEntries):
         return budget - charge
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        c = self.config
-        model, candidates = self.host.model, self.candidates.values()
-        self.choose(importance.per_example(model, candidates, batches, c.samples, c.fisher, absolute=c.absolute))
+        c, model, theta = self.config, self.host.model, self.candidates.values()
+        F = importance.per_example(model, theta, batches, c.samples, c.fisher, c.absolute)  # of the tensors' shapes
+        self.choose(F)
