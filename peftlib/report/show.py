@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from IPython.display import HTML, Markdown
 
-from peftlib import taxonomy
+from peftlib.methods.registry import find
 from peftlib.report.rendering import render
 
 
 def source(name: str) -> Markdown:
-    """A method's file as it stands in the library, or any module below ``peftlib`` by its dotted name."""
-    module = name if "." in name else taxonomy.entry(name).module
-    text = inspect.getsource(importlib.import_module(module)).rstrip()
-    return Markdown(f"```python\n{text}\n```")
+    """A method's file as it stands in the library (of a package ``method.py`` and ``layer.py``), or any module below
+    ``peftlib`` by its dotted name."""
+    modules = [name if "." in name else find(name).__module__]
+    package, _, file = modules[0].rpartition(".")
+    if file == "method" and importlib.util.find_spec(f"{package}.layer"):
+        modules.append(f"{package}.layer")
+    texts = [inspect.getsource(importlib.import_module(module)).rstrip() for module in modules]
+    return Markdown("\n\n".join(f"```python\n{text}\n```" for text in texts))
 
 
 def table(rows: Iterable[dict[str, Any]]) -> HTML:
