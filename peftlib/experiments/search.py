@@ -31,7 +31,7 @@ from peftlib.experiments.spec import RunSpec, run_spec
 from peftlib.experiments.store import RESULTS
 from peftlib.experiments.sweep import progress_bar
 from peftlib.methods.base import at_least, one_of
-from peftlib.methods.hybrid.automatic.s3delta import SEARCHING
+from peftlib.methods.hybrid.automatic.s3delta.method import SEARCHING
 from peftlib.methods.registry import find
 
 Point = tuple[int, ...]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from peftlib import backbones, taxonomy
-from peftlib.mechanisms import structure
 from peftlib.methods import registry
 from peftlib.methods.base import Method
+from peftlib.methods.hybrid.automatic.s3delta import search
 from peftlib.methods.registry import register
 
 
@@ -64,9 +64,9 @@ def interrupt(monkeypatch, owner, name: str, at: int) -> list[None]:
 
 
 def slow_clock(monkeypatch, seconds: float = 60) -> None:
-    """Let so much time pass, by the clock of :mod:`peftlib.mechanisms.structure`, whenever it is read."""
+    """Let so much time pass, by the clock of S3Delta's search, whenever it is read."""
     ticks = itertools.count(0, seconds)
-    monkeypatch.setattr(structure, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 class Spy:

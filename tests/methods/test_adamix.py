@@ -11,8 +11,8 @@ from peftlib import backbones
 from peftlib.conformance.case import Case, batch, train
 from peftlib.conformance.checks import CHECKS
 from peftlib.errors import MergeError, TargetError, UnknownNameError
-from peftlib.mechanisms.mixture import Experts
 from peftlib.methods.base import ConfigError
+from peftlib.methods.unified.adamix import Experts
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 from tests.reference.adapters import sequential_adapter
 

@@ -12,8 +12,8 @@ from peftlib import anatomy, backbones
 from peftlib.conformance.case import LABELS, Case, batch, train
 from peftlib.conformance.checks import CHECKS
 from peftlib.errors import DataError, LoadError, MergeError, TargetError, UnknownNameError
-from peftlib.mechanisms.masking import TopMask
 from peftlib.methods.base import ConfigError
+from peftlib.methods.unified.propetl.layer import TopMask
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 FORMS = {

@@ -16,6 +16,8 @@ ROOT = Path(peftlib.__file__).parents[1]
 def test_source_is_the_file_of_the_library():
     shown = report.source("lora").data
     assert shown == f"```python\n{(ROOT / taxonomy.entry('lora').file).read_text().rstrip()}\n```"
+    shown = report.source("propetl").data
+    assert shown.index("class ProPETL(") < shown.index("class TopMask(") and shown.count("```python") == 2
     assert "class Bottleneck" in report.source("peftlib.mechanisms.bottleneck").data
 
 

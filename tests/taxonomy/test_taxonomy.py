@@ -340,4 +340,4 @@ def test_method_is_found_and_named_after_its_file(entry):
 @every(SURVEY)
 def test_the_method_s_file_names_its_paper(entry, references):
     name = f"arXiv:{entry.arxiv}" if entry.arxiv else references.entries[entry.cite].fields["doi"]
-    assert name in importlib.import_module(entry.module).__doc__
+    assert name in importlib.import_module(find(entry.name).__module__).__doc__

@@ -4,16 +4,16 @@ r"""AdaMix: several modules at each place, of which every pass draws one, averag
           i \sim \mathcal{U}\{1, \dots, M\}; \quad
           \mathcal{L}(p) + \frac{w}{2} \bigl(\mathrm{KL}(p \,\|\, q) + \mathrm{KL}(q \,\|\, p)\bigr)
 
-Shapes: W_down^(i) (r, d), b^(i) (r), W_up (d, r). The adapters stand behind the feed-forward blocks, before the
-residual sum. Every place draws its i anew in every training pass, for the whole batch. p and q are the predictions of
-two passes over the same inputs, which draw by themselves; the first argument of each KL is a target, without gradient,
-and rows (for text: tokens with a label) are averaged. A single output has no prediction to keep consistent. Trained:
-M (d r + r) + r d + d a layer. After training, in evaluation and in files there is one adapter, of the mean weights; it
-costs what one adapter costs, and trains on as one. Both projections start at N(0, 0.02), near the identity. No merge:
-the nonlinearity stands between them.
+Shapes: h (b, t, d) of b rows, t tokens and hidden size d; W_down^(i) (r, d), b^(i) (r), W_up (d, r); M experts i. The
+adapters stand behind the feed-forward blocks, before the residual sum. Every place draws its i anew in every training
+pass, for the whole batch. p and q are the predictions of two passes over the same inputs, which draw independently; the
+first argument of each KL is a target, without gradient, and the mean is over rows (for text: tokens with a label).
+A single output has no divergence. Trained: M (d r + r) + r d + d a layer. After training, in evaluation and in files
+there is one adapter, of the mean weights; it costs what one adapter costs, and trains on as one. Both projections start
+at N(0, 0.02^2), near the identity. No merge: the nonlinearity stands between them.
 
-``form="lora"`` has M matrices A and one B of LoRA on ``targets``: B starts at zero, the identity, and the mean update
-merges exactly.
+``form="lora"`` has M matrices A and one B of LoRA on ``targets``, :math:`y = W x + \frac{\alpha}{r} B A^{(i)} x`: B
+starts at zero, the identity, and the mean update merges exactly.
 
 Source: Wang et al. 2022, arXiv:2205.12410, and its code: M = 4, w = 1, GELU, the up-projection shared, r = 48 with BERT
 (16 with RoBERTa-large). Their LoRA runs on text generation have r = 4, M = 8 and w = 100.
@@ -21,6 +21,7 @@ Source: Wang et al. 2022, arXiv:2205.12410, and its code: M = 4, w = 1, GELU, th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,12 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peftlib.anatomy import Site
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms.bottleneck import Sequential, check_activation
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import add_to_weight, check_rank
-from peftlib.mechanisms.mixture import Experts, MixedLowRank
-from peftlib.methods.base import ForwardPass, Method, MethodConfig, at_least, between
+from peftlib.mechanisms.low_rank import LowRank, update
+from peftlib.mechanisms.precision import cast
+from peftlib.methods.base import ForwardPass, MethodConfig, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
 
 FORMS = ("adapter", "lora")
 
@@ -66,42 +69,106 @@ class AdaMixConfig(MethodConfig):
         check_activation(self.activation)
 
 
-class AdaMix(Method):
+class Experts(nn.Module):
+    """``forward(x) = W_i x + b_i``: training draws i uniformly for the whole batch; otherwise W and b are the means.
+
+    Shapes: x (..., in); ``weight`` (M, out, in), ``bias`` (M, out) or None; (out, in) and (out) after :meth:`keep`.
+    Weights start N(0, std^2) or, without ``std``, Kaiming-uniform with a = sqrt(5) each; biases at zero.
+    """
+
+    def __init__(self, in_features: int, out_features: int, count: int, std: float | None = None, bias: bool = True):
+        super().__init__()
+        self.count = count
+        self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(count, out_features)) if bias else None
+        for weight in self.weight:
+            if std is None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            else:
+                nn.init.normal_(weight, std=std)
+
+    def mean(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mean weight (out, in) and bias (out)."""
+        if self.count == 1:
+            return self.weight, self.bias
+        return self.weight.mean(dim=0), None if self.bias is None else self.bias.mean(dim=0)
+
+    def keep(self) -> None:
+        """Become one map, the mean, which trains on by itself."""
+        if self.count > 1:
+            weight, bias = self.mean()
+            self.weight = nn.Parameter(weight.detach())
+            self.bias = None if bias is None else nn.Parameter(bias.detach())
+            self.count = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.count == 1:
+            return F.linear(x, *self.mean())  # (..., in) -> (..., out)
+        # Drawn as a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.
+        i = torch.randint(self.count, (1,), device=x.device)  # (1,)
+        W = self.weight.index_select(0, i)[0]  # (M, out, in) -> (out, in)
+        b = None if self.bias is None else self.bias.index_select(0, i)[0]  # (M, out) -> (out,)
+        return F.linear(x, W, b)  # (..., in) -> (..., out)
+
+
+class MixedLowRank(LowRank):
+    """``forward(x, y) = y + scale * B A_i dropout(x)``: of M matrices A one is drawn; B is shared."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, count: int, dropout: float = 0.0):
+        super().__init__(in_features, out_features, rank, scale, dropout)
+        del self.A
+        self.experts = Experts(in_features, rank, count, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = cast(self.dropout(x), self.B).flatten(0, -2)  # (b, t, in) -> (b t, in)
+        Ax = self.experts(x)  # (b t, in) -> (b t, r)
+        return update(y, Ax, self.B, self.scale)  # (b, t, out)
+
+    def delta(self) -> torch.Tensor:
+        """The (out, in) update of the mean, formed in float32 or wider."""
+        dtype = torch.promote_types(self.B.dtype, torch.float32)
+        return self.scale * (self.B.detach().to(dtype) @ self.experts.mean()[0].detach().to(dtype))
+
+
+class AdaMix(LowRankUpdates):
     Config = AdaMixConfig
     learning_rate = 2e-3
+    child = "adamix"
 
     def attach(self, host: Host) -> None:
-        c, d = self.config, host.anatomy.d
-        self.updates: dict = {}
-        self.experts: list[Experts] = []
-        for site in host.anatomy.sites(c.targets if c.form == "lora" else ("ffn.down",)):
-            if c.form == "lora":
-                check_rank(c.rank, site)
-                sizes = site.in_features, site.out_features
-                child = self.updates[site] = MixedLowRank(*sizes, c.rank, c.alpha / c.rank, c.experts, c.dropout)
-                self.experts.append(child.experts)
-            else:
-                child = Sequential(d, c.bottleneck, c.activation, dropout=c.dropout)
-                nn.init.normal_(child.up.weight, std=c.std)
-                child.down = Experts(d, c.bottleneck, c.experts, c.std)
-                self.experts.append(child.down)
-            host.after(site, "adamix", child)
+        if self.config.form == "lora":
+            super().attach(host)
+            self.experts = [update.experts for update in self.updates.values()]
+        else:
+            adapters = [host.after(site, self.child, self.adapter(site)) for site in host.anatomy.sites(("ffn.down",))]
+            self.experts = [adapter.down for adapter in adapters]
+
+    def update(self, site: Site) -> MixedLowRank:
+        c = self.config
+        return MixedLowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.experts, c.dropout)
+
+    def adapter(self, site: Site) -> Sequential:
+        c, d = self.config, site.out_features
+        adapter = Sequential(d, c.bottleneck, c.activation, dropout=c.dropout)
+        nn.init.normal_(adapter.up.weight, std=c.std)
+        adapter.down = Experts(d, c.bottleneck, c.experts, c.std)
+        return adapter
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
-        if not self.config.consistency or self.experts[0].count == 1:
+        w = self.config.consistency
+        if not w or self.experts[0].count == 1:
             return None
-        p, q = (self._log_probabilities(out) for out in (forward.logits(), forward.logits(forward.replay())))
-        both = F.kl_div(q, p.detach(), log_target=True, reduction="none") + F.kl_div(
-            p, q.detach(), log_target=True, reduction="none"
-        )
-        rows = both.sum(dim=-1)
-        labels = forward.labels
+        p = self._log_probabilities(forward.logits())  # (b, C) or (b, t, C)
+        q = self._log_probabilities(forward.logits(forward.replay()))
+        pq = F.kl_div(q, p.detach(), log_target=True, reduction="none")  # terms of KL(p || q)
+        qp = F.kl_div(p, q.detach(), log_target=True, reduction="none")  # terms of KL(q || p)
+        rows, labels = (pq + qp).sum(dim=-1), forward.labels  # (b,) or (b, t)
         if rows.dim() > 1 and labels is not None:
             if self.host.anatomy.stacks == ("decoder",):  # label t + 1 belongs to output t
-                rows, labels = rows[:, :-1], labels[:, 1:]
+                rows, labels = rows[:, :-1], labels[:, 1:]  # (b, t - 1)
             asked = (labels != -100).to(rows.dtype)
-            return self.config.consistency / 2 * (rows * asked).sum() / asked.sum().clamp(min=1)
-        return self.config.consistency / 2 * rows.mean()
+            return w / 2 * (rows * asked).sum() / asked.sum().clamp(min=1)  # ()
+        return w / 2 * rows.mean()  # ()
 
     @staticmethod
     def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -128,7 +195,3 @@ class AdaMix(Method):
     def check_mergeable(self) -> None:
         if self.config.form != "lora":
             super().check_mergeable()
-
-    def merge(self) -> None:
-        for site, child in self.updates.items():
-            add_to_weight(site, child.delta())

@@ -6,20 +6,21 @@ r"""SparseAdapter: adapters are pruned before they train, by a score of their un
 =========  ==============================================================================================
 score      s of an entry w
 =========  ==============================================================================================
-snip       \|w g\|, g the loss gradient on the calibration batches: that of a mask at w
-grasp      w (H g), with the Hessian H: how much the gradient's norm owes to w
+snip       \|w g\|, g the loss gradient on the calibration batches; w g is that of a mask at w
+grasp      w (H g), H the Hessian: what w contributes to the gradient's norm, to first order
 magnitude  \|w\|
-synflow    \|w dR/dw\|, R the sum of what \|W_up\| \|W_down\| makes of ones: no data
-random     drawn
+synflow    \|w dR/dw\|, R the sum of the entries of \|W_up\| \|W_down\| 1; needs no data
+random     uniform
 =========  ==============================================================================================
 
-Shapes: M, s of each matrix; biases are not pruned. k = int(density times entries) of all matrices together, or with
-``scope="local"`` of each by itself; ties by position. The mask is fixed by :meth:`Adapted.calibrate`; then k values
-train from their start and the others stay zero. All matrices start at N(0, 0.02^2), near the identity: were W_up zero,
-so would be every snip score. Stored: k values with their indices, or bits. Large-sparse: twice the ``bottleneck`` at
-half the ``density`` has the same budget. No merge, except for LoRA.
+Shapes: h (b, t, d) of b rows, t tokens and hidden size d; W_down (r, d), W_up (d, r); M and s have the shape of each
+matrix; biases are not pruned. k = int(density times entries) of all matrices together, or with ``scope="local"`` of
+each by itself; ties by position. :meth:`Adapted.calibrate` fixes the mask; then k values train from their start and the
+others stay zero. All matrices start at N(0, 0.02^2), near the identity: with a zero W_up every snip score would be
+zero. Stored: k values with their indices, or bits. Large-sparse: twice the ``bottleneck`` at half the ``density`` has
+the same budget. No merge, except for LoRA.
 
-``form``: "adapter" is the sequential adapter behind both blocks, "lora" prunes A and B, "mam" the parallel adapters and
+``form``: "adapter" prunes the sequential adapters behind both blocks, "lora" A and B, "mam" the parallel adapters and
 the prefixes' keys and values, which act from the first step on.
 
 Source: He et al. 2022, arXiv:2210.04284, and its code, whose ``sparsity`` is the share that is kept. It multiplies
@@ -55,7 +56,7 @@ SCORES = ("snip", "grasp", "magnitude", "synflow", "random")
 class SparseAdapterConfig(MethodConfig):
     """``form``: "adapter" (``bottleneck`` r, ``activation``), "lora" (``rank``, ``alpha``, ``targets``) or "mam"
     (``length`` m and ``bottleneck`` r); ``score`` and ``scope`` of the choice, ``density`` that is kept, ``batches``
-    that are looked at (None: all); ``std`` of the start."""
+    to score on (None: all); ``std`` of the start."""
 
     form: Literal["adapter", "lora", "mam"] = "adapter"
     score: Literal["snip", "grasp", "magnitude", "synflow", "random"] = "snip"
@@ -137,13 +138,14 @@ class SparseAdapter(PrunedCombination):
         if score == "random":
             generator = torch.Generator().manual_seed(self.seed)
             return [torch.rand(p.shape, generator=generator).to(p.device) for p in parameters]
-        sizes = {id(p): p.detach().abs() for p in parameters}
+        scores = {id(p): p.detach().abs() for p in parameters}
         if score == "synflow":
             for child in self.host.paths().values():
-                for first, second in _products(child):
-                    a, b = sizes[id(first)], sizes[id(second)]
-                    sizes[id(first)], sizes[id(second)] = a * b.sum(0)[:, None], b * a.sum(1)
-        return [sizes[id(p)] for p in parameters]
+                for down, up in _products(child):
+                    a, b = scores[id(down)], scores[id(up)]  # |W_down| (r, d), |W_up| (d, r)
+                    scores[id(down)] = a * b.sum(0)[:, None]  # (r, d)
+                    scores[id(up)] = b * a.sum(1)  # (d, r)
+        return [scores[id(p)] for p in parameters]
 
     def check_mergeable(self) -> None:
         if self.config.form != "lora":
@@ -151,7 +153,7 @@ class SparseAdapter(PrunedCombination):
 
 
 def _products(child: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """The pairs (first, second) of matrices whose product a child applies."""
+    """The pairs (W_down, W_up), or (A, B), of matrices that a child applies one after the other."""
     if isinstance(child, Bottleneck):
         return [(child.down.weight, child.up.weight)]
     return [(child.A, child.B)] if isinstance(child, LowRank) else []
@@ -160,17 +162,17 @@ def _products(child: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
 def _grasp(
     model: nn.Module, parameters: list[nn.Parameter], batches: list[dict[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """``w (H g)`` for the mean gradient g and the mean Hessian H over the batches."""
-    first = importance.GradientSums(parameters, "signed")
-    with first:
+    """``w (H g)`` for each w, g and H the gradient and the Hessian of the sum of the losses of all batches."""
+    g = importance.GradientSums(parameters, "signed")
+    with g:
         for batch in batches:
-            first.backward(importance.loss(model, batch))
-    products = [torch.zeros_like(p) for p in parameters]
+            g.backward(importance.loss(model, batch))
+    Hg = [torch.zeros_like(w) for w in parameters]
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
             gradients = torch.autograd.grad(importance.loss(model, batch), parameters, create_graph=True)
-            along = sum((g * total).sum() for g, total in zip(gradients, first.sums))
-            for product, more in zip(products, torch.autograd.grad(along, parameters)):
+            along = sum((gradient * total).sum() for gradient, total in zip(gradients, g.sums))  # ()
+            for product, more in zip(Hg, torch.autograd.grad(along, parameters)):
                 product += more
-    return [p.detach() * product for p, product in zip(parameters, products)]
+    return [w.detach() * product for w, product in zip(parameters, Hg)]

@@ -3,11 +3,11 @@ r"""AutoPEFT: one structure of a space of serial adapters, parallel adapters and
 .. math:: \max_{c \in \mathcal C} \bigl(\mathrm{score}(c), -\mathrm{params}(c)\bigr), \qquad
           c = (r_{serial}, r_{parallel}, m, z_1, \dots, z_L)
 
-Shapes: r_serial and r_parallel are the bottlenecks of an adapter behind and of one beside the feed-forward block, m the
-number of keys and values before those of each attention; the sizes hold for every layer l with z_l = 1, and layers with
-z_l = 0 have nothing. A size of 0 leaves that module out. Trained: 2 d r + r + d an adapter and 2 m d a prefix, in each
-layer that is on. Adapters start at zero, so without a prefix the start is the identity. No merge: adapters are
-nonlinear and a prefix depends on the query.
+Letters: r_serial and r_parallel are the bottlenecks of an adapter behind and of one beside the feed-forward block, m is
+the number of keys and values before those of each attention, d the hidden size. The sizes hold for every layer l with
+z_l = 1; layers with z_l = 0 have no modules. A size of 0 leaves that module out. Trained: 2 d r + r + d an adapter and
+2 m d a prefix, in each layer that is on. Adapters start at zero, so without a prefix the start is the identity. No
+merge: adapters are nonlinear and a prefix depends on the query.
 
 Attached is one structure. :func:`peftlib.experiments.search` finds the set of those that no other beats in both score
 and size, by Bayesian optimization; it scores each with a training run of its own.

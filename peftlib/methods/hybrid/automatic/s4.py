@@ -3,17 +3,17 @@ r"""S4: four groups of layers with a set of methods each, and the same budget in
 .. math:: G_1: \{A, L\}, \quad G_2: \{A, P\}, \quad G_3: \{A, P, B\}, \quad G_4: \{P, B, L\}, \qquad
           N_1 < N_2 = N_3 > N_4, \qquad \mathrm{params}(\ell) \approx \frac{\beta\,|\theta|}{L}
 
-Shapes: those of the methods: A adapter (Pfeiffer's) of bottleneck r, P prefix of m keys and values, B biases of the
-layer, L LoRA of rank r on queries and values. The groups are of consecutive layers, a spindle: few layers at both ends.
-Every layer gets the share beta |theta| / L of the budget. Its biases are paid first and the other methods of its set
-get equal parts of the rest, each as wide as its part allows; what is left of a layer's share is less than one more unit
-of each. Trained: at most beta |theta|, the same for all layers of a group. Prefixes act from the first step on. No
-merge: adapters are nonlinear and a prefix depends on the query.
+Letters: A adapter (Pfeiffer's) of bottleneck r, P prefix of m keys and values, B biases of the layer, L LoRA of rank r
+on queries and values; group G_i has N_i consecutive layers, a spindle with few layers at both ends; theta are the
+backbone's parameters. Every one of the L layers gets the share beta |theta| / L of the budget. Its biases are counted
+first; the other methods of its set get equal parts of the rest, and each is as wide as its part allows: one more unit
+would not fit. Trained: at most beta |theta|, the same in all layers of a group. Prefixes act from the first step on.
+No merge: adapters are nonlinear and a prefix depends on the query.
 
 Source: Chen et al. 2023, arXiv:2301.01821, whose design patterns these are: spindle, uniform allocation, every group
 tuned, a set a group; beta is 0.5 % in its comparisons with T5-base, for which the sets were found. The relative sizes
 1:2:2:1 of the groups, the split of a layer's share, one adapter a layer and prefixes without an MLP are chosen here.
-Stacks of an encoder-decoder have their four groups each, and B is left out where a layer has no biases (LLaMA, T5).
+Each stack of an encoder-decoder has its own four groups. A layer without biases (LLaMA, T5) has no B.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@ r"""MAM adapter: a short prefix at attention, a scaled parallel adapter beside t
 
 .. math:: \mathrm{Attn}(Q, [P_K; K], [P_V; V]), \qquad \mathrm{FFN}(x) + s\, W_{up}\, \mathrm{ReLU}(W_{down} x)
 
-Shapes: P_K, P_V (m, d) a layer; W_down (r, d), W_up (d, r). Trained: what prefix tuning and the parallel adapter train,
-which are its two parts; stored: theirs, so keys and values without the MLP that makes them. The adapter starts at
-zero, the prefix acts from the first step on. No merge: a prefix depends on the query, and the adapter is nonlinear.
+Shapes: x (b, t, d) of b rows, t tokens and hidden size d; P_K, P_V (m, d) a layer; W_down (r, d), W_up (d, r).
+Trained and stored: what its two parts, prefix tuning and the parallel adapter, train and store, so keys and values
+without the MLP that makes them. The adapter starts at zero, the prefix acts from the first step on. No merge: a prefix
+depends on the query, and the adapter is nonlinear.
 
 Source: He et al. 2022, arXiv:2110.04366: m = 30 with an MLP of 800 units, r = 512, s = 4. The defaults are those of
-their summarization and translation runs; on GLUE they use m = r = 16. The text stays at its positions. ``adapters``
+their summarization and translation runs; on GLUE they use m = r = 16. The text keeps its positions. ``adapters``
 1.3 with the same weights (BERT, two layers, float32) gives logits that differ by at most 7.5e-8.
 """
 

@@ -3,12 +3,12 @@ r"""U-MAM: a MAM adapter pruned entry by entry, to the entries whose removal wou
 .. math:: \delta \leftarrow z \odot \delta, \qquad z = \operatorname{top}_k(s), \qquad
           s_i = \Bigl|\delta_i\, \frac{\partial \mathcal L}{\partial \delta_i}\Bigr|
 
-Shapes: delta, s and z have an entry for each of a MAM adapter's: keys and values P_K, P_V (m, d), W_down (r, d),
-W_up (d, r) and the adapters' biases. s_i is the first-order estimate of how the loss changes when entry i alone is set
-to zero. A search (:meth:`Adapted.calibrate`) trains all of them with the task head, scores them and drops the smallest,
-round by round, until k are left, over all tensors together (ties by position); then everything goes back to its start
-and k values train. Trained and kept: k = int(density times entries), to the entry; stored: k values with their indices,
-or bits. Prefixes act from the first step on. No merge, as MAM.
+Shapes: delta, s and z have an entry for each entry i of a MAM adapter: keys and values P_K, P_V (m, d), W_down (r, d),
+W_up (d, r) and the adapters' biases; m positions, hidden size d, bottleneck r. s_i is the first-order estimate of how
+the loss changes when entry i alone is set to zero. A search (:meth:`Adapted.calibrate`) trains all entries with the
+task head, scores them and prunes those with the smallest scores, round by round, to k over all tensors together (ties
+by position); then all values go back to their start and k of them train. Trained: k = int(density times entries)
+exactly; stored: k values with their indices, or bits. Prefixes act from the first step on. No merge, as MAM.
 
 Source: Lawton et al. 2023, arXiv:2305.16597, of which no code is public. Chosen here: the share that is kept, the
 search's length and rate, two rounds in equal ratios, prefixes without an MLP, and training anew after the search.
@@ -85,7 +85,7 @@ class UMAM(PrunedCombination):
             )
             scores = importance.first_order(self.host.model, parameters, batches)
             left = self.k if round_ == c.rounds else round(self.entries * c.density ** (round_ / c.rounds))
-            # What is out stays out, also where a score is zero.
+            # A pruned entry stays pruned, also where a score is zero.
             chosen = pruned.largest([torch.where(m > 0, s.abs(), -1.0) for s, m in zip(scores, masks)], left)
             for mask, indices in zip(masks, chosen):
                 mask.zero_().view(-1)[indices] = 1

@@ -1,8 +1,8 @@
-"""A search over structures: gates that open and close candidate modules are learned together with the modules.
+"""S3Delta's search: the gates of candidate modules and the modules train in turn (differentiable architecture search,
+DARTS).
 
-Gates train on one half of the data, modules on the other, and a gate's gradient looks one step of the modules ahead
-(differentiable architecture search, DARTS, of second order; of first order it does not). The expected size is held at a
-budget at every step.
+Gates train on one half of the data, modules on the other. In the second order a gate's gradient is taken after one more
+step of the modules, in the first order at the modules as they are. The expected size equals the budget at every step.
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy.optimize import brentq
 from torch import nn
-from torch.nn.utils import parametrize
 
 from peftlib.errors import DataError, StateError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.importance import Batch
-
-EDGE = 1e-7
-"""How near a probability comes to 0 and 1."""
+from peftlib.methods.hybrid.automatic.s3delta.layer import Gates
 
 
 def fitting(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int]:
-    """Those that are taken in this order while they fit into what is left of the budget, ascending."""
+    """The positions that are taken in this order, each if it fits into the rest of the budget; ascending."""
     chosen, left = [], budget
     for i in order:
         if sizes[i] <= left:
@@ -48,67 +43,16 @@ def fitting(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int
     return sorted(chosen)
 
 
-class Gates:
-    """One gate a candidate, open with probability p_i = sigmoid((alpha_i - b) / beta), b such that sum_i p_i n_i is the
-    budget.
-
-    ``draw(u)`` sets the values z_i = sigmoid(logit u_i + logit p_i) in (0, 1), binary-concrete ones of temperature 1;
-    :meth:`guard` puts one on a module. alpha starts at zero, and until the first draw all gates are open.
-    """
-
-    def __init__(self, sizes: Sequence[int], budget: float, beta: float, device: torch.device):
-        self.sizes = np.asarray(sizes, dtype=np.float64)
-        self.budget, self.beta = budget, beta
-        self.alpha = nn.Parameter(torch.zeros(len(sizes), device=device))
-        self.values = torch.ones(len(sizes), device=device)
-
-    def shift(self) -> float:
-        """b, by root finding: the expected size falls as it rises."""
-        alpha = self.alpha.detach().double().cpu().numpy()
-
-        def excess(b: float) -> float:
-            # 1 / (1 + exp(-x)) without overflow
-            return float((0.5 * (1 + np.tanh((alpha - b) / self.beta / 2)) * self.sizes).sum() - self.budget)
-
-        reach = 40 * self.beta
-        return brentq(excess, alpha.min() - reach, alpha.max() + reach, xtol=1e-12, rtol=1e-14)
-
-    def probabilities(self) -> torch.Tensor:
-        """p (candidates,). No gradient goes through b; what one gate gains in a gradient the others lose."""
-        p = torch.sigmoid((self.alpha - self.shift()) / self.beta).clamp(EDGE, 1 - EDGE)
-        return p / p.sum() * p.sum().detach()
-
-    def draw(self, u: torch.Tensor) -> None:
-        self.values = torch.sigmoid(torch.logit(u, EDGE) + torch.logit(self.probabilities(), EDGE))
-
-    def guard(self, index: int, module: nn.Module, parameters: Iterable[str]) -> None:
-        """Scale what a module adds by gate ``index``, by way of the ``parameters`` in which, taken together, it is
-        linear: they are small, and what is added is as large as the module's output."""
-        for path in parameters:
-            owner, _, name = path.rpartition(".")
-            parametrize.register_parametrization(module.get_submodule(owner), name, _Gate(self, index))
-
-
-class _Gate(nn.Module):
-    """``forward(w) = z w`` for the value z of one gate."""
-
-    def __init__(self, gates: Gates, index: int):
-        super().__init__()
-        self.gates, self.index = gates, index
-
-    def forward(self, w: torch.Tensor) -> torch.Tensor:
-        return self.gates.values[self.index] * w
-
-
 def cut(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
-    """The batches in pieces of at most so many rows."""
+    """The batches, cut into batches of at most so many rows."""
     for batch in batches:
         names, columns = zip(*((name, v.split(rows)) for name, v in batch.items()))
         yield from (dict(zip(names, piece)) for piece in zip(*columns))
 
 
 def halves(batches: Iterable[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
-    """Every other batch of at most ``most``; a single one is cut in the middle. Raises DataError for too few rows."""
+    """Of at most ``most`` batches every other one, and the rest; a single batch is cut in the middle. Raises DataError
+    for too few rows."""
     kept = list(islice(batches, most))
     if len(kept) > 1:
         return kept[::2], kept[1::2]
@@ -126,7 +70,7 @@ def gate_gradient(
     loss: Callable[[], torch.Tensor],
     other_loss: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """The gradient for alpha of ``other_loss`` at the weights that one step of the optimizer on ``loss`` gives:
+    """The gradient for alpha of ``other_loss`` at the weights w' after one step of the optimizer on ``loss``:
 
     d/d_alpha other_loss(w', alpha) - rate * d^2/(d_alpha d_w) loss(w, alpha) . d/d_w' other_loss(w', alpha)
 
@@ -159,14 +103,14 @@ def gate_gradient(
 class Search:
     """A bi-level search of ``steps`` steps; :meth:`run` leaves its result in the gates.
 
-    A step takes one batch of each half, or ``batch_size`` rows of one: batches are cut before they are dealt out.
-    Each step draws gates, moves alpha by AdamW along :func:`gate_gradient`, draws again, and moves the weights by
-    AdamW; both rates fall linearly to zero and both gradients are cut to ``max_norm``. A step costs five passes forward
-    and backward. With ``order=1`` alpha moves along the gradient at the weights as they are, and a step costs two.
-    Everything that a step draws, dropout included, follows from ``seed`` and its number.
+    A step takes one batch of each half; with ``batch_size`` the batches are cut to as many rows first. It draws gates,
+    updates alpha by AdamW with :func:`gate_gradient`, draws gates again, and updates the weights by AdamW. Both rates
+    fall linearly to zero, both gradients are clipped at ``max_norm``. A step costs five passes forward and backward.
+    With ``order=1`` alpha's gradient is taken at the weights as they are, and a step costs two passes. Everything that
+    a step draws, dropout included, follows from ``seed`` and the step's number.
 
-    With a ``checkpoint`` the state is written there, whole or not at all, once ``every`` seconds have passed since the
-    last time and at the end, and :meth:`run` goes on from what it finds there; one of another search is a StateError.
+    With a ``checkpoint`` the state is written there, whole or not at all, every ``every`` seconds and at the end, and
+    :meth:`run` goes on from it. Raises StateError for the state of another search.
     """
 
     model: nn.Module
@@ -184,8 +128,8 @@ class Search:
     every: float = 5.0
 
     def run(self, batches: Iterable[Batch]) -> None:
-        pieces = batches if self.batch_size is None else cut(batches, self.batch_size)
-        own, other = halves(pieces, 2 * self.steps)
+        batches = batches if self.batch_size is None else cut(batches, self.batch_size)
+        own, other = halves(batches, 2 * self.steps)
         self._identity = self._describe(own, other)
         optimizers = [
             torch.optim.AdamW(params, lr=rate, weight_decay=0.0, fused=True)
@@ -281,7 +225,7 @@ class Search:
 
     @torch.no_grad()
     def _resume(self, optimizers: list[torch.optim.Optimizer]) -> int:
-        """Take up what the checkpoint holds; gives how many steps are done."""
+        """Load the checkpoint; returns how many steps are done."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return 0
         try:

@@ -1,5 +1,7 @@
-"""Subnetworks of a shared prototype: each place, and each task, learns which entries of the prototype's tensors it
-keeps."""
+r"""ProPETL's layers: a prototype that places share, seen through masks, :math:`\theta_\ell = \theta \odot M_\ell`.
+
+Letters in shapes: b rows, t tokens, d hidden size, r bottleneck or rank, m positions of a prefix, T tasks.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,20 @@ from peftlib.mechanisms.bottleneck import Bottleneck
 from peftlib.mechanisms.host import Tasks
 from peftlib.mechanisms.low_rank import LowRank, update
 from peftlib.mechanisms.precision import cast
-from peftlib.mechanisms.prefix import Prefix, PrefixEncoder
+from peftlib.mechanisms.prefix import Prefix
 
 
 def top(scores: torch.Tensor, share: float) -> torch.Tensor:
     """The mask of the largest entries, all but floor((1 - share) * numel) of them, in the scores' shape."""
-    kept = scores.numel() - int((1 - share) * scores.numel())
-    flat = scores.flatten()
-    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(kept).indices, True).view(scores.shape)
+    k, flat = scores.numel() - int((1 - share) * scores.numel()), scores.flatten()
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, flat.topk(k).indices, True).view(scores.shape)
 
 
 class TopMask(nn.Module):
-    """``forward(t) = t * M`` with M the mask of the largest ``|scores|``; their gradient is the mask's.
+    """``forward(theta) = theta * M`` with M the mask of the largest ``|S|``; the gradient of S is that of M.
 
-    ``scores`` have the tensor's shape and start Kaiming-uniform with a = sqrt(5). They train until :meth:`deploy` puts
-    a fixed mask in their place.
+    The scores S have the tensor's shape and start Kaiming-uniform with a = sqrt(5). They train until :meth:`deploy`
+    puts a fixed mask in their place.
     """
 
     def __init__(self, shape: Sequence[int], share: float):
@@ -42,19 +43,19 @@ class TopMask(nn.Module):
         self.register_buffer("fixed", None, persistent=False)
 
     def mask(self) -> torch.Tensor:
-        """What is kept, boolean."""
+        """M, boolean."""
         return top(self.scores.detach().abs(), self.share) if self.fixed is None else self.fixed
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mask as zeros and ones that pass gradients to the scores."""
-        mask = self.mask().to(dtype)
+        """M as zeros and ones that pass gradients to the scores."""
+        M = self.mask().to(dtype)
         if self.fixed is None:
             size = self.scores.abs()
-            mask = mask + (size - size.detach())
-        return mask
+            M = M + (size - size.detach())
+        return M
 
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor * self.values(tensor.dtype)
+    def forward(self, theta: torch.Tensor) -> torch.Tensor:
+        return theta * self.values(theta.dtype)  # the tensor's shape
 
     def pack(self) -> torch.Tensor:
         """The mask as it is now, one bit an entry."""
@@ -68,15 +69,15 @@ class TopMask(nn.Module):
 
 
 COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "or": lambda a, b: 1 - (1 - a) * (1 - b),
-    "and": lambda a, b: a * b,
-    "add": lambda a, b: a + b,
+    "or": lambda M_l, M_i: 1 - (1 - M_l) * (1 - M_i),
+    "and": lambda M_l, M_i: M_l * M_i,
+    "add": lambda M_l, M_i: M_l + M_i,
 }
 """How a place's mask and a task's become one: both are zeros and ones, and gradients pass to both."""
 
 
 class TaskMasks(nn.Module):
-    """The masks of each task over a prototype, the same at all its places: for a named tensor, a list of masks."""
+    """Each task's masks of a prototype, the same at all places: for a named tensor, a list of T masks."""
 
     def __init__(self, tasks: int, share: float, combine: str, shapes: dict[str, Sequence[int]]):
         super().__init__()
@@ -93,14 +94,14 @@ class TaskMasks(nn.Module):
         for name, masks in self.masks.items():
             self.masks[name] = nn.ModuleList([masks[task]])
 
-    def with_place(self, name: str, place: torch.Tensor) -> torch.Tensor:
-        """A place's mask, combined with each task's: (tasks, ...)."""
-        return COMBINE[self.combine](place, torch.stack([mask.values(place.dtype) for mask in self.masks[name]]))
+    def with_place(self, name: str, M_l: torch.Tensor) -> torch.Tensor:
+        """A place's mask, combined with each task's: (...) -> (T, ...)."""
+        return COMBINE[self.combine](M_l, torch.stack([mask.values(M_l.dtype) for mask in self.masks[name]]))
 
 
 class Masked(nn.Module):
-    """A place's view of ``prototype``, which places share, through one mask for each named tensor of it; with
-    ``task_masks``, through one for each task of the rows, which ``tasks`` tells."""
+    """A place's view of ``prototype``, which places share, through a mask for each named tensor of it; with
+    ``task_masks`` also through those of each row's task, which ``tasks`` knows."""
 
     def __init__(
         self,
@@ -116,11 +117,11 @@ class Masked(nn.Module):
         self.task_masks = task_masks
         self.tasks = tasks
 
-    def masked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor through the mask of this place, or (tasks, ...) through the masks of this place and each task."""
+    def masked(self, name: str, theta: torch.Tensor) -> torch.Tensor:
+        """The tensor through the mask of this place; or (T, ...) through the masks of this place and of each task."""
         if self.task_masks is None:
-            return self.masks[name](tensor)
-        return tensor * self.task_masks.with_place(name, self.masks[name].values(tensor.dtype))
+            return self.masks[name](theta)
+        return theta * self.task_masks.with_place(name, self.masks[name].values(theta.dtype))
 
 
 class MaskedBottleneck(Masked):
@@ -134,35 +135,38 @@ class MaskedBottleneck(Masked):
 
     def delta(self, z: torch.Tensor) -> torch.Tensor:
         p = self.prototype
-        z = cast(z, p.down.weight)
-        down, up = self.masked("down", p.down.weight), self.masked("up", p.up.weight)
+        z = cast(z, p.down.weight)  # (b, t, d)
+        W_down = self.masked("down", p.down.weight)  # (r, d) or (T, r, d)
+        W_up = self.masked("up", p.up.weight)  # (d, r) or (T, d, r)
         if self.task_masks is None:
-            inner = p.dropout(p.activation(F.linear(z, down, p.down.bias)))
-            return p.scale * F.linear(inner, up, p.up.bias)
-        grouped, ids = self.tasks.grouped(z)
-        inner = p.dropout(p.activation(grouped @ down[ids].mT + p.down.bias))
-        return (p.scale * (inner @ up[ids].mT + p.up.bias)).view(z.shape)
+            a = p.dropout(p.activation(F.linear(z, W_down, p.down.bias)))  # (b, t, d) -> (b, t, r)
+            return p.scale * F.linear(a, W_up, p.up.bias)  # (b, t, r) -> (b, t, d)
+        h, i = self.tasks.grouped(z)  # (b, t, d), and the tasks (b,)
+        a = p.dropout(p.activation(h @ W_down[i].mT + p.down.bias))  # (b, t, d) -> (b, t, r)
+        return (p.scale * (a @ W_up[i].mT + p.up.bias)).view(z.shape)  # (b, t, r) -> (b, t, d)
 
 
 class MaskedLowRank(Masked):
-    """``forward(x, y) = y + scale * (B o M_B) (A o M_A) dropout(x)`` with a shared low-rank update."""
+    """``forward(x, y) = y + scale * (B o M_B) (A o M_A) dropout(x)`` with a shared low-rank update; x (b, t, in),
+    y (b, t, out)."""
 
     @staticmethod
     def shapes(prototype: LowRank) -> dict[str, Sequence[int]]:
         return {"A": prototype.A.shape, "B": prototype.B.shape}
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masked A and B, one a task where there are tasks."""
+        """The masked A (r, in) and B (out, r), one a task where there are tasks."""
         return self.masked("A", self.prototype.A), self.masked("B", self.prototype.B)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        A, B = self.factors()
-        x = cast(self.prototype.dropout(x), A)
+        A, B = self.factors()  # (r, in), (out, r), or (T, r, in), (T, out, r)
+        x = cast(self.prototype.dropout(x), A)  # (b, t, in)
         if self.task_masks is None:
-            return update(y, F.linear(x.flatten(0, -2), A), B, self.prototype.scale)
-        grouped, ids = self.tasks.grouped(x)
-        delta = self.prototype.scale * (grouped @ A[ids].mT @ B[ids].mT)
-        return y + delta.view(y.shape).to(y.dtype)
+            Ax = F.linear(x.flatten(0, -2), A)  # (b, t, in) -> (b t, r)
+            return update(y, Ax, B, self.prototype.scale)  # (b, t, out)
+        x, i = self.tasks.grouped(x)  # (b, t, in), and the tasks (b,)
+        delta = self.prototype.scale * (x @ A[i].mT @ B[i].mT)  # (b, t, in) -> (b, t, out)
+        return y + delta.view(y.shape).to(y.dtype)  # (b, t, out)
 
     @torch.no_grad()
     def delta(self, task: int = 0) -> torch.Tensor:
@@ -175,17 +179,17 @@ class MaskedLowRank(Masked):
 
 
 class Table(nn.Module):
-    """Keys and values beside each other, ``table`` (m, 2 width): made by a trained network until :meth:`keep`."""
+    """Keys and values beside each other, ``table`` (m, 2 H_kv p): the output of a trained MLP until :meth:`keep`."""
 
-    def __init__(self, maker: PrefixEncoder):
+    def __init__(self, mlp: nn.Module):
         super().__init__()
-        self.maker = maker
+        self.maker = mlp
 
     def forward(self) -> torch.Tensor:
-        return self.table if self.maker is None else self.maker()
+        return self.table if self.maker is None else self.maker()  # (m, 2 H_kv p)
 
     def keep(self) -> None:
-        """Drop the maker and train the table that it makes now."""
+        """Drop the MLP and train its output of now."""
         if self.maker is not None:
             table = self.maker().detach()
             self.maker = None
@@ -193,17 +197,19 @@ class Table(nn.Module):
 
 
 class MaskedTable(Masked):
-    """A masked :class:`Table`, or one a task; the maker of a :class:`peftlib.mechanisms.prefix.Prefix`."""
+    """A masked :class:`Table`, or one a task, from which a prefix takes its keys and values."""
 
     def forward(self) -> torch.Tensor:
-        return self.masked("table", self.prototype())
+        return self.masked("table", self.prototype())  # (m, 2 H_kv p) or (T, m, 2 H_kv p)
 
 
 class TaskPrefix(Prefix):
-    """The keys and values of each row's task, made by a :class:`MaskedTable` with tasks."""
+    """The keys and values of each row's task, from a :class:`MaskedTable` with tasks."""
 
     def forward(self, inputs: Inputs) -> Inputs:
-        heads, length, head_dim = self.shape
-        rows = len(inputs.query)
-        tables = self.maker()[self.maker.tasks.ids(rows, inputs.query.device)]
-        return inputs.prepend(*tables.view(rows, length, 2, heads, head_dim).permute(2, 0, 3, 1, 4).unbind())
+        H_kv, m, p = self.shape
+        b = len(inputs.query)
+        i = self.maker.tasks.ids(b, inputs.query.device)  # (b,)
+        tables = self.maker()[i]  # (T, m, 2 H_kv p) -> (b, m, 2 H_kv p)
+        P_K, P_V = tables.view(b, m, 2, H_kv, p).permute(2, 0, 3, 1, 4).unbind()  # 2 (b, H_kv, m, p)
+        return inputs.prepend(P_K, P_V)

@@ -2,31 +2,31 @@ r"""ProPETL: one prototype module for all layers, of which each layer learns to 
 
 .. math:: \theta_\ell = \theta \odot M_\ell, \qquad M_\ell = \mathrm{top}_{k}(|S_\ell|)
 
-Shapes: the scores S_l and masks M_l have the shape of each of the prototype's matrices, of which k percent are kept,
-tensor by tensor; the mask's gradient is the scores'. Scores train at a rate of their own. Trained: the prototype and
+Shapes: the scores S_l and masks M_l have the shape of each of the prototype's matrices theta, of which k percent are
+kept, tensor by tensor; the scores take the mask's gradient and train at a rate of their own. Trained: the prototype and
 its size in scores for every layer; stored: the prototype and one bit a score. A loaded adapter trains on with its masks
 fixed, because the scores are gone.
 
-With ``tasks`` T > 1 each task t has a mask M_t as well, one for all layers (T prototypes' sizes of scores more), and a
-row is served by theta o (M_l or M_t): an entry is kept where the layer or the row's task keeps it. Batches carry
-``task_ids``; ``adapted.task(t)`` sets the task of all rows, ``adapted.method.keep(t)`` leaves one.
+With ``tasks`` T > 1 each task i has a mask M_i as well, one for all layers (T prototypes' sizes of scores more), and a
+row is computed with theta o (M_l or M_i): an entry is kept where the layer or the row's task keeps it. Batches carry
+``task_ids``; ``adapted.task(i)`` sets the task of all rows, ``adapted.method.keep(i)`` leaves one.
 
 ========  ============================================  =================================  =======================
 form      prototype                                     start                              merge
 ========  ============================================  =================================  =======================
-adapter   W_down (r, d), W_up (d, r) and unmasked bias  near: both matrices N(0, 0.02)     no, it is nonlinear
+adapter   W_down (r, d), W_up (d, r) and unmasked bias  near: both matrices N(0, 0.02^2)   no, it is nonlinear
 prefix    keys and values (m, 2d), from an MLP          changed, as prefix tuning          no
 lora      A (r, in), B (out, r) for each target name    identity: B is zero                exact, as LoRA
 ========  ============================================  =================================  =======================
 
-The adapter reads what the feed-forward block would give without it (behind the residual sum and, where it stands
+The adapter reads the output that the feed-forward block has without it (behind the residual sum and, where it stands
 there, the norm) and adds to the sum. The prefix form leaves the text's positions as they are and has a prototype for
-each of encoder, decoder and cross-attention; encoder and decoder share the others (``share_stacks``), as in the
-paper's T5 runs.
+each of encoder, decoder and cross-attention; encoder and decoder share the prototypes of the other forms
+(``share_stacks``), as in the paper's T5 runs.
 
 Source: Zeng et al. 2023, arXiv:2305.17682, and its code, with its RoBERTa-base settings as defaults: adapter r = 64,
 half kept, scores at 30 times the rate; LoRA r = 32, alpha = 48, a tenth kept, 300 times; prefix m = 64, a tenth kept,
-the same rate. Their T5 adapters, the multi-task ones, start at N(0, 0.01), use GELU, keep 30 % of each mask and train
+the same rate. Their T5 adapters, the multi-task ones, start at N(0, 0.01^2), use GELU, keep 30 % of each mask and train
 the scores at 10 times the rate. Masks of tasks for the prefix and LoRA forms are our extension of their adapters'.
 """
 
@@ -45,7 +45,10 @@ from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck, behind_ffn, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
-from peftlib.mechanisms.masking import (
+from peftlib.mechanisms.prefix import Prefix, PrefixEmbedding, PrefixEncoder
+from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.bases.per_task import PerTask
+from peftlib.methods.unified.propetl.layer import (
     COMBINE,
     Masked,
     MaskedBottleneck,
@@ -56,9 +59,6 @@ from peftlib.mechanisms.masking import (
     TaskPrefix,
     TopMask,
 )
-from peftlib.mechanisms.prefix import Prefix, PrefixEmbedding, PrefixEncoder
-from peftlib.methods.base import Method, MethodConfig, at_least, between
-from peftlib.methods.bases.per_task import PerTask
 
 KEEP = {"adapter": 0.5, "prefix": 0.1, "lora": 0.1}
 MASK_RATE = {"adapter": 30.0, "prefix": 1.0, "lora": 300.0}
@@ -119,8 +119,8 @@ class ProPETL(PerTask):
         {"adapter": self._adapters, "prefix": self._prefixes, "lora": self._updates}[self.config.form](host)
 
     def _masked(self, kind: type[Masked], host: Host, stack: str, *key, make, shapes=None) -> Masked:
-        """A place's view of the prototype that places with this key share; it is made, with its tasks' masks, for the
-        first of them."""
+        """A place's view of the prototype that all places with this key share. The first of them makes the prototype
+        and its tasks' masks."""
         c = self.config
         key = key if c.share_stacks else (stack, *key)
         if key not in self.prototypes:
@@ -178,7 +178,7 @@ class ProPETL(PerTask):
             attention.attach(host, module, "propetl", kind(heads, c.length, parts.head_dim, encoder=masked))
 
     def _parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
-        """The modules of this kind in what was attached, each once, by name in the model."""
+        """The modules of this kind among the attached ones, each once, by name in the model."""
         found: dict[int, tuple[str, nn.Module]] = {}
         for path, child in self.host.paths().items():
             for name, module in child.named_modules(prefix=path):
@@ -191,7 +191,7 @@ class ProPETL(PerTask):
         return {f"{name}.scores": factor for name, mask in self._parts(TopMask).items() if mask.scores is not None}
 
     def _dense(self) -> dict[str, torch.Tensor]:
-        """What is stored as it is: prototypes (a table without its maker) and the task head."""
+        """What is stored as it is: prototypes (a table without its MLP) and the task head."""
         masks, tables = self._parts(TopMask), self._parts(Table)
         packed = {id(p) for module in (*masks.values(), *tables.values()) for p in module.parameters()}
         dense = {n: p for n, p in self.host.trained().items() if id(p) not in packed}

@@ -4,19 +4,20 @@ r"""S3Delta: which modules stand where is learned, by gates that compete for a b
           p_i = \sigma\Bigl(\frac{\alpha_i - b}{\beta}\Bigr), \quad \sum_i p_i\, n_i = B; \qquad
           \min_\alpha \mathcal L_2\bigl(w^*(\alpha), \alpha\bigr), \ w^*(\alpha) = \arg\min_w \mathcal L_1(w, \alpha)
 
-Candidates i with n_i parameters: LoRA of rank 1 and a trained bias (n) at every linear map of self-attention and
-feed-forward block; a trained bias and a trained weight (d) at every norm of the layers and behind the last one; an
-adapter behind attention and feed-forward block, whose two maps (d to d / 32 and back) have rank 1. A search
-(:meth:`Adapted.calibrate`) trains them all, each scaled by its gate z_i, with the task head on one half of the training
-batches and alpha on the other, by second-order DARTS; b is found anew at each draw, so that the expected number of
-parameters is B, a share of the backbone's. Then the candidates are taken by falling p while they fit into B, and train
-anew from their start, without gates. Trained: at most B. Start: identity. No merge, as adapters are nonlinear.
+Candidates i with n_i parameters: LoRA of rank 1 and a trained bias (out) at every linear map of self-attention and
+feed-forward block; a trained bias and a trained weight (d) at every norm of the layers and at the final one; an adapter
+behind attention and feed-forward block, whose two maps (d to d / 32 and back) have rank 1; d is the hidden size. A
+search (:meth:`Adapted.calibrate`) trains all candidates, each scaled by its gate z_i, with the task head on one half of
+the training batches and alpha on the other, by second-order DARTS; u_i is uniform, beta a temperature, and b is found
+anew at each draw, so that the expected number of parameters is B, a share of the backbone's. Then the candidates are
+taken by falling p while they fit into B, and train anew from their start, without gates. Trained: at most B. Start:
+identity. No merge: adapters are nonlinear.
 
-A search is ``steps`` long and costs five passes a step. With ``order=1`` alpha's gradient is taken at the weights as
-they are (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two. ``search_batch_size`` cuts the
+A search has ``steps`` steps of five passes each. With ``order=1`` alpha's gradient is taken at the weights as they are
+(DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two passes. ``search_batch_size`` cuts the
 training batches into smaller ones: more draws of the gates in the same time. With a file,
-``adapted.calibrate(batches, checkpoint=file)``, as runs of :mod:`peftlib.experiments` have one, a search that was cut
-off goes on from there. ``strategy="random"`` takes a random structure of the same budget instead.
+``adapted.calibrate(batches, checkpoint=file)``, as runs of :mod:`peftlib.experiments` have one, an interrupted search
+goes on. ``strategy="random"`` takes a random structure of the same budget instead.
 
 Source: Hu et al. 2022, arXiv:2206.07382, and its code (S3Delta-M). As there: candidates, alpha at zero, beta, rates of
 the gates and their gradients, clipping at 2, soft gates, one draw for the passes of alpha's gradient and another for
@@ -24,7 +25,8 @@ the weights, greedy choice. Where we differ: adapters start at zero (theirs at r
 is taken at the search's end (theirs where validation was best); halves are of batches (theirs of rows); the passes of a
 step share their dropout; the task head trains too (their T5 has none). Chosen here: 100 steps (theirs 15 epochs) at a
 larger rate of the weights (theirs 3e-4), and 0.1 % of the backbone (theirs 0.014 % of T5-large). Biases and weights of
-norms are changes that are added, as there, also where the backbone has no bias; cross-attention has no candidates.
+norms train as changes that are added, as theirs, also where the backbone has no bias; cross-attention has no
+candidates.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import LoadError, TargetError
-from peftlib.mechanisms.additions import LowRankLinear, Shift, Stretch
 from peftlib.mechanisms.bottleneck import Sequential, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, check_rank
-from peftlib.mechanisms.structure import Gates, Search, fitting
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between, one_of
+from peftlib.methods.hybrid.automatic.s3delta.layer import Gates, LowRankLinear, Shift, Stretch
+from peftlib.methods.hybrid.automatic.s3delta.search import Search, fitting
 
 LINEAR = {"lora": ("B",), "adapter": ("up.B", "up.bias"), "bitfit": ("b",), "lnfit": ("w",)}
-"""Kind of candidate -> the parameters in which what it adds is linear."""
+"""Kind of candidate -> the parameters in which its change is linear."""
 KINDS = tuple(LINEAR)
 SEARCHING = ("steps", "search_rate", "gate_rate", "order", "search_batch_size", "beta")
 """Options that a random structure does not depend on."""
@@ -56,7 +58,7 @@ SEARCHING = ("steps", "search_rate", "gate_rate", "order", "search_batch_size", 
 
 @dataclass(frozen=True)
 class S3DeltaConfig(MethodConfig):
-    """``budget``: share of the parameters below the task head that trains at most; ``steps`` of the search, at
+    """``budget``: at most this share of the parameters below the task head trains; ``steps`` of the search, at
     ``search_rate`` of the weights and ``gate_rate`` of alpha, whose gradient is of ``order`` 1 or 2, on batches of at
     most ``search_batch_size`` rows (default: those of the training); ``beta`` of the gates; ``kinds`` of candidates;
     ``rank`` of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the adapters' inner width, and their
@@ -105,7 +107,7 @@ class Candidate:
     name: str = ""
     size: int = 0
 
-    def hang(self, host: Host) -> nn.Module:
+    def add(self, host: Host) -> nn.Module:
         return host.after(self.where, self.kind, self.make().to(host.device))
 
 
@@ -159,7 +161,7 @@ class S3Delta(Method):
     def _measured(self, host: Host, candidates: list[Candidate]) -> list[Candidate]:
         dry_run, paths = host.dry_run(), {m: n for n, m in host.model.named_modules()}
         for candidate in candidates:
-            candidate.hang(dry_run)
+            candidate.add(dry_run)
         return [
             Candidate(
                 candidate.kind,
@@ -196,8 +198,8 @@ class S3Delta(Method):
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         starts = [p.detach().clone() for p in head]
         try:
-            with self.host.temporary() as trial:
-                children = [candidate.hang(trial) for candidate in self.candidates]
+            with self.host.temporary() as host:
+                children = [candidate.add(host) for candidate in self.candidates]
                 for i, (candidate, child) in enumerate(zip(self.candidates, children)):
                     gates.guard(i, child, LINEAR[candidate.kind])
                 Search(
@@ -224,7 +226,7 @@ class S3Delta(Method):
     def _keep(self, chosen: list[Candidate]) -> None:
         self.chosen = chosen
         for candidate in chosen:
-            candidate.hang(self.host)
+            candidate.add(self.host)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         if self.chosen is None:

@@ -1,0 +1,3 @@
+from peftlib.methods.unified.propetl.method import ProPETL, ProPETLConfig
+
+__all__ = ["ProPETL", "ProPETLConfig"]
