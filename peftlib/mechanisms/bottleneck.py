@@ -1,4 +1,4 @@
-"""A bottleneck network at a site: down to r, a nonlinearity, up again. Adapters are this, at different places."""
+"""A bottleneck network at a site: down to r, a nonlinearity, up again. Adapters are bottlenecks at different places."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def check_activation(name: str) -> None:
 
 
 class Bottleneck(nn.Module):
-    """``delta(z) = scale * (W_up act(W_down z + b_down) + b_up)`` for z (..., d); W_down (r, d), W_up (d, r).
+    """``delta(z) = scale * (W_up act(W_down z + b_down) + b_up)`` for z (b, t, d), b rows of t tokens; W_down (r, d),
+    W_up (d, r). A subclass may put a ``norm`` on z.
 
     Args:
         init: "lora": W_down Kaiming-uniform with a = sqrt(5) and W_up zero, so that delta starts at zero; "normal":
             both from a normal distribution with ``std``, cut off at two standard deviations.
         zero_up: start W_up at zero whatever ``init`` says.
-        norm: put a trained layer norm of its own, (d,) and (d,), on z.
-        linear: makes other maps ``linear(in, out)``, with a ``bias``, in the place of both; they bring their own start.
+        linear: ``linear(in, out)`` gives other maps, with a ``bias`` and a start of their own, in the place of both.
 
     Biases start at zero.
     """
@@ -50,12 +50,11 @@ class Bottleneck(nn.Module):
         init: Init = "lora",
         std: float = 1e-2,
         zero_up: bool = False,
-        norm: bool = False,
         linear: Callable[[int, int], nn.Module] | None = None,
     ):
         super().__init__()
         make: Callable[[int, int], Any] = linear or nn.Linear
-        self.norm = nn.LayerNorm(d) if norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         self.down = make(d, bottleneck)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -74,30 +73,17 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def delta(self, z: torch.Tensor) -> torch.Tensor:
-        """What the bottleneck makes of z, both (..., d)."""
-        inner = self.dropout(self.activation(self.down(self.norm(cast(z, self.down.bias)))))
-        return self.scale * self.up(inner)
+        """What the bottleneck computes from z, both (b, t, d)."""
+        z = self.norm(cast(z, self.down.bias))  # (b, t, d)
+        inner = self.dropout(self.activation(self.down(z)))  # (b, t, d) -> (b, t, r)
+        return self.scale * self.up(inner)  # (b, t, r) -> (b, t, d)
 
 
 class Sequential(Bottleneck):
     """Behind a map: ``forward(x, y) = y + delta(y)`` for the map's output y; for ``host.after``."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.delta(y).to(y.dtype)
-
-
-class Residual(Bottleneck):
-    """On a hidden state: ``forward(h) = h + delta(h)``; for ``host.behind``."""
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return h + self.delta(h).to(h.dtype)
-
-
-class Parallel(Bottleneck):
-    """Beside a block: ``forward(x, y) = y + delta(x)`` for the block's input x and output y; for ``host.across``."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.delta(x).to(y.dtype)
+        return y + self.delta(y).to(y.dtype)  # (b, t, d)
 
 
 def behind_ffn(host: Host, layer: Layer, name: str, child: nn.Module) -> nn.Module:

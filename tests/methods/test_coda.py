@@ -10,8 +10,8 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.efficiency.speed import count_flops
 from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms.bottleneck import Parallel
 from peftlib.methods.additive.adapters.coda.layer import Temperature, soft_top_k
+from peftlib.methods.additive.adapters.parallel_adapter import Parallel
 from peftlib.methods.base import ConfigError
 from tests.methods.helpers import backbone, inputs, perturb
 

@@ -15,6 +15,7 @@ def test_adds_its_bottleneck_to_the_output_of_both_blocks(family, activation):
     model = backbone(family)
     adapted = peftlib.attach(model, "sequential_adapter", bottleneck=4, activation=activation)
     perturb(adapted)
+    model.double()
     sites = adapted.host.anatomy.sites(("attention.output", "ffn.down"))
     assert len(sites) == 2 * adapted.host.anatomy.num_layers
     spy = Spy(*(site.module for site in sites))
@@ -26,7 +27,7 @@ def test_adds_its_bottleneck_to_the_output_of_both_blocks(family, activation):
         own = linear(site, x).reshape(-1, adapted.host.anatomy.d)
         parts = [t.detach() for t in (a.down.weight, a.down.bias, a.up.weight, a.up.bias)]
         expected = sequential_adapter(own, *parts, activation=activation)
-        torch.testing.assert_close(output.reshape(expected.shape), expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(output.reshape(expected.shape), expected, atol=1e-12, rtol=1e-10)
 
 
 def test_start_is_truncated_normal_or_the_identity():

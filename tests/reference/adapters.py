@@ -1,4 +1,4 @@
-"""Adapters as their papers write them: one token, one neuron at a time."""
+"""The bottleneck adapter as its paper writes it."""
 
 import math
 
@@ -11,37 +11,12 @@ ACTIVATIONS = {
 }
 
 
-def _bottleneck(h, down, down_bias, up, up_bias, activation):
-    act = ACTIVATIONS[activation]
-    inner = [act(sum(w * v for w, v in zip(row, h)) + b) for row, b in zip(down.tolist(), down_bias.tolist())]
-    return [sum(w * v for w, v in zip(row, inner)) + b for row, b in zip(up.tolist(), up_bias.tolist())]
-
-
-def sequential_adapter(y, down, down_bias, up, up_bias, activation="gelu"):
-    """Houlsby et al. 2019: h + W_up act(W_down h), for the output y (tokens, d) of a block."""
-    rows = []
+def sequential_adapter(y, W_down, b_down, W_up, b_up, activation="gelu"):
+    """Houlsby et al. 2019: h + W_up act(W_down h + b_down) + b_up, for each token h of the output y (tokens, d) of a
+    block, one neuron at a time; in y's dtype."""
+    act, rows = ACTIVATIONS[activation], []
     for h in y.tolist():
-        delta = _bottleneck(h, down, down_bias, up, up_bias, activation)
+        inner = [act(sum(w * v for w, v in zip(row, h)) + b) for row, b in zip(W_down.tolist(), b_down.tolist())]
+        delta = [sum(w * v for w, v in zip(row, inner)) + b for row, b in zip(W_up.tolist(), b_up.tolist())]
         rows.append([a + b for a, b in zip(h, delta)])
-    return torch.tensor(rows)
-
-
-def parallel_adapter(x, y, down, down_bias, up, up_bias, scale=4.0, activation="relu"):
-    """He et al. 2022: FFN(x) + s W_up ReLU(W_down x), for a block's input x and output y (tokens, d)."""
-    rows = []
-    for h, out in zip(x.tolist(), y.tolist()):
-        delta = _bottleneck(h, down, down_bias, up, up_bias, activation)
-        rows.append([a + scale * b for a, b in zip(out, delta)])
-    return torch.tensor(rows)
-
-
-def residual_adapter(rows, gain, shift, down, down_bias, up, up_bias, activation="relu", eps=1e-5):
-    """Lin et al. 2020: h + W_up ReLU(W_down LN(h)), for a layer's output (tokens, d)."""
-    out = []
-    for h in rows.tolist():
-        mean = sum(h) / len(h)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in h) / len(h) + eps)
-        normed = [g * (v - mean) / spread + b for v, g, b in zip(h, gain.tolist(), shift.tolist())]
-        delta = _bottleneck(normed, down, down_bias, up, up_bias, activation)
-        out.append([a + b for a, b in zip(h, delta)])
-    return torch.tensor(out)
+    return torch.tensor(rows, dtype=y.dtype)

@@ -2,10 +2,11 @@ r"""AdapterDrop: adapters are absent from the first k layers, which makes traini
 
 .. math:: h_\ell \leftarrow h_\ell + [\,\ell > k\,]\, \bigl(W_{up}\, \sigma(W_{down} h_\ell + b_{down}) + b_{up}\bigr)
 
-Shapes: h (..., d); W_down (r, d), W_up (d, r). The adapter is that of Pfeiffer et al. 2021: one a layer, behind the
-feed-forward block; it reads the block's output behind the residual sum and, where it stands there, the norm, and adds
-to the sum. Both matrices start from N(0, 0.02^2) and the biases at zero, so the start is near the identity; with
-``zero_up`` it is the identity. Trained: 2dr + r + d for each layer that has an adapter. No merge, because of sigma.
+Shapes, with b rows of t tokens: h (b, t, d); W_down (r, d), W_up (d, r). The adapter is that of Pfeiffer et al. 2021:
+one a layer, behind the feed-forward block; it reads the block's output behind the residual sum and, where it stands
+there, the norm, and adds to the sum. Both matrices start from N(0, 0.02^2) and the biases at zero, so the start is near
+the identity; with ``zero_up`` it is the identity. Trained: 2dr + r + d for each layer that has an adapter. No merge,
+because of sigma.
 
 ========================  ==============================  =========================================================
 form                      k in training                   k at inference
@@ -65,9 +66,16 @@ class AdapterDropConfig(MethodConfig):
 
 
 class Droppable(Bottleneck):
-    """A bottleneck that is computed only where its layer keeps it: in training, and at inference."""
+    """``[l > k] delta(h)``: a bottleneck that is computed only where its layer keeps it, in training and at
+    inference."""
 
     kept_in_training = kept_at_inference = True
+
+    def __init__(self, d: int, config: AdapterDropConfig):
+        super().__init__(d, config.bottleneck, config.activation, dropout=config.dropout)
+        nn.init.normal_(self.down.weight, std=config.init_std)
+        if not config.zero_up:
+            nn.init.normal_(self.up.weight, std=config.init_std)
 
     @property
     def active(self) -> bool:
@@ -89,10 +97,7 @@ class AdapterDrop(Method):
         self.adapters: dict[int, Droppable] = {}
         for index, layer in enumerate(layers):
             if index >= c.dropped or c.robust:
-                adapter = Droppable(host.anatomy.d, c.bottleneck, c.activation, dropout=c.dropout, zero_up=c.zero_up)
-                nn.init.normal_(adapter.down.weight, std=c.init_std)
-                if not c.zero_up:
-                    nn.init.normal_(adapter.up.weight, std=c.init_std)
+                adapter = Droppable(host.anatomy.d, c)
                 self.adapters[index] = behind_ffn(host, layer, "adapter_drop", adapter)
         self.drop(c.dropped)
 

@@ -2,9 +2,10 @@ r"""Residual adapter: a bottleneck network with a norm of its own at the end of 
 
 .. math:: h \leftarrow h + W_{up}\, \mathrm{ReLU}(W_{down}\, \mathrm{LN}(h) + b_{down}) + b_{up}
 
-Shapes: h (..., d), the layer's output; W_down (r, d), W_up (d, r). The layer norm is a new one with scale and shift
-(d,). Both matrices start from N(0, 0.02^2) and the biases at zero, so the start is near the identity; with ``zero_up``
-it is the identity. Trained: 2dr + r + d + 2d a layer. No merge: the nonlinearity stands between the two matrices.
+Shapes, with b rows of t tokens: h (b, t, d), the layer's output; W_down (r, d), W_up (d, r). The layer norm LN is a new
+one with scale and shift (d,). Both matrices start from N(0, 0.02^2) and the biases at zero, so the start is near the
+identity; with ``zero_up`` it is the identity. Trained: 2dr + r + d + 2d a layer. No merge: the nonlinearity stands
+between the two matrices.
 
 Source: Lin et al. 2020, arXiv:2004.03829; start and place, behind the residual sum of GPT-2's feed-forward block, are
 their repository's. There r differs by task (10, 100 or 300) and the learning rate is 5e-4; r = 64 is chosen here, as
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from peftlib.mechanisms.bottleneck import Residual, check_activation
+from peftlib.mechanisms.bottleneck import Bottleneck, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, at_least
 
@@ -40,17 +42,24 @@ class ResidualAdapterConfig(MethodConfig):
         check_activation(self.activation)
 
 
+class Residual(Bottleneck):
+    """On a layer's output: ``forward(h) = h + delta(h)``, of which delta reads LN(h)."""
+
+    def __init__(self, d: int, config: ResidualAdapterConfig):
+        super().__init__(d, config.bottleneck, config.activation, dropout=config.dropout)
+        self.norm = nn.LayerNorm(d)
+        nn.init.normal_(self.down.weight, std=config.init_std)
+        if not config.zero_up:
+            nn.init.normal_(self.up.weight, std=config.init_std)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.delta(h).to(h.dtype)  # (b, t, d)
+
+
 class ResidualAdapter(Method):
     Config = ResidualAdapterConfig
     learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
-        c = self.config
         for layer in host.anatomy.layers:
-            adapter = Residual(
-                host.anatomy.d, c.bottleneck, c.activation, dropout=c.dropout, zero_up=c.zero_up, norm=True
-            )
-            nn.init.normal_(adapter.down.weight, std=c.init_std)
-            if not c.zero_up:
-                nn.init.normal_(adapter.up.weight, std=c.init_std)
-            host.after_layer(layer.module, "residual_adapter", adapter)
+            host.after_layer(layer.module, "residual_adapter", Residual(host.anatomy.d, self.config))

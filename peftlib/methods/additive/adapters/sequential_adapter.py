@@ -2,20 +2,20 @@ r"""Sequential adapter: a bottleneck network with a skip connection behind each 
 
 .. math:: h \leftarrow h + W_{up}\, \sigma(W_{down} h + b_{down}) + b_{up}
 
-Shapes: h (..., d); W_down (r, d), W_up (d, r). It stands behind the attention's output projection and behind the
-feed-forward block, before the residual sum and the norm; the norms of both blocks train too. Both matrices start from
-N(0, 0.01^2) cut off at two standard deviations and the biases at zero, so the start is near the identity; with
-``zero_up`` it is the identity. Trained: 2 (2dr + r + d) a layer and 4d of norms. No merge: the nonlinearity stands
-between the two matrices.
+Shapes, with b rows of t tokens: h (b, t, d); W_down (r, d), W_up (d, r). It stands behind the attention's output
+projection and behind the feed-forward block, before the residual sum and the norm; the norms of both blocks train too.
+Both matrices start from N(0, 0.01^2) cut off at two standard deviations and the biases at zero, so the start is near
+the identity; with ``zero_up`` it is the identity. Trained: 2 (2dr + r + d) a layer and 4d of norms. No merge: the
+nonlinearity stands between the two matrices.
 
 Source: Houlsby et al. 2019, arXiv:1902.00751; GELU and r = 64 are their repository's, whose code starts from 0.001^2
 instead of the paper's 0.01^2 and trains the embeddings' norm as well; here that one stays frozen. Their adapter stands
 behind the block's dropout, ours before it, which is the same outside training. Encoder-decoder models get the two
 adapters in every layer of both stacks and none behind cross-attention (option), as in follow-up work on T5 (Karimi
-Mahabadi et al. 2021, arXiv:2106.04489). ``variant="pfeiffer"`` has one adapter a layer: it adds to the residual sum
-behind the feed-forward block what it makes of the layer's output without it (Pfeiffer et al. 2021, arXiv:2005.00247).
-``adapters`` 1.3 with the same weights (BERT, two layers, float32) gives logits
-that differ by at most 8.9e-8.
+Mahabadi et al. 2021, arXiv:2106.04489). ``variant="pfeiffer"`` has one adapter a layer, behind the feed-forward block:
+it reads what the layer's output would be without it, and adds to the residual sum (Pfeiffer et al. 2021,
+arXiv:2005.00247). ``adapters`` 1.3 with the same weights (BERT, two layers, float32) gives logits that differ by at
+most 8.9e-8.
 """
 
 from __future__ import annotations
@@ -66,18 +66,15 @@ class SequentialAdapter(Method):
             places["cross_attention"] = "cross_attention.output"
         for layer in host.anatomy.layers:
             for site in (layer.sites[name] for name in places.values() if name in layer.sites):
-                adapter = Sequential(
-                    host.anatomy.d,
-                    c.bottleneck,
-                    c.activation,
-                    dropout=c.dropout,
-                    init="normal",
-                    std=c.init_std,
-                    zero_up=c.zero_up,
-                )
+                adapter = self._adapter(host.anatomy.d)
                 if c.variant == "pfeiffer" and site.name == "ffn.down":
                     behind_ffn(host, layer, "sequential_adapter", adapter)
                 else:
                     host.after(site, "sequential_adapter", adapter)
         if c.train_norms:
             host.train(p for norm in host.anatomy.norms(places) for p in norm.parameters())
+
+    def _adapter(self, d: int) -> Sequential:
+        c = self.config
+        start = {"init": "normal", "std": c.init_std, "zero_up": c.zero_up}
+        return Sequential(d, c.bottleneck, c.activation, dropout=c.dropout, **start)
