@@ -1,7 +1,7 @@
 """Training a few entries of a frozen tensor, as indices and values.
 
 The optimizer sees the k values only. In the forward pass they are written into the frozen tensor's own storage, so no
-copy of it is made (a functional scatter would keep a second copy of all such weights from forward to backward); the
+copy of it is made (a functional scatter would keep a second copy of all such weights from forward to backward). The
 backward pass forms the tensor's gradient, gathers the k entries and drops the rest. Every other entry stays
 bit-identical, whatever weight decay or momentum an optimizer has; ``owned`` masks say which entries are written.
 """
@@ -27,7 +27,7 @@ class _Splice(torch.autograd.Function):
     def forward(values: torch.Tensor, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         # Through .data: a recomputation (gradient checkpointing) writes the same values again, which must not
         # invalidate what autograd saved of this tensor.
-        tensor.data.view(-1)[indices.long()] = values.to(tensor.dtype)
+        tensor.data.view(-1)[indices.long()] = values.to(tensor.dtype)  # (k,) into the tensor's shape
         return tensor.detach()
 
     @staticmethod
@@ -39,7 +39,7 @@ class _Splice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (indices,) = ctx.saved_tensors
-        return gradient.reshape(-1)[indices.long()].to(ctx.dtype), None, None
+        return gradient.reshape(-1)[indices.long()].to(ctx.dtype), None, None  # the tensor's shape -> (k,)
 
 
 class SparseValues(nn.Module):
@@ -64,7 +64,7 @@ class SparseValues(nn.Module):
         self.values = nn.Parameter(original.to(torch.promote_types(original.dtype, torch.float32), copy=True))
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _Splice.apply(self.values, tensor, self.indices)
+        return _Splice.apply(self.values, tensor, self.indices)  # the tensor's shape
 
     @torch.no_grad()
     def add(self, tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -107,19 +107,11 @@ def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) ->
     return child
 
 
-def train_top_entries(
-    host: Host, parameters: dict[str, nn.Parameter], scores: Sequence[torch.Tensor], k: int
-) -> dict[str, SparseValues]:
-    """Train the k entries with the largest scores over all these parameters; tensors without one stay as they are."""
-    chosen = top_entries(scores, k)
-    return {n: train_entries(host, parameters[n], i) for n, i in zip(parameters, chosen) if len(i)}
-
-
 def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
     """The flat indices, tensor by tensor, of the k largest scores over all tensors; among equals the first ones win.
 
-    ``scores`` are contiguous, non-negative and float32. Exact, and without one long copy of them: the bits of such
-    floats sort as integers, so the k-th largest is found by counting their upper, then their lower halves.
+    ``scores`` are contiguous, non-negative and float32. The choice is exact and makes no long copy of them: the bits of
+    such floats sort as integers, so counting their upper, then their lower halves finds the k-th largest.
     """
     if not k:
         return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
@@ -138,7 +130,7 @@ def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:
 
 
 def _bucket(histogram: torch.Tensor, k: int) -> tuple[int, int]:
-    """The bucket that holds the k-th largest, and how many are in the buckets above it."""
+    """The bucket of the k-th largest, and how many entries are in the buckets above it."""
     from_top = histogram.flip(0).cumsum(0)
     position = int((from_top < k).sum())
     above = int(from_top[position - 1]) if position else 0
@@ -146,15 +138,16 @@ def _bucket(histogram: torch.Tensor, k: int) -> tuple[int, int]:
 
 
 def pending(k: int, entries: int) -> tuple[int, int, int]:
-    """What choosing k of so many entries will add: trained parameters, and stored numbers and bytes at most."""
+    """How much choosing k of so many entries will add: trained parameters, and at most so many stored numbers and
+    bytes."""
     as_bits = bits.packed_size(entries) < 4 * k
     stored, size = (bits.packed_size(entries),) * 2 if as_bits else (k, 4 * k)
     return k, k + stored, 4 * k + size
 
 
 def state(host: Host, children: dict[str, SparseValues]) -> dict[str, torch.Tensor]:
-    """What is stored. Of each child, by its tensor's name: ``<name>.values`` with ``<name>.indices`` or, where that is
-    smaller, ``<name>.bits``, one bit an entry of the tensor. The rest as the host has it."""
+    """The stored tensors. For each child, by its tensor's name: ``<name>.values`` with ``<name>.indices`` or, where
+    that is smaller, ``<name>.bits``, one bit an entry of the tensor. All others are as the host has them."""
     tensors, paths = host.state(), {id(child): path for path, child in host.paths().items()}
     for name, child in children.items():
         path = paths[id(child)]

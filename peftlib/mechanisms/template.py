@@ -80,8 +80,8 @@ def _like(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def attach(host: Host, child: nn.Module, template: Template, only: int | None = None) -> nn.Module:
     """Put the vectors that ``child(x) -> (b, m, e)`` gives for the embedded input x (b, t, e) of an encoder into it.
-    The encoder then gives the text's hidden states (b, t, d) or, with ``only``, that of this one of the vectors (b, 1,
-    d).
+    The encoder then gives the text's hidden states (b, t, d) or, with ``only``, that of this one of the vectors,
+    (b, 1, d).
 
     Raises UnsupportedError on other than an encoder, and, when the model is called, for an input without ids, one that
     leaves too few positions, or a mask that is not (b, t).

@@ -76,7 +76,7 @@ class ChosenEntries(Budgeted, Method):
 
     def choose(self, scores: Sequence[torch.Tensor]) -> None:
         """Train the k entries with the largest scores (float32, not negative, one tensor a candidate)."""
-        self.children = sparse.train_top_entries(self.host, self.candidates, scores, self.k)
+        self.train(sparse.top_entries(scores, self.k))
 
     def train(self, indices: Iterable[torch.Tensor]) -> None:
         """Train the entries at these flat indices, one ascending tensor a candidate."""

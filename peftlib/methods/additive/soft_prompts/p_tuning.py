@@ -2,11 +2,11 @@ r"""P-tuning: prompt embeddings that come from a bidirectional LSTM with an MLP,
 
 .. math:: [P_1; \dots; P_m] = \mathrm{MLP}\bigl(\mathrm{BiLSTM}(E_1, \dots, E_m)\bigr)
 
-Shapes: E, P (m, e) with e the width of the embedding (d, but ELECTRA's may be smaller), for b rows of t tokens (b, m,
-e); the LSTM has two layers of h units each way, the MLP 2h units and a ReLU. The whole encoder trains, and m e numbers
-are stored: when training ends the prompt becomes plain embeddings and the encoder is dropped. A loaded prompt trains on
-as embeddings. The start changes the output, and a prompt is input: no merge. The place of a prompt, its part in heads
-and in the cache are those of prompt tuning.
+Shapes: E, P (m, e) with e the width of the embedding (d, but ELECTRA's may be smaller), the same P for each of b rows;
+the LSTM has two layers of h units each way, the MLP 2h units and a ReLU. The whole encoder trains, and m e numbers are
+stored: when training ends the prompt becomes plain embeddings and the encoder is dropped. A loaded prompt trains on as
+embeddings. The start changes the output, and a prompt is input: no merge. The place of a prompt, its part in heads and
+in the cache are those of prompt tuning.
 
 Source: Liu et al. 2021, arXiv:2103.10385, and its code, where h is d / 2; HF peft's encoder of type LSTM is the same
 network. The code's templates have prompts in front of, between and behind words and, on BERT, a [MASK] that the

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from peftlib.mechanisms import importance, sparse
-from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
+from peftlib.methods.base import MethodConfig, at_least, between, one_of
 from peftlib.methods.bases.entries import ChosenEntries
 
 
@@ -44,8 +44,7 @@ class SAMConfig(MethodConfig):
     def __post_init__(self):
         between("density", self.density, 0, 1)
         at_least("batches", self.batches, 1)
-        if self.scope not in ("tensor", "all"):
-            raise ConfigError(f"scope={self.scope!r} is not known; choose 'tensor' or 'all'")
+        one_of("scope", self.scope, ("tensor", "all"))
 
 
 class SAM(ChosenEntries):

@@ -29,7 +29,7 @@ from torch import nn
 from peftlib.errors import TargetError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import ConfigError, MethodConfig, at_least, between
+from peftlib.methods.base import MethodConfig, at_least, between, one_of
 from peftlib.methods.bases.entries import ChosenEntries
 
 
@@ -48,8 +48,7 @@ class FishMaskConfig(MethodConfig):
     def __post_init__(self):
         between("density", self.density, 0, 1)
         at_least("samples", self.samples, 1)
-        if self.fisher not in ("empirical", "expected"):
-            raise ConfigError(f"fisher={self.fisher!r} is not known; choose 'empirical' or 'expected'")
+        one_of("fisher", self.fisher, ("empirical", "expected"))
 
 
 class FishMask(ChosenEntries):

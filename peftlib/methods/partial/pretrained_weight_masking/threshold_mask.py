@@ -25,7 +25,7 @@ from peftlib.anatomy import Site
 from peftlib.errors import LoadError, StateError, TargetError
 from peftlib.mechanisms import bits
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import ConfigError, Method, MethodConfig, between
+from peftlib.methods.base import Method, MethodConfig, between, one_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class ThresholdMaskConfig(MethodConfig):
         between("sparsity", self.sparsity, 0, 1)
         between("scale", self.scale, 0, float("inf"))
         between("threshold", self.threshold, 0 if self.init == "magnitude" else -self.scale, float("inf"))
-        if self.init not in ("uniform", "magnitude"):
-            raise ConfigError(f"init={self.init!r} is not known; choose 'uniform' or 'magnitude'")
+        one_of("init", self.init, ("uniform", "magnitude"))
 
 
 def binarize(scores: torch.Tensor, threshold: float) -> torch.Tensor:
