@@ -27,9 +27,9 @@ def kaiming(tensor: torch.Tensor) -> torch.Tensor:
 class LowRank(nn.Module):
     """``forward(x, y) = y + scale * B A dropout(x)`` for the input x and the output y of a linear map.
 
-    Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), A (r, in), B (out, r). B starts at zero, so the start
-    is the identity. With ``train_A=False`` A stays at its start, and the backward pass needs A x, (b t, r), instead of
-    x.
+    Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), A (r, in), B (out, r); ``scale`` is LoRA's alpha / r.
+    B starts at zero, so the start is the identity. With ``train_A=False`` A stays at its start, and the backward pass
+    needs A x, (b t, r), instead of x.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError, TargetError, UnsupportedError
 from tests.methods.helpers import backbone, inputs, perturb
-from tests.reference import low_rank as reference
 
 
 def _attached(family: str, head: str = "classification", **options) -> peftlib.Adapted:
@@ -36,6 +35,30 @@ def _logits(model: torch.nn.Module, family: str) -> torch.Tensor:
     return model(**inputs(family)).logits
 
 
+def _score(method, block) -> torch.Tensor:
+    """s of each unit of one block, unit by unit, in float64."""
+    s = torch.zeros(len(block.kept), dtype=torch.float64)
+    for site in (*block.into, block.out):
+        u = method.updates[site]
+        W, A, B, g_A, g_B = (t.detach().double() for t in (site.weight, u.A, u.B, u.A.grad, u.B.grad))
+        G = g_B @ A + B @ g_A - g_B @ g_A
+        product = (G * (W + u.scale * B @ A)).abs()
+        of_units = product.chunk(len(s), dim=int(site is block.out))
+        importance = torch.stack([entries.sum() for entries in of_units])
+        s += importance / importance.norm()
+    return s
+
+
+def _share(step, total, ratio, warmup, cooldown):
+    """The cubic schedule; ``step`` counts finished steps from 1."""
+    if step <= warmup:
+        return 0.0
+    if step >= total - cooldown:
+        return ratio
+    left = (total - cooldown - step) / (total - cooldown - warmup)
+    return ratio - ratio * left**3
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_scores_are_those_of_the_paper(family):
     """With packed and transposed maps, and with queries that share a head of keys and values, too."""
@@ -52,18 +75,10 @@ def test_scores_are_those_of_the_paper(family):
             life.step_end()
         for block in method.blocks:
             units = adapted.host.anatomy.kv_heads if block.kind == "attention" else 64
-            first, second = (torch.tensor(f[block.name]) for f in found)
+            first, second = (f[block.name] for f in found)
             assert len(first) == units
-            torch.testing.assert_close(method.scores[block.name], 0.09 * first + 0.1 * second, rtol=1e-4, atol=1e-6)
-
-
-def _score(method, block) -> list[float]:
-    maps = []
-    for site in (*block.into, block.out):
-        u = method.updates[site]
-        tensors = (site.weight, u.A, u.B, u.A.grad, u.B.grad)
-        maps.append((*(t.tolist() for t in tensors), u.scale, int(site is block.out)))
-    return reference.lora_prune(maps, len(block.kept))
+            expected = 0.09 * first + 0.1 * second
+            torch.testing.assert_close(method.scores[block.name].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_schedule_and_exact_target():
@@ -75,7 +90,7 @@ def test_schedule_and_exact_target():
     assert list(method.gone()) == ["encoder.0.attention", "encoder.0.ffn"]
     for step, gone in enumerate(seen):
         at = step if step >= total - 3 else step - step % 4
-        share = reference.lora_prune_share(at, total, 0.4, 3, 3)
+        share = _share(at, total, 0.4, 3, 3)
         assert {n: len(units) for n, units in gone.items()} == {
             "encoder.0.attention": int(4 * share + 1e-9),
             "encoder.0.ffn": int(64 * share + 1e-9),

@@ -70,7 +70,7 @@ class QuantizedUpdates(LowRankUpdates):
     def merge(self) -> None:
         """Put plain maps in the place of the quantized ones: ``W <- dequantized W + delta``, rounded once."""
         for path, module in self.quantized.items():
-            weight = module.dense()
+            weight = module.dense()  # (out, in)
             for site, update in self.updates.items():
                 if site.module is module:
                     weight[site.rows] += update.delta()

@@ -13,7 +13,7 @@ bias at zero, and it is the identity). Merge: exact; all maps are linear, and th
 weight: :math:`W_V \mathrel{+}= \operatorname{diag}_h(B'_h A'_h) W_K` and likewise with its bias.
 Trained: d (H (r_q + r_v) + r_q + 3 r_v + 3 + 2 s_q + 4 s_v) a layer.
 
-Source: Chen et al. 2022, arXiv:2205.03720, and its code, whose maps and starts these are: ranks r_q, r_v, s_q, s_v of
+Source: Chen et al. 2022, arXiv:2205.03720, and its code, which gives the maps and starts; ranks r_q, r_v, s_q, s_v are
 1, 2, 2, 4 for RoBERTa, 3, 8, 12, 8 and dropout 0.1 for GPT-2. Where we differ: a bias is trained only where the map has
 one, else it could not be merged (T5, LLaMA); with grouped keys the value's heads are the key's; a rotary embedding is
 applied after the key that is used. The paper's lite forms, for queries and values or for all three, have no name in the
@@ -78,7 +78,7 @@ class HeadLowRank(nn.Module):
     Shapes, with b rows of t tokens and H heads: x (b, t, in), y (b, t, out); A (H, r, in_h), B (H, out_h, r), bias
     (out,). With ``split_in`` a head sees its own part of x (in_h = in / H), else all of it; with ``split_out`` it
     writes its own part of y (out_h = out / H), else the heads' results add up. Everything starts from :func:`normal`;
-    with ``zero_up`` A starts as LoRA's and the rest at zero.
+    with ``zero_B`` A starts as LoRA's and the rest at zero.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class HeadLowRank(nn.Module):
         split_out: bool,
         bias: bool = True,
         dropout: float = 0.0,
-        zero_up: bool = False,
+        zero_B: bool = False,
     ):
         super().__init__()
         self.split_in, self.split_out = split_in, split_out
@@ -101,9 +101,9 @@ class HeadLowRank(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         for parameter in self.parameters():
             normal(parameter)
-            if zero_up:
+            if zero_B:
                 nn.init.zeros_(parameter)
-        if zero_up:
+        if zero_B:
             kaiming(self.A.flatten(0, 1))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ class KernelMix(Method):
                 split_out=name != "output",
                 bias=site.bias is not None,
                 dropout=c.dropout,
-                zero_up=zero,
+                zero_B=zero,
             )
             if key is None:
                 host.after(site, "kernel", update)

@@ -15,10 +15,10 @@ Where all sources have a task head of the model's shape, heads are mixed too, as
 trains; a task head does. The update is a product of two sums, so w and -w give the same one. Trained: N numbers;
 stored: the mixture, r (in + out) a matrix, and w. Merge: exact, as LoRA's.
 
-Source: Huang et al. 2023, arXiv:2307.13269, and its code. The optimizer is CMA-ES here and NGOpt, nevergrad's choice
-for the problem, there. Chosen here: 40 evaluations, 64 examples, the first spread of 0.5. The loss is a mean over
-examples; the code divides a batch's mean by their number once more. The paper's models have no task heads; its code
-would mix their tensors like all others, which leaves a dead head at w = 0.
+Source: Huang et al. 2023, arXiv:2307.13269, and its code. Where we differ: the optimizer is CMA-ES, there NGOpt,
+nevergrad's choice for the problem; the loss is a mean over examples, which the code divides by their number once more;
+the paper's models have no task heads, and its code would mix their tensors like all others, so that w = 0 gave a head
+of zeros. Chosen here: 40 evaluations, 64 examples, the first spread of 0.5.
 """
 
 from __future__ import annotations

@@ -114,12 +114,13 @@ def alternate(
     iterations: int,
 ) -> tuple[NormalFloatWeight, dict[str, Factors], list[float]]:
     """Quantization and decomposition in turn: the best iterate's quantized weight, its factors, one pair for each of
-    the ``parts`` (rows of the weight), and the relative errors, of plain quantization and after each iteration."""
+    the ``parts`` (rows of the weight), and the relative errors, of plain quantization and after each iteration. The
+    product B A of a pair is the equation's (alpha / r) B A."""
     W, errors, best = weight.double(), [], None  # (out, in)
-    rest = W  # (out, in): W - B A
+    rest = W  # W - B A, (out, in)
     for _ in range(iterations):
         Q = quantize(rest)
-        lost, rest = W - Q(torch.float64), W.clone()  # (out, in): W - Q, which becomes W - Q - B A
+        lost, rest = W - Q(torch.float64), W.clone()  # W - Q and W, (out, in); B A is subtracted below
         if not errors:
             errors.append(float(lost.norm() / W.norm()))
         found = {name: factors(lost[rows], rank) for name, rows in parts.items()}

@@ -10,8 +10,8 @@ learns. Outside of training the rank is r:
 ...     evaluate(adapted)
 >>> adapted.method.cut(3)                # keep that one: save(), merge() and the model are then of rank 3
 
-The scale is alpha / b at every rank, also after a cut, which leaves what LoRA of rank b and the same alpha is. The
-update is linear and merges exactly, as LoRA's. Trained: r (in + out) a matrix; stored: as many, or b (in + out).
+The scale is alpha / b at every rank: after a cut the update is LoRA's of rank b with the same alpha. It is linear and
+merges exactly, as LoRA's. Trained: r (in + out) a matrix; stored: as many, or b (in + out).
 
 Source: Valipour et al. 2023, arXiv:2210.07558, and its code. The uniform distribution and that ``frozen`` is off by
 default are chosen here. As in the code, an optimizer's momentum and weight decay also move components without gradient.
@@ -56,11 +56,11 @@ class DyLoRAConfig(MethodConfig):
 
 
 class Nested(LowRank):
-    """``forward(x, y) = y + alpha / b * B[:, :b] A[:b] x``: an update that works at every rank b up to its own.
+    """``forward(x, y) = y + alpha / b * B[:, :b] A[:b] x``: an update that works at every rank b up to its own, r.
 
-    In training b is set by :meth:`draw`, else by :meth:`choose`; at first both are the full rank. ``drawn`` and
-    ``chosen`` (r,) weigh the components: alpha / b up to b, then 0. ``learns`` (r,) marks those that get a gradient.
-    Shapes, with N rows of t tokens: x (N, t, in), y (N, t, out).
+    In training :meth:`draw` sets b, otherwise :meth:`choose`; at first both are r. ``drawn`` and ``chosen`` (r,) weigh
+    the components: alpha / b up to b, then 0. ``learns`` (r,) marks those that get a gradient. Shapes, with N rows of t
+    tokens: x (N, t, in), y (N, t, out), A (r, in), B (out, r).
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
@@ -85,7 +85,7 @@ class Nested(LowRank):
         A, B, weights = self.A, self.B, self.chosen  # (r, in), (out, r), (r,)
         if self.training:
             learns, weights = self.learns.bool(), self.drawn  # (r,)
-            A, B = torch.where(learns[:, None], A, A.detach()), torch.where(learns, B, B.detach())
+            A, B = torch.where(learns[:, None], A, A.detach()), torch.where(learns, B, B.detach())  # the same values
         x = cast(self.dropout(x), A).flatten(0, -2)  # (N, t, in) -> (N t, in)
         Ax = F.linear(x, A) * weights  # (N t, in) -> (N t, r)
         return low_rank.update(y, Ax, B, self.scale)  # (N t, r) -> (N, t, out)

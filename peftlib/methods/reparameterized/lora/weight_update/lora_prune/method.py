@@ -1,4 +1,4 @@
-r"""LoRAPrune: heads and feed-forward channels are cut out by scores that LoRA's factors and their gradients give.
+r"""LoRAPrune: heads and feed-forward channels are pruned by scores that LoRA's factors and their gradients give.
 
 .. math::
     \hat G = g_B A + B g_A - g_B g_A, \qquad
@@ -10,21 +10,21 @@ the layers; B starts at zero, so the start is the identity. A unit u is a head (
 together; with grouped queries a head of keys and values and all queries that read it) or an inner channel (up, gate and
 down together), and is ranked among those of its own block. Trained: r (in + out) a matrix, before the cut.
 
-From ``warmup`` to 1 - ``cooldown`` of the steps the share that is gone rises to ``ratio`` with the cube of the time
-that is left, every ``interval`` steps; what is gone is masked and does not come back. Of n units exactly int(ratio n)
-go. A training that ends earlier prunes the rest at its end. Then the weights, biases and factors are cut, which leaves
-what the masked model computes; a further training goes on with the smaller model. ``adapted.method.cut()`` does it at
-once. Measured: half of the heads and channels of MiniLM-L6's first five layers leave 6.2 of the layers' 10.6 million
-parameters, and a forward of 16 rows of 64 tokens takes 0.63 times that of the whole model (one CPU thread, one
-interleaved run; 0.56 with all six).
+From ``warmup`` to 1 - ``cooldown`` of the steps the pruned share rises to ``ratio`` with the cube of the remaining
+time, every ``interval`` steps; a pruned unit is masked and does not come back. Of n units exactly int(ratio n) are
+pruned. A training that ends earlier prunes the rest at its end. Then the weights, biases and factors are cut, and the
+smaller model computes the same as the masked one; a further training goes on with it. ``adapted.method.cut()`` cuts at
+once. Measured: with half of the heads and channels of MiniLM-L6's first five layers pruned, 6.2 of the layers' 10.6
+million parameters remain, and a forward of 16 rows of 64 tokens takes 0.63 times that of the whole model (one CPU
+thread, one interleaved run; 0.56 with all six).
 
-Files hold the factors as they are cut and which units are left; ``config.json`` names those that are gone, and
-``load()`` onto the whole backbone cuts it again. ``merge()`` leaves a smaller transformers model whose forward is its
-own. Where all layers end alike (``spare_first=0, spare_last=0``) and the config has names for their sizes (the LLaMA
-family; heads that divide the hidden size), the config gets them, so ``save_pretrained`` works as ever; elsewhere the
-saved adapter is the file: ``peftlib.load(backbone, folder).merge()``. T5's layers hand each other one position bias
-with a row for every head, so its cut attention modules go on choosing their rows through peftlib's attention function,
-after a merge too. Other methods can be attached to a merged model as far as they ask only for sizes of linear maps.
+Files hold the cut factors and which units are kept; ``config.json`` names the pruned ones, and ``load()`` onto the
+whole backbone cuts it again. ``merge()`` leaves a smaller transformers model whose forward is its own. Where all layers
+end with the same sizes (``spare_first=0, spare_last=0``) and the config has names for them (the LLaMA family; heads
+that divide the hidden size), the config gets them, so ``save_pretrained`` works as ever; elsewhere the saved adapter is
+the file: ``peftlib.load(backbone, folder).merge()``. T5's layers share one position bias with a row for every head, so
+its cut attention modules go on choosing their rows through peftlib's attention function, after a merge too. Other
+methods can be attached to a merged model as far as they need only the sizes of linear maps.
 
 Source: Zhang et al. 2024, arXiv:2305.18403, and its code: rank 8, alpha 16, 50 %, 10 % of the steps before and after,
 every 10 steps, beta 0.9; the first 10 % of the layers and the last one stay whole. Where we differ: the code never
@@ -40,22 +40,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from peftlib import anatomy
+from peftlib.anatomy import Site
 from peftlib.errors import LoadError, TargetError, UnsupportedError
-from peftlib.mechanisms import structured
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank, thin
-from peftlib.mechanisms.structured import Block
-from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState, at_least, between
-
-_NAME = "units"
+from peftlib.mechanisms.low_rank import LowRank, sites_of_rank
+from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases.low_rank import LowRankUpdates
+from peftlib.methods.reparameterized.lora.weight_update.lora_prune import layer
+from peftlib.methods.reparameterized.lora.weight_update.lora_prune.layer import Block
 
 
 @dataclass(frozen=True)
 class LoRAPruneConfig(MethodConfig):
-    """``ratio`` of the heads and channels of each pruned layer that go; ``rank`` r, ``alpha`` (the update is scaled by
+    """``ratio`` of the heads and channels of a layer that are pruned; ``rank`` r, ``alpha`` (the update is scaled by
     alpha / r), ``dropout`` on the update's input; ``warmup`` and ``cooldown`` (shares of the steps), ``interval`` of
     steps between prunings, ``beta`` of the smoothing; ``spare_first`` (share of a stack's layers, rounded down) and
     ``spare_last`` (layers) stay whole."""
@@ -88,7 +87,7 @@ class LoRAPruneConfig(MethodConfig):
             )
 
     def share(self, step: int, total: int) -> float:
-        """What share of the units is gone after ``step`` of ``total`` steps."""
+        """The pruned share of the units after ``step`` of ``total`` steps."""
         first, last = round(self.warmup * total), total - round(self.cooldown * total)
         if step <= first:
             return 0.0
@@ -97,7 +96,7 @@ class LoRAPruneConfig(MethodConfig):
         return self.ratio * (1 - (1 - (step - first) / (last - first)) ** 3)
 
 
-class LoRAPrune(Method):
+class LoRAPrune(LowRankUpdates):
     Config = LoRAPruneConfig
     learning_rate = 2e-3
     exceptions = dict.fromkeys(
@@ -106,6 +105,17 @@ class LoRAPrune(Method):
         "part that chooses their rows; the outputs are equal.",
     )
 
+    def __init__(self, config: LoRAPruneConfig):
+        super().__init__(config)
+        self.scores: dict[str, torch.Tensor] = {}
+
+    def targets(self, host: Host) -> list[Site]:
+        return sites_of_rank(host, "all-linear", self.config.rank)
+
+    def update(self, site: Site) -> LowRank:
+        c = self.config
+        return LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
+
     def attach(self, host: Host) -> None:
         c = self.config
         if host is not host.root:
@@ -113,13 +123,8 @@ class LoRAPrune(Method):
                 f"{self.name} cuts the maps that other methods act on, so it cannot be combined with them; attach it "
                 "alone, merge() it, and attach the other method to the smaller model"
             )
-        self.updates: dict = {}
-        self.scores: dict[str, torch.Tensor] = {}
-        for site in host.anatomy.sites():
-            check_rank(c.rank, site)
-            update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-            self.updates[site] = host.after(site, "lora", update)
-        self.blocks = structured.blocks(host, _NAME, self._layers(host))
+        super().attach(host)
+        self.blocks = layer.blocks(host, self._layers(host))
         if not any(_count(c.ratio, block) for block in self.blocks):
             raise TargetError(
                 f"ratio={c.ratio}, spare_first={c.spare_first} and spare_last={c.spare_last} remove nothing from "
@@ -128,15 +133,15 @@ class LoRAPrune(Method):
             )
 
     def _layers(self, host: Host) -> list[anatomy.Layer]:
-        """Those that are pruned."""
+        """The layers that are pruned."""
         c, chosen = self.config, []
         for stack in host.anatomy.stacks:
-            layers = [layer for layer in host.anatomy.layers if layer.stack == stack]
+            layers = [one for one in host.anatomy.layers if one.stack == stack]
             chosen += layers[int(c.spare_first * len(layers)) : max(0, len(layers) - c.spare_last)]
         return chosen
 
     def gone(self) -> dict[str, list[int]]:
-        """Block, such as "encoder.0.attention" -> its units that are masked or cut."""
+        """Block, such as "encoder.0.attention" -> its pruned units, masked or cut."""
         return {block.name: block.gone for block in self.blocks}
 
     @torch.no_grad()
@@ -155,16 +160,18 @@ class LoRAPrune(Method):
                 block.kept.fill_(True)
 
     def _score(self, block: Block) -> torch.Tensor:
+        """s of the block's units, (units,), from the present factors and gradients."""
         total = torch.zeros(len(block.kept), device=block.kept.device)
         for site in (*block.into, block.out):
             update = self.updates[site]
             if update.A.grad is None or update.B.grad is None:
                 continue
             A, B, g_A, g_B = (t.float() for t in (update.A, update.B, update.A.grad, update.B.grad))
-            gradient = torch.cat([g_B, B - g_B], dim=1) @ torch.cat([A, g_A])
-            weight = torch.addmm(site.weight.float(), B, A, alpha=update.scale)
-            sums = block.sums(site, gradient.mul_(weight).abs_())
-            total += sums / (torch.linalg.norm(sums) + 1e-8)
+            # g_B A + B g_A - g_B g_A as one product: (out, 2 r) (2 r, in) -> (out, in)
+            G = torch.cat([g_B, B - g_B], dim=1) @ torch.cat([A, g_A])
+            W = torch.addmm(site.weight.float(), B, A, alpha=update.scale)  # (out, in), with the update
+            I_u = block.sums(site, G.mul_(W).abs_())  # (out, in) -> (units,)
+            total += I_u / (torch.linalg.norm(I_u) + 1e-8)
         return total
 
     def on_step_end(self, training: TrainingState) -> None:
@@ -174,7 +181,8 @@ class LoRAPrune(Method):
             self._mask(share)
 
     def _mask(self, share: float) -> None:
-        """Mask the units of the lowest scores, the first ones among equals, until this share of each block is gone."""
+        """Mask the units of the lowest scores, the first ones among equals, until this share of each block is
+        pruned."""
         for block in self.blocks:
             more = _count(share, block) - len(block.gone)
             if more > 0 and block.name in self.scores:
@@ -187,14 +195,14 @@ class LoRAPrune(Method):
             self.cut()
 
     def cut(self) -> None:
-        """Take what is masked out of the weights, for good. An optimizer from before knows the old factors."""
+        """Cut the masked units out of weights and factors, for good. An optimizer from before knows the old factors."""
         for block in self.blocks:
             if block.units.cut:
                 continue
             for site in block.into:
-                select(self.updates[site], rows=block.indices(site))
-            select(self.updates[block.out], columns=block.indices(block.out))
-            structured.cut(self.host, block, _NAME)
+                layer.select(self.updates[site], rows=block.indices(site))
+            layer.select(self.updates[block.out], columns=block.indices(block.out))
+            layer.cut(self.host, block)
         self.scores = {}
 
     def run_state(self) -> dict[str, torch.Tensor]:
@@ -220,21 +228,10 @@ class LoRAPrune(Method):
 
     def merge(self) -> None:
         self.cut()
-        for site, update in self.updates.items():
-            add_to_weight(site, update.delta())
-        structured.fit_config(self.host)
+        super().merge()
+        layer.fit_config(self.host)
 
 
 def _count(share: float, block: Block) -> int:
     """How many units of a block this share is."""
     return int(share * len(block.kept) + 1e-9)
-
-
-def select(update: LowRank, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    """Keep these outputs (rows) or inputs (columns) of an update only. An optimizer from before knows the old
-    factors."""
-    if rows is not None:
-        B = thin(len(rows), update.B.shape[1]).to(update.B).copy_(update.B.detach()[rows])
-        update.B = nn.Parameter(B, requires_grad=update.B.requires_grad)
-    if columns is not None:
-        update.A = nn.Parameter(update.A.detach()[:, columns], requires_grad=update.A.requires_grad)

@@ -1,7 +1,7 @@
-"""Taking heads and inner channels out of a backbone: a mask while it trains, smaller weights afterwards.
+"""Pruning heads and inner channels of a backbone: a mask while it trains, smaller weights afterwards.
 
-A unit is what can go as a whole: an inner channel of a feed-forward block, or a head of an attention block. Where
-queries are grouped, a head of keys and values goes together with the queries' heads that read it.
+A unit is pruned as a whole: an inner channel of a feed-forward block, or a head of an attention block. Where queries
+are grouped, a head of keys and values is one unit with the queries' heads that read it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import nn
 from peftlib.anatomy import Layer, Site
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.low_rank import LowRank, thin
+
+NAME = "units"
+"""Of the mask before the map out of a block, and of what chooses the rows of a position bias."""
 
 _PARTS = (
     ("attention", ("query", "key", "value"), "output"),
@@ -24,10 +28,10 @@ _PARTS = (
 
 
 class Units(nn.Module):
-    """``forward(x) = x * kept``: the map out of a block sees zeros in the place of the units that are gone, which is as
-    if they were not there. x (..., units * width), ``kept`` (units,) boolean.
+    """``forward(x) = x * kept``: zeros in the place of the pruned units, before the map out of a block.
 
-    After the cut, x has the kept units only and passes as it is; ``kept`` still tells which of all they are.
+    Shapes, with b rows of t tokens: x (b, t, units width), ``kept`` (units,) boolean. After the cut x has the kept
+    units only and passes as it is; ``kept`` still tells which of all units they are.
     """
 
     def __init__(self, units: int, width: int):
@@ -37,7 +41,7 @@ class Units(nn.Module):
         self.cut = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.cut else x * self.kept.repeat_interleave(self.width)
+        return x if self.cut else x * self.kept.repeat_interleave(self.width)  # (b, t, units width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +65,11 @@ class Block:
 
     @property
     def gone(self) -> list[int]:
-        """The units that are masked or cut."""
+        """The pruned units, masked or cut."""
         return (~self.kept).nonzero().flatten().tolist()
 
     def sums(self, site: Site, matrix: torch.Tensor) -> torch.Tensor:
-        """Sums (units,) over what belongs to each unit in a whole (out, in) matrix of one of the sites."""
+        """Sums (units,) over the rows or columns of each unit in a whole (out, in) matrix of one of the sites."""
         return (matrix.sum(0) if site is self.out else matrix.sum(1)).view(len(self.kept), -1).sum(1)
 
     def indices(self, site: Site) -> torch.Tensor:
@@ -74,8 +78,8 @@ class Block:
         return self.kept.repeat_interleave(size // len(self.kept)).nonzero().flatten()
 
 
-def blocks(host: Host, name: str, layers: Iterable[Layer]) -> list[Block]:
-    """The layers' blocks, each with a mask of its units hung before the map out of it."""
+def blocks(host: Host, layers: Iterable[Layer]) -> list[Block]:
+    """The layers' blocks, each with a mask of its units before the map out of it."""
     found = []
     for layer in layers:
         for kind, into, out in _PARTS:
@@ -87,15 +91,14 @@ def blocks(host: Host, name: str, layers: Iterable[Layer]) -> list[Block]:
                 units = last.in_features
             else:
                 units = layer.sites[f"{kind}.key"].out_features // host.anatomy.head_dim
-            mask = host.before(last, name, Units(units, last.in_features // units))
+            mask = host.before(last, NAME, Units(units, last.in_features // units))
             found.append(Block(layer, kind, sites, last, mask))
     return found
 
 
 @torch.no_grad()
-def cut(host: Host, block: Block, name: str) -> None:
-    """Replace the block's weights by those of its kept units. ``name`` is for what stays at an attention module whose
-    position bias has rows for all heads."""
+def cut(host: Host, block: Block) -> None:
+    """Replace the block's weights by those of its kept units."""
     block.units.cut = True
     if bool(block.kept.all()):
         return
@@ -113,9 +116,19 @@ def cut(host: Host, block: Block, name: str) -> None:
     module = getattr(block.layer, block.kind)
     if stack.shares_bias:
         heads = block.kept.repeat_interleave(block.units.width // host.anatomy.head_dim)
-        attention.keep_heads_of_bias(host, module, name, heads.nonzero().flatten())
+        attention.keep_heads_of_bias(host, module, NAME, heads.nonzero().flatten())
     for size in stack.sizes:
         host.set(module, size, getattr(module, size) * int(block.kept.sum()) // len(block.kept))
+
+
+def select(update: LowRank, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+    """Keep these outputs (rows) or inputs (columns) of an update only. An optimizer from before knows the old
+    factors."""
+    if rows is not None:
+        B = thin(len(rows), update.B.shape[1]).to(update.B).copy_(update.B.detach()[rows])
+        update.B = nn.Parameter(B, requires_grad=update.B.requires_grad)
+    if columns is not None:
+        update.A = nn.Parameter(update.A.detach()[:, columns], requires_grad=update.A.requires_grad)
 
 
 def _select(host: Host, site: Site, index: torch.Tensor, inputs: bool) -> None:
