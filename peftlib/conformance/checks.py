@@ -182,7 +182,7 @@ def overfits(case: Case, tmp: Path) -> None:
     adapted = case.attach(train_head=False)
     if not adapted.trainable():
         raise Declined("Nothing but a task head trains by gradients.")
-    rate = OVERFIT_RATE.get(case.method, max(0.01, 10 * adapted.method.learning_rate))
+    rate = entry(case.method).tiny_rate or max(0.01, 10 * adapted.method.learning_rate)
     data = case.batch()
     for _ in range(15):
         train(adapted, data, steps=20, total=20, rate=rate)
@@ -500,21 +500,6 @@ NEAR = 0.25
 FARTHER: dict[str, float] = {"qlora": 0.6, "qa_lora": 0.6}
 """Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
 norm, which a random post-norm encoder amplifies."""
-
-OVERFIT_RATE: dict[str, float] = {
-    "hyperformer_pp": 0.001,
-    "prefix_tuning": 0.003,
-    "head": 0.003,
-    "hadamard_adapter": 0.05,
-    "pasta": 0.3,
-    "adapter_fusion": 0.001,
-    "p_tuning": 0.01,
-    "spot": 0.05,
-    "increlora": 0.01,
-    "lora_prune": 0.01,
-    "qa_lora": 0.01,
-}
-"""Learning rates for eight texts and a tiny backbone, where ten times the method's own does not suit."""
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from peftlib.conformance.case import FAMILIES, supported_family
 from peftlib.conformance.checks import CHECKS, Declined
 from peftlib.errors import PeftlibError, UnknownNameError, UnsupportedError
-from peftlib.methods.registry import find
 from peftlib.taxonomy import entry
 
 SIGNS = ("yes", "no", "not supported", "fails")
@@ -47,7 +46,7 @@ def outcome(method: str, name: str, family: str, tmp: Path) -> str:
         case.start()
     except UnsupportedError as error:
         return f"not supported: {error}"
-    exceptions = entry(method).exceptions | find(method).exceptions
+    exceptions = entry(method).exceptions
     reason = exceptions.get(f"{name} on {family}", exceptions.get(name))
     try:
         check.run(case, tmp)

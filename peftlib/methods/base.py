@@ -117,9 +117,6 @@ class Method:
     """How many sources it needs at least, where it takes any."""
     hf_peft: ClassVar[Any] = None
     """How HF peft's files hold its adapters, a :class:`peftlib.methods.bases.hf_peft.Format`; None: not at all."""
-    exceptions: ClassVar[dict[str, str]] = {}
-    """What this method cannot do of what every method must: name of a conformance check, or "check on family" -> why.
-    The suite sees to it that a check named here really fails."""
 
     def __init__(self, config: MethodConfig):
         self.config = config

@@ -110,6 +110,10 @@ METHODS = (
         life=("before training: a light phase converts the dense backbone to a routed one",),
         below_head="Two of three tokens skip every layer, and the run has no conversion phase: the paper first trains "
         "the routed network on unlabelled text, and 80 steps on 256 sentences cannot replace that.",
+        exceptions={
+            "moves on bert": "Behind the last layer only the pooled token counts, which is nearly the same in every "
+            "text: while it is not chosen, or its gate is exactly 1, no gradient reaches that layer's router.",
+        },
     ),
     Entry(
         name="parallel_adapter",
@@ -207,6 +211,11 @@ METHODS = (
             "penalty: distance of the value matrix to the identity",
         ),
         original="adapter-hub/adapters",
+        tiny_rate=0.001,
+        exceptions={
+            "overfits on roberta": "The check's adapters are hardly trained. A fusion only weighs what they give, and "
+            "on this tiny backbone seven of eight texts are as many as that tells apart.",
+        },
     ),
     Entry(
         name="mera",
@@ -263,6 +272,7 @@ METHODS = (
         life=("every forward: generate the adapters of the batch's tasks (task_ids)",),
         original="rabeehk/hyperformer",
         tiny={"reduction": 4},  # 32 leaves a tiny model one unit
+        tiny_rate=0.001,
     ),
     Entry(
         name="adapter_soup",
@@ -312,6 +322,10 @@ METHODS = (
         merge_note=_PROMPT_STAYS,
         life=("training: the backbone runs without dropout",),
         original="YerevaNN/WARP",
+        exceptions={
+            "overfits": "The check keeps the class vectors frozen. Prompts alone act through attention, which random "
+            "weights spread evenly, and norms behind the blocks bound what is left.",
+        },
     ),
     Entry(
         name="prompt_tuning",
@@ -338,6 +352,12 @@ METHODS = (
         "steps and rates up to 0.01, of which the largest is the best; and the paper finds prompts behind other "
         "methods on small models.",
         tiny={"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
+        exceptions={
+            f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and "
+            "norms behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull "
+            "them."
+            for family in ("roberta", "electra", "distilbert", "bart")
+        },
     ),
     Entry(
         name="prefix_tuning",
@@ -362,6 +382,7 @@ METHODS = (
         merge_note="What a prefix adds depends on the query.",
         life=("saving stores the keys and values and drops the MLP; a loaded prefix trains on without it",),
         original="XiangLi1999/PrefixTuning",
+        tiny_rate=0.003,
     ),
     Entry(
         name="p_tuning",
@@ -389,6 +410,13 @@ METHODS = (
         below_head="A prompt changes what the frozen network computes from the first step on, and 80 steps do not find "
         "one that helps; of the rates within the search's tie the largest had the lowest loss.",
         tiny={"length": 32},  # twenty vectors do not move a tiny random backbone enough
+        tiny_rate=0.01,
+        exceptions={
+            f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and "
+            "norms behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull "
+            "them."
+            for family in ("roberta", "distilbert", "bart")
+        },
     ),
     Entry(
         name="spot",
@@ -419,6 +447,12 @@ METHODS = (
         below_head="A prompt of another task is where training starts, and from there on it learns as slowly as "
         "prompt tuning does: 80 steps at rates up to 0.01, of which the largest is the best.",
         tiny={"probe_steps": 2},  # it is attached hundreds of times
+        tiny_rate=0.05,
+        exceptions={
+            f"overfits on {family}": "As prompt tuning: a prompt acts through attention alone, which random weights "
+            "spread evenly, and norms behind the blocks bound what is left."
+            for family in ("roberta", "electra", "distilbert", "bart")
+        },
     ),
     Entry(
         name="attempt",
@@ -445,6 +479,10 @@ METHODS = (
         merge_note="The prompt depends on the input.",
         life=("sources: saved prompts of other tasks, frozen",),
         original="AkariAsai/ATTEMPT",
+        exceptions={
+            "overfits on bart": "As prompt tuning: a prompt acts through attention alone, which random weights spread "
+            "evenly, and norms behind the blocks bound what is left.",
+        },
     ),
     Entry(
         name="mpt",
@@ -475,6 +513,12 @@ METHODS = (
         below_head="The shared prompt and its task's change learn as slowly as prompt tuning does: 80 steps at rates "
         "up to 0.01, of which the largest is the best.",
         tiny={"length": 32},  # as its sources
+        exceptions={
+            f"overfits on {family}": "As prompt tuning: a prompt acts through attention alone, which random weights "
+            "spread evenly, and norms behind the blocks bound what is left, of which the teachers' answers take their "
+            "part."
+            for family in ("bert", "roberta", "electra", "distilbert", "bart")
+        },
     ),
     # Others
     Entry(
@@ -555,6 +599,11 @@ METHODS = (
         merge_note="It depends on where the special tokens stand.",
         original="luka-group/PASTA",
         tiny={"dropout": 0.0},  # some checks compare two runs of the same steps
+        tiny_rate=0.3,
+        exceptions={
+            "overfits on bart": "Only the encoder's special tokens move, and of that the cross-attention of a random "
+            "decoder passes on too little to part the last of the eight texts.",
+        },
     ),
     Entry(
         name="attention_fusion",
@@ -578,6 +627,11 @@ METHODS = (
         merge="no",
         merge_note="The mix depends on the input.",
         life=("training: the backbone runs without a graph",),
+        exceptions={
+            "overfits": "The check keeps the head frozen. A query alone only weighs states that the frozen layers "
+            "give, and between them a random head has no room for eight texts; the method trains query and head "
+            "together.",
+        },
     ),
     Entry(
         name="hadamard_adapter",
@@ -602,5 +656,10 @@ METHODS = (
         "backbone's own.",
         life=("on_gradients: the head trains alone in the first stage, then vectors and norms without it",),
         tiny={"head_stage": 0.0},  # half of three steps is too little to move the rest
+        tiny_rate=0.05,
+        exceptions={
+            f"merge on {family}": "The output projection has no bias for the shift; with shift=False it merges."
+            for family in ("llama", "mistral", "qwen2", "t5", "mt5")
+        },
     ),
 )

@@ -53,5 +53,6 @@ METHODS = (
         start_note="Nothing is added.",
         merge="exact",
         merge_note="There is nothing to fold: the backbone is unchanged.",
+        tiny_rate=0.003,
     ),
 )

@@ -194,6 +194,9 @@ METHODS = (
         ),
         original="thunlp/S3Delta",
         tiny={"budget": 0.0285, "steps": 1},  # 0.1 % is one candidate; no sum of sizes is 2.85 %; attached often
+        exceptions={
+            "count": "What trains is what the search chose; the formula is the budget, the most that it can be.",
+        },
     ),
     Entry(
         name="s4",

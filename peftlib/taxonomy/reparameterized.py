@@ -218,6 +218,7 @@ METHODS = (
             "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
         ),
         original="FeiyuZhang98/IncreLoRA",
+        tiny_rate=0.01,
     ),
     Entry(
         name="delta_lora",
@@ -272,6 +273,12 @@ METHODS = (
         ),
         original="aim-uofa/LoRAPrune",
         tiny={"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
+        tiny_rate=0.01,
+        exceptions=dict.fromkeys(
+            ("merge on t5", "merge on mt5"),
+            "The layers share one position bias with a row for every head, so attention modules that lost heads keep a "
+            "part that chooses their rows; the outputs are equal.",
+        ),
     ),
     Entry(
         name="qlora",
@@ -322,6 +329,7 @@ METHODS = (
         life=("attach: quantize the frozen weights",),
         original="yuhuixu1993/qa-lora",
         tiny={"rank": 8, "group": 8},  # groups of 32 inputs leave a tiny model one or two
+        tiny_rate=0.01,
     ),
     Entry(
         name="loftq",

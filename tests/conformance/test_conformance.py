@@ -53,7 +53,7 @@ def test_every_method_has_a_home():
 
 def test_exceptions_name_checks():
     for method in peftlib.methods():
-        for exception in peftlib.find(method).exceptions:
+        for exception in peftlib.card(method).exceptions:
             name, _, family = exception.partition(" on ")
             assert name in CHECKS
             assert not family or family in (CHECKS[name].families or ())

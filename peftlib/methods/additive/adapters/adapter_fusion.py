@@ -78,10 +78,6 @@ class AdapterFusion(Method):
     Config = AdapterFusionConfig
     learning_rate = 5e-4
     source_methods = ("adapter_drop", "sequential_adapter", "parallel_adapter", "residual_adapter")
-    exceptions = {  # noqa: RUF012
-        "overfits on roberta": "The check's adapters are hardly trained. A fusion only weighs what they give, and on "
-        "this tiny backbone seven of eight texts are as many as that tells apart."
-    }
 
     def attach(self, host: Host) -> None:
         names = {id(module): name for name, module in host.model.named_modules()}

@@ -55,10 +55,6 @@ class LayerAttention(nn.Module):
 class AttentionFusion(Method):
     Config = AttentionFusionConfig
     learning_rate = 1e-2
-    exceptions = {  # noqa: RUF012
-        "overfits": "The check keeps the head frozen. A query alone only weighs states that the frozen layers give, "
-        "and between them a random head has no room for eight texts; the method trains query and head together."
-    }
 
     def attach(self, host: Host) -> None:
         parts = host.anatomy

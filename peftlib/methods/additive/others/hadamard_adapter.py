@@ -59,10 +59,6 @@ class Hadamard(ScaleOutput):
 class HadamardAdapter(Method):
     Config = HadamardAdapterConfig
     learning_rate = 1e-2
-    exceptions = {  # noqa: RUF012
-        f"merge on {family}": "The output projection has no bias for the shift; with shift=False it merges."
-        for family in ("llama", "mistral", "qwen2", "t5", "mt5")
-    }
 
     def attach(self, host: Host) -> None:
         self.layers: dict[Site, Hadamard] = {}

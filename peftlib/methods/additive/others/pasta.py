@@ -86,10 +86,6 @@ class TokenVectors(nn.Module):
 class Pasta(Method):
     Config = PastaConfig
     learning_rate = 1e-2
-    exceptions = {  # noqa: RUF012
-        "overfits on bart": "Only the encoder's special tokens move, and of that the cross-attention of a random "
-        "decoder passes on too little to part the last of the eight texts."
-    }
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

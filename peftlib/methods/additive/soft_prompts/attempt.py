@@ -93,10 +93,6 @@ class Attempt(Method):
     Config = AttemptConfig
     learning_rate = 1e-2
     source_methods = ("prompt_tuning",)
-    exceptions = {  # noqa: RUF012
-        "overfits on bart": "As prompt tuning: a prompt acts through attention alone, which random weights spread "
-        "evenly, and norms behind the blocks bound what is left."
-    }
 
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         super().take_sources(sources)

@@ -132,11 +132,6 @@ class MPT(Method):
     learning_rate = 1e-2
     source_methods = ("prompt_tuning", "mpt")
     fewest_sources = 0
-    exceptions = {  # noqa: RUF012
-        f"overfits on {family}": "As prompt tuning: a prompt acts through attention alone, which random weights spread "
-        "evenly, and norms behind the blocks bound what is left, of which the teachers' answers take their part."
-        for family in ("bert", "roberta", "electra", "distilbert", "bart")
-    }
 
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         super().take_sources(sources)

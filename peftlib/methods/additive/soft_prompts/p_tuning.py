@@ -121,11 +121,6 @@ class EncodedPrompt(nn.Module):
 class PTuning(Method):
     Config = PTuningConfig
     learning_rate = 1e-2
-    exceptions = {  # noqa: RUF012
-        f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and norms "
-        "behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull them."
-        for family in ("roberta", "distilbert", "bart")
-    }
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -70,11 +70,6 @@ class PromptTuning(Method):
     Config = PromptTuningConfig
     learning_rate = 1e-2
     hf_peft = hf_peft.Prompt()
-    exceptions = {  # noqa: RUF012
-        f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and norms "
-        "behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull them."
-        for family in ("roberta", "electra", "distilbert", "bart")
-    }
 
     def attach(self, host: Host) -> None:
         c = self.config

@@ -69,11 +69,6 @@ class SPoT(Method):
     learning_rate = 1e-2
     source_methods = ("prompt_tuning",)
     fewest_sources = 1
-    exceptions = {  # noqa: RUF012
-        f"overfits on {family}": "As prompt tuning: a prompt acts through attention alone, which random weights spread "
-        "evenly, and norms behind the blocks bound what is left."
-        for family in ("roberta", "electra", "distilbert", "bart")
-    }
 
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         super().take_sources(sources)

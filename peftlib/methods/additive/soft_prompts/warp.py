@@ -111,10 +111,6 @@ class Verbalizer(nn.Linear):
 class Warp(Method):
     Config = WarpConfig
     learning_rate = 2e-3
-    exceptions = {  # noqa: RUF012
-        "overfits": "The check keeps the class vectors frozen. Prompts alone act through attention, which random "
-        "weights spread evenly, and norms behind the blocks bound what is left."
-    }
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

@@ -35,7 +35,7 @@ families whose norms stand behind the blocks \bar h = h, the layer's own change 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -76,10 +76,6 @@ class CODAConfig(MethodConfig):
 class CODA(Method):
     Config = CODAConfig
     learning_rate = 5e-4
-    exceptions: ClassVar[dict[str, str]] = {
-        "moves on bert": "Behind the last layer only the pooled token counts, which is nearly the same in every text: "
-        "while it is not chosen, or its gate is exactly 1, no gradient reaches that layer's router."
-    }
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

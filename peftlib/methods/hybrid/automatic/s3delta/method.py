@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -115,9 +115,6 @@ class S3Delta(Method):
     Config = S3DeltaConfig
     learning_rate = 2e-3
     calibrates = True
-    exceptions: ClassVar = {
-        "count": "What trains is what the search chose; the formula is the budget, the most that it can be."
-    }
 
     def attach(self, host: Host) -> None:
         self.seed = int(torch.randint(2**31, (), device="cpu"))

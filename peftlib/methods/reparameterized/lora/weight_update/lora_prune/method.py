@@ -99,11 +99,6 @@ class LoRAPruneConfig(MethodConfig):
 class LoRAPrune(LowRankUpdates):
     Config = LoRAPruneConfig
     learning_rate = 2e-3
-    exceptions = dict.fromkeys(
-        ("merge on t5", "merge on mt5"),
-        "The layers share one position bias with a row for every head, so attention modules that lost heads keep a "
-        "part that chooses their rows; the outputs are equal.",
-    )
 
     def __init__(self, config: LoRAPruneConfig):
         super().__init__(config)
