@@ -16,7 +16,13 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError
 from peftlib.methods.base import TrainingState
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.low_rank import adalora
+
+
+def adalora(x, weight, bias, p, singular, q, alpha, rank):
+    """Zhang et al. 2023: h = W x + (alpha / r) P Lambda Q x for x (tokens, in), in float64."""
+    x, W, P, Lambda, Q = (tensor.double() for tensor in (x, weight, p, singular.diag(), q))
+    return (x @ W.T + bias.double() + alpha / rank * x @ Q.T @ Lambda @ P.T).float()
+
 
 PEFT_NAMES = {"singular": "lora_E", "P": "lora_B", "Q": "lora_A"}
 

@@ -16,8 +16,8 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
 from peftlib.mechanisms.quantized import NormalFloatWeight
 from peftlib.methods.reparameterized.lora.quantization.loftq import alternate, factors
+from tests.mechanisms import test_quantized as reference
 from tests.methods.helpers import backbone, inputs, perturb
-from tests.reference import quantized as reference
 
 FAMILIES = ["bert", "t5", "llama", "gpt2"]
 KINDS = ["normal", "heavy-tailed", "low rank and noise"]

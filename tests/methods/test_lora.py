@@ -13,7 +13,13 @@ from peftlib import backbones
 from peftlib.errors import TargetError
 from peftlib.mechanisms.low_rank import LowRank
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.low_rank import lora
+
+
+def lora(x, weight, bias, a, b, alpha, rank):
+    """Hu et al. 2022: h = W x + (alpha / r) B A x for x (tokens, in), in float64."""
+    x, W, A, B = (tensor.double() for tensor in (x, weight, a, b))
+    return (x @ W.T + bias.double() + alpha / rank * x @ A.T @ B.T).float()
+
 
 # family: (our sites, HF peft's target_modules, its fan_in_fan_out). GPT-2's queries, keys and values are one module,
 # which HF peft adapts as one and peftlib by part, so the other three are compared.

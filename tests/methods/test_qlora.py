@@ -12,7 +12,13 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError, StateError
 from peftlib.mechanisms.quantized import QuantizedLinear
 from tests.methods.helpers import Spy, backbone, inputs, perturb
-from tests.reference.low_rank import lora
+
+
+def lora(x, weight, bias, a, b, alpha, rank):
+    """Hu et al. 2022: h = W x + (alpha / r) B A x for x (tokens, in), in float64."""
+    x, W, A, B = (tensor.double() for tensor in (x, weight, a, b))
+    return (x @ W.T + bias.double() + alpha / rank * x @ A.T @ B.T).float()
+
 
 FAMILIES = ["bert", "t5", "llama", "gpt2"]
 

@@ -6,7 +6,13 @@ import torch
 import peftlib
 from peftlib import backbones
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
-from tests.reference.adapters import sequential_adapter
+
+
+def sequential_adapter(y, W_down, b_down, W_up, b_up, activation="gelu"):
+    """Houlsby et al. 2019: h + W_up act(W_down h + b_down) + b_up for a block's output h (tokens, d), in float64."""
+    act = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "swish": torch.nn.functional.silu}[activation]
+    h, down, up = y.double(), W_down.double(), W_up.double()
+    return (h + act(h @ down.T + b_down.double()) @ up.T + b_up.double()).to(y.dtype)
 
 
 @pytest.mark.parametrize("family", list(backbones.tiny.FAMILIES))
