@@ -39,18 +39,19 @@ def lm_head(family: str) -> str:
 
 
 @functools.cache
-def _backbone(family: str, head: str) -> backbones.Backbone:
-    # Without dropout, so that two runs of the same steps can be compared.
+def _backbone(family: str, head: str, default: torch.dtype) -> backbones.Backbone:
+    # Without dropout, so that two runs of the same steps can be compared. A new head is drawn in the default dtype, so
+    # a fingerprint, which changes that, has models of its own.
     return backbones.load(f"tiny-{family}", head=head, dropout=0.0)
 
 
 def tokenizer(family: str):
-    return _backbone(family, "classification").tokenizer
+    return _backbone(family, "classification", torch.get_default_dtype()).tokenizer
 
 
 def backbone(family: str, head: str = "classification") -> nn.Module:
     """A fresh copy of the family's tiny model, in evaluation mode."""
-    return copy.deepcopy(_backbone(family, head).model)
+    return copy.deepcopy(_backbone(family, head, torch.get_default_dtype()).model)
 
 
 def texts() -> list[str]:
