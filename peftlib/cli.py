@@ -97,36 +97,27 @@ def sweep(args: argparse.Namespace) -> int:
 def search(args: argparse.Namespace) -> int:
     from peftlib import experiments
 
-    track = args.track or next(iter(experiments.profile(args.profile).tracks))
-    if args.method == "s3delta":
-        specs = experiments.structure_specs(
-            args.profile, track, args.seeds, args.trials, options=_options(args.option), changes=_options(args.set)
-        )
-        outcomes = experiments.sweep(specs, experiments.Store(f"{args.results}/search"), workers=args.workers)
-        out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
-        return 1 if outcomes["failed"] else 0
-    for seed in args.seeds:
-        spec = experiments.SearchSpec(
-            args.profile,
-            track,
-            args.strategy,
-            seed=seed,
-            initial=args.initial,
-            batch=args.batch,
-            learning_rate=args.lr,
-            surrogate=args.surrogate,
-            changes=_options(args.set),
-        )
-        log = experiments.search(spec, args.trials, args.results)
-        title = f"Seed {seed}: no other trial is better and smaller"
-        table = Table("parameters", "validation", "test", "structure", title=title)
-        for trial in log.pareto():
-            table.add_row(
-                f"{trial['parameters']:,}", f"{trial['score']:.4f}", f"{trial['test']:.4f}", str(trial["options"])
-            )
-        out.print(table)
-        out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
-    return 0
+    settings = {name: getattr(args, name) for name in ("strategy", "initial", "batch", "surrogate")}
+    failed = 0
+    for found in experiments.search_structures(
+        args.method,
+        args.profile,
+        args.track,
+        seeds=args.seeds,
+        trials=args.trials,
+        settings={name: value for name, value in settings.items() if value is not None},
+        options=_options(args.option),
+        learning_rate=args.lr,
+        changes=_options(args.set),
+        root=args.results,
+        workers=args.workers,
+    ):
+        if isinstance(found, experiments.Log):
+            _front(found)
+        else:
+            out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items())))
+            failed += found["failed"]
+    return 1 if failed else 0
 
 
 def conformance(args: argparse.Namespace) -> int:
@@ -301,6 +292,18 @@ def _searched_rate(store, chosen, method: str) -> float | None:
     return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
 
 
+def _front(log) -> None:
+    """The Pareto set of a search, and what it dominates."""
+    title = f"Seed {log.spec.seed}: no other trial is better and smaller"
+    table = Table("parameters", "validation", "test", "structure", title=title)
+    for trial in log.pareto():
+        table.add_row(
+            f"{trial['parameters']:,}", f"{trial['score']:.4f}", f"{trial['test']:.4f}", str(trial["options"])
+        )
+    out.print(table)
+    out.print(f"dominated share of outcomes: {log.hypervolume():.3f}")
+
+
 def _results(rows: list[dict], title: str | None = None) -> None:
     table = Table("method", "rate", "mean", "std", "seeds", "trained", "%", "stored kB", "s/step", title=title)
     for row in sorted(rows, key=lambda r: -r["mean"]):
@@ -367,18 +370,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--executor", default="local", help="local (default) or ray")
     sub.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     sub = stored(command(search, "search structures; interrupt it anywhere, the same call goes on"))
-    sub.add_argument("method", choices=("autopeft", "s3delta"), help="s3delta: its search and random structures")
+    sub.add_argument("method", help="one that has a search over its structures")
     sub.add_argument("--track", help="default: the profile's first")
-    sub.add_argument("--trials", type=int, default=24, help="trainings a seed (s3delta: random structures)")
+    sub.add_argument(
+        "--trials", type=int, default=24, help="trainings a seed, or structures to compare with (default: 24)"
+    )
     sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a search each (default: 0)")
-    sub.add_argument("--lr", type=float, help="of every training of autopeft; default: the method's own")
-    sub.add_argument("--strategy", default="bayesian", choices=("bayesian", "random"), help="of autopeft")
-    sub.add_argument("--initial", type=int, default=8, help="random trials before a bayesian search's first model")
-    sub.add_argument("--batch", type=int, default=2, help="trials that a bayesian search proposes together")
-    sub.add_argument("--surrogate", default="gp", choices=("gp", "saas"), help="a bayesian search's model")
-    sub.add_argument("--workers", type=int, default=1, help="s3delta: runs at a time (default: 1)")
-    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of s3delta")
+    sub.add_argument("--lr", type=float, help="of every training; default: the method's own")
+    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of the method")
     sub.add_argument("-s", "--set", action="append", metavar="NAME=VALUE", help="a setting of the track")
+    sub.add_argument(
+        "--workers", type=int, default=1, help="runs at a time (default: 1), where none needs another's score"
+    )
+    group = sub.add_argument_group("settings of the search, where the method's has them (default: its own)")
+    group.add_argument("--strategy", metavar="NAME", help="how structures are proposed, such as bayesian or random")
+    group.add_argument("--initial", type=int, metavar="N", help="random trials before the first model")
+    group.add_argument("--batch", type=int, metavar="N", help="trials that are proposed together")
+    group.add_argument("--surrogate", metavar="NAME", help="the model of the score, such as gp or saas")
     sub = command(conformance, "check a method, peftlib's or your own, on tiny models of every family")
     sub.add_argument("methods", nargs="+", metavar="METHOD", help="a name, or module:Class of a registered method")
     sub.add_argument("--family", nargs="+", metavar="NAME", help="default: all")

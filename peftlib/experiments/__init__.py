@@ -2,7 +2,16 @@
 
 from peftlib.experiments.costs import read_costs, write_costs
 from peftlib.experiments.run import Trained, execute, run, train
-from peftlib.experiments.search import Log, SearchSpec, Space, logs, read_log, search, structure_specs
+from peftlib.experiments.search import (
+    Log,
+    SearchSpec,
+    logs,
+    read_log,
+    search,
+    search_structures,
+    structure_search,
+    structure_specs,
+)
 from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
 from peftlib.experiments.stale import Stale, stale
 from peftlib.experiments.store import TIE, Store, summarize
@@ -16,7 +25,6 @@ __all__ = [
     "Profile",
     "RunSpec",
     "SearchSpec",
-    "Space",
     "Stale",
     "Store",
     "Track",
@@ -30,7 +38,9 @@ __all__ = [
     "run_spec",
     "search",
     "search_specs",
+    "search_structures",
     "stale",
+    "structure_search",
     "structure_specs",
     "summarize",
     "sweep",

@@ -1,141 +1,185 @@
-"""A search over AutoPEFT's structures, each scored by a training run: Bayesian, or random at the same cost.
+"""Searches over the structures of a method that has a ``structure_search``: its runs, done and kept.
 
-Every trial is one line of a log that only grows. A search that was cut off goes on with the next trial of the same
-call; all that it proposes follows from its seed and the trials before.
+Structures that the method lists are runs like all others, in a store of their own. Where it proposes each structure
+from the scores of those before, every trial is one line of a log that only grows. A search that was cut off goes on
+with the next trial of the same call; all that is proposed follows from its seed and the trials before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
-from peftlib import anatomy, backbones
-from peftlib.errors import DataError, StateError, UnsupportedError
+from peftlib import anatomy, backbones, taxonomy
+from peftlib.errors import ConfigError, DataError, StateError, UnsupportedError
 from peftlib.experiments.provenance import provenance
 from peftlib.experiments.run import execute
-from peftlib.experiments.spec import RunSpec, run_spec
-from peftlib.experiments.store import RESULTS
-from peftlib.experiments.sweep import progress_bar
-from peftlib.methods.base import at_least, one_of
-from peftlib.methods.hybrid.automatic.s3delta.method import SEARCHING
+from peftlib.experiments.spec import RunSpec, profile, run_spec
+from peftlib.experiments.store import RESULTS, Store
+from peftlib.experiments.sweep import progress_bar, sweep
+from peftlib.methods.base import at_least
+from peftlib.methods.bases.search import ListedStructures, Point, ProposedStructures
 from peftlib.methods.registry import find
 
-Point = tuple[int, ...]
-STRATEGIES = ("bayesian", "random")
-SURROGATES = ("gp", "saas")
+
+def structure_search(method: str, **settings: Any) -> ListedStructures | ProposedStructures:
+    """A method's search with these settings. Raises UnsupportedError for a method that has none, ConfigError for a
+    setting that it does not have."""
+    cls = find(method).structure_search
+    if cls is None:
+        others = ", ".join(name for name in taxonomy.methods() if find(name).structure_search is not None)
+        raise UnsupportedError(f"{method} has no search over structures; methods that have one: {others}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in settings:
+        if name not in names:
+            raise ConfigError(f"the search of {method} has no setting {name!r}; it has {', '.join(names) or 'none'}")
+    return cls(**settings)
 
 
-@dataclass(frozen=True)
-class Space:
-    """AutoPEFT's structures on an encoder of width ``d``.
+def search_structures(
+    method: str,
+    profile_name: str,
+    track: str | None = None,
+    *,
+    seeds: Iterable[int],
+    trials: int,
+    settings: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    learning_rate: float | None = None,
+    changes: dict[str, Any] | None = None,
+    root: str | os.PathLike = RESULTS,
+    workers: int = 1,
+    progress: bool = True,
+) -> Iterator[Log | Counter]:
+    """Search a method's structures: one search a seed, of so many trials each.
 
-    A point is the indices of three sizes (serial, parallel, length) in :attr:`sizes` and one bit a layer.
+    Args:
+        settings: of the method's search.
+        options: of the method, where its search lists structures; one that proposes them sets the options itself.
+        workers: runs at a time, where structures are listed.
+
+    Gives the log of each seed, or the outcomes of all runs, as :func:`sweep` does. Raises what
+    :func:`structure_search` and :func:`search` raise, and ConfigError for an argument that the search has no use for.
     """
+    found = structure_search(method, **(settings or {}))
+    track = track or next(iter(profile(profile_name).tracks))
+    if isinstance(found, ListedStructures):
+        specs = structure_specs(
+            method,
+            found,
+            profile_name,
+            track,
+            seeds,
+            trials,
+            options=options,
+            learning_rate=learning_rate,
+            changes=changes,
+        )
+        yield sweep(specs, Store(Path(root) / "search"), workers=workers, progress=progress)
+        return
+    if options:
+        raise ConfigError(f"the search of {method} sets its options; leave out {', '.join(options)}")
+    if workers != 1:
+        raise ConfigError(f"workers={workers!r}: structures of {method} are proposed one after the other; use 1")
+    for seed in seeds:
+        spec = SearchSpec(
+            profile_name, track, method, found, seed=seed, learning_rate=learning_rate, changes=changes or {}
+        )
+        yield search(spec, trials, root, progress=progress)
 
-    d: int
-    layers: int
 
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """d, d / 2, d / 4, ..., 1, 0, rounded down."""
-        return (*(self.d >> k for k in range(self.d.bit_length())), 0)
-
-    def options(self, point: Point) -> dict[str, Any]:
-        """A point as options of ``autopeft``."""
-        serial, parallel, length = (self.sizes[i] for i in point[:3])
-        return {"serial": serial, "parallel": parallel, "length": length, "layers": list(point[3:])}
-
-    def parameters(self, points: torch.Tensor) -> torch.Tensor:
-        """Trained parameters without the task head, (...), of points (..., 3 + layers)."""
-        chosen = torch.tensor(self.sizes, dtype=torch.float64)[points[..., :3].round().long()]
-        adapters, length = chosen[..., :2], chosen[..., 2]
-        one = ((2 * self.d + 1) * adapters + self.d * (adapters > 0)).sum(-1) + 2 * self.d * length
-        return points[..., 3:].round().sum(-1) * one
-
-    def valid(self, point: Point) -> bool:
-        """Whether anything is left to train."""
-        return any(point[3:]) and any(self.sizes[i] for i in point[:3])
-
-    def sample(self, generator: np.random.Generator) -> Point:
-        """A valid point, uniformly."""
-        while True:
-            sizes = generator.integers(len(self.sizes), size=3)
-            point = tuple(int(i) for i in (*sizes, *generator.integers(2, size=self.layers)))
-            if self.valid(point):
-                return point
-
-    def thrift(self, points: torch.Tensor) -> torch.Tensor:
-        """How few parameters points have, on a log scale: 1 for the smallest structure, 0 for the largest."""
-        most = self.parameters(torch.tensor([0, 0, 0] + self.layers * [1])).log()
-        least = math.log(2 * self.d)  # a prefix of one position in one layer
-        return (most - self.parameters(points).clamp(min=1).log()) / (most - least)
+def structure_specs(
+    method: str,
+    listed: ListedStructures,
+    profile_name: str,
+    track: str,
+    seeds: Iterable[int],
+    count: int,
+    *,
+    options: dict[str, Any] | None = None,
+    learning_rate: float | None = None,
+    changes: dict[str, Any] | None = None,
+) -> list[RunSpec]:
+    """The runs of a search that lists its structures: for each seed its ``structures(options, count)``."""
+    return [
+        run_spec(
+            profile_name, track, method, seed=seed, learning_rate=learning_rate, options=structure, changes=changes
+        )
+        for seed in seeds
+        for structure in listed.structures(options or {}, count)
+    ]
 
 
 @dataclass(frozen=True)
 class SearchSpec:
-    """One search, in full but for its number of trials.
+    """One search that proposes its structures, in full but for its number of trials.
 
     Args:
         profile, track: where structures are trained and scored, by the track's metric on its validation split.
-        strategy: "bayesian", or "random".
-        seed: of the proposals and of every training. Two searches of one seed have the same first trials.
-        initial: random trials before the first model; ``batch``: trials that are proposed together.
+        method: whose structures they are.
+        search: how they are proposed, the method's ``structure_search`` with its settings.
+        seed: of the proposals and of every training.
         learning_rate: of every training; the method's own by default.
-        reference: the score that counts for nothing, 0.5 for two balanced classes.
-        surrogate: model of the score: "gp" (Matern or squared-exponential kernel with a length scale a dimension, as
-            BoTorch has it) or "saas" (priors for few dimensions that matter, at their most probable values).
         changes: settings of the track that are replaced.
     """
 
     profile: str
     track: str
-    strategy: Literal["bayesian", "random"] = "bayesian"
+    method: str
+    search: ProposedStructures
     seed: int = 0
-    initial: int = 8
-    batch: int = 2
     learning_rate: float | None = None
-    reference: float = 0.5
-    surrogate: Literal["gp", "saas"] = "gp"
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        one_of("strategy", self.strategy, STRATEGIES)
-        one_of("surrogate", self.surrogate, SURROGATES)
-        at_least("initial", self.initial, 2)
-        at_least("batch", self.batch, 1)
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", find("autopeft").learning_rate)
+            object.__setattr__(self, "learning_rate", find(self.method).learning_rate)
+
+    @property
+    def strategy(self) -> str:
+        return self.search.strategy
 
     @property
     def path(self) -> Path:
         """The log's place below the folder of results."""
-        return Path("search", self.profile, self.track, f"autopeft-{self.strategy}-{self.seed}.jsonl")
+        return Path("search", self.profile, self.track, f"{self.method}-{self.strategy}-{self.seed}.jsonl")
 
     def run(self, options: dict[str, Any]) -> RunSpec:
         """The training of one structure."""
         return run_spec(
             self.profile,
             self.track,
-            "autopeft",
+            self.method,
             seed=self.seed,
             learning_rate=self.learning_rate,
             options=options,
             changes=self.changes,
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the log says of it: its own fields and the search's settings. The method is in the log's name."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("method", "search")}
+        return own | dataclasses.asdict(self.search)
+
+    @classmethod
+    def from_dict(cls, method: str, given: dict[str, Any]) -> SearchSpec:
+        """The way back from :meth:`as_dict`."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        own = {name: value for name, value in given.items() if name in names}
+        search = structure_search(method, **{name: value for name, value in given.items() if name not in names})
+        if not isinstance(search, ProposedStructures):
+            raise DataError(f"the search of {method} has no log")
+        return cls(method=method, search=search, **own)
 
 
 @dataclass(frozen=True)
@@ -143,37 +187,31 @@ class Log:
     """A search as stored: ``spec`` and ``space``, where it ran (``provenance``), its ``trials`` in order.
 
     A trial has ``point``, ``options`` of the method, ``by`` (who proposed it), ``score`` on validation data, ``test``
-    (which no search looks at), ``parameters`` (without the task head), ``proposal_seconds`` and ``seconds``.
+    (which no search looks at), ``parameters`` (without the task head), ``run``, ``proposal_seconds`` and ``seconds``.
     """
 
     spec: SearchSpec
-    space: Space
+    space: Any
     provenance: dict[str, Any]
     trials: list[dict[str, Any]]
 
+    def points(self) -> list[Point]:
+        return [tuple(trial["point"]) for trial in self.trials]
+
+    def scores(self, split: str = "score") -> list[float]:
+        """The scores on validation data, or with "test" on test data."""
+        return [trial[split] for trial in self.trials]
+
     def pareto(self) -> list[dict[str, Any]]:
         """The trials that no other beats in score and size, by rising size; of equal ones the first."""
-        best, kept = -math.inf, []
-        for trial in sorted(self.trials, key=lambda t: (t["parameters"], -t["score"])):
-            if trial["score"] > best:
-                best = trial["score"]
-                kept.append(trial)
-        return kept
+        return [self.trials[i] for i in self.spec.search.pareto(self.space, self.points(), self.scores())]
 
     def hypervolume(self, trials: int | None = None, split: str = "score") -> float:
         """The share of the space of outcomes that the Pareto set of the first ``trials`` dominates, in 0 to 1.
-
-        The outcomes are the score from the reference to 1 and the number of parameters, on a log scale, from the
-        largest structure to the smallest. ``split="test"`` measures the same set on test data.
-        """
-        volume, reached = 0.0, 0.0
-        for trial in dataclasses.replace(self, trials=self.trials[:trials]).pareto():
-            height = max(0.0, _height(self.spec, trial[split]))
-            width = float(self.space.thrift(torch.tensor(trial["point"])))
-            # By rising size, widths fall: a trial adds the strip by which it is higher than all smaller ones.
-            volume += max(0.0, height - reached) * width
-            reached = max(reached, height)
-        return volume
+        ``split="test"`` measures the same set on test data."""
+        return self.spec.search.hypervolume(
+            self.space, self.points()[:trials], self.scores()[:trials], self.scores(split)[:trials]
+        )
 
 
 def read_log(path: Path) -> Log:
@@ -181,14 +219,17 @@ def read_log(path: Path) -> Log:
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     try:
         head, *trials = map(json.loads, whole)
-        return Log(SearchSpec(**head["spec"]), Space(**head["space"]), head["provenance"], trials)
+        spec = SearchSpec.from_dict(path.name.partition("-")[0], head["spec"])
+        return Log(spec, spec.search.space_type(**head["space"]), head["provenance"], trials)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not the log of a search ({error}); delete it and search again") from error
 
 
-def logs(root: str | os.PathLike = RESULTS) -> list[Log]:
-    """All stored searches below a folder of results, in the order of their paths."""
-    return [read_log(path) for path in sorted(Path(root).glob("search/*/*/autopeft-*.jsonl"))]
+def logs(root: str | os.PathLike = RESULTS, method: str | None = None) -> list[Log]:
+    """The stored searches of one method, or of all that peftlib has, below a folder of results, by path."""
+    known = taxonomy.methods() if method is None else (method,)
+    paths = sorted(Path(root).glob("search/*/*/*-*-*.jsonl"))
+    return [read_log(path) for path in paths if path.name.partition("-")[0] in known]
 
 
 def search(
@@ -210,20 +251,19 @@ def search(
             done again, and counts as if it were.
 
     Raises StateError where another process is at this search or the log is of other settings, UnsupportedError where
-    the backbone is no encoder, or BoTorch is missing for a Bayesian search.
+    the method has no space of structures for the backbone, or lacks what it proposes with.
     """
     at_least("trials", trials, 1)
     path = Path(root) / spec.path
     with _alone(path):
         log = _open(path, spec)
-        known = {trial["run"]: trial for other in logs(root) for trial in other.trials}
-        if spec.strategy == "bayesian":
-            _bayesian()  # takes seconds to import, which are no cost of a proposal
+        known = {trial["run"]: trial for other in logs(root, spec.method) for trial in other.trials}
+        spec.search.prepare()
         with progress_bar(progress) as bar:
             shown = bar.add_task(f"{spec.strategy} search", total=trials, completed=min(trials, len(log.trials)))
             while len(log.trials) < trials:
                 began = time.perf_counter()
-                points, by = propose(log)
+                points, by = spec.search.propose(log.space, log.points(), log.scores(), spec.seed)
                 each = (time.perf_counter() - began) / len(points)
                 for point in points[: trials - len(log.trials)]:
                     trial = _trial(log, point, by, each, evaluate, known)
@@ -233,41 +273,6 @@ def search(
                     if progress:
                         bar.console.print(f"{trial['score']:.4f}  {trial['parameters']:>10,}  {trial['options']}")
     return log
-
-
-def propose(log: Log) -> tuple[list[Point], str]:
-    """The next structures to try and who proposes them, from the trials so far: none of them twice."""
-    spec, done = log.spec, len(log.trials)
-    seen = {tuple(trial["point"]) for trial in log.trials}
-    if spec.strategy == "random" or done < spec.initial:
-        generator = np.random.default_rng([spec.seed, done])
-        return [next(p for p in iter(lambda: log.space.sample(generator), None) if p not in seen)], "random"
-    # A batch that was cut off is proposed again from what was known before it.
-    known = done - (done - spec.initial) % spec.batch
-    points, space = [tuple(t["point"]) for t in log.trials[:known]], log.space
-    scores = [_height(spec, t["score"]) for t in log.trials[:known]]
-    levels = [len(space.sizes)] * 3 + [2] * space.layers
-    # Something must be on: one layer, and one size other than 0, which is the last.
-    floors = [(range(3, len(levels)), 1, 1), (range(3), -1, 1 - 3 * (len(space.sizes) - 1))]
-    found = _bayesian().batch(
-        points, scores, space.thrift, levels, floors, spec.batch, spec.surrogate, 1000 * spec.seed + known
-    )
-    return found[done - known :], spec.surrogate
-
-
-def _height(spec: SearchSpec, score: float) -> float:
-    """A score from the reference, 0, to the best possible, 1."""
-    return (score - spec.reference) / (1 - spec.reference)
-
-
-def _bayesian() -> ModuleType:
-    try:
-        from peftlib.experiments import bayesian
-    except ImportError as error:
-        raise UnsupportedError(
-            'a bayesian search needs botorch: pip install "peftlib[search]", or use strategy="random"'
-        ) from error
-    return bayesian
 
 
 def _trial(
@@ -293,14 +298,10 @@ def _trial(
     }
 
 
-def _space(spec: SearchSpec) -> Space:
-    settings = spec.run({}).settings
-    parts = anatomy.of(backbones.load(settings["backbone"], head="classification").model)
-    if parts.stacks != ("encoder",):
-        raise UnsupportedError(
-            f"the space of structures is that of encoders, and {settings['backbone']} has {', '.join(parts.stacks)}"
-        )
-    return Space(parts.d, parts.num_layers)
+def _space(spec: SearchSpec) -> Any:
+    backbone = spec.run({}).settings["backbone"]
+    parts = anatomy.of(backbones.load(backbone, head="classification").model)
+    return spec.search.space(parts, backbone)
 
 
 def _open(path: Path, spec: SearchSpec) -> Log:
@@ -314,9 +315,7 @@ def _open(path: Path, spec: SearchSpec) -> Log:
         return log
     log = Log(spec, _space(spec), provenance(), [])
     path.unlink(missing_ok=True)
-    _append(
-        path, {"spec": dataclasses.asdict(spec), "space": dataclasses.asdict(log.space), "provenance": log.provenance}
-    )
+    _append(path, {"spec": spec.as_dict(), "space": dataclasses.asdict(log.space), "provenance": log.provenance})
     return log
 
 
@@ -347,28 +346,3 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def structure_specs(
-    profile_name: str,
-    track: str,
-    seeds: Iterable[int],
-    draws: int,
-    *,
-    options: dict[str, Any] | None = None,
-    changes: dict[str, Any] | None = None,
-) -> list[RunSpec]:
-    """The runs that compare S3Delta with random structures of its budget: for each seed one search, and ``draws``
-    structures of which the best on validation data counts. Options of the search are not in those: another search
-    stands beside the same random structures."""
-    options = options or {}
-    shared = {name: value for name, value in options.items() if name not in SEARCHING}
-    kinds = [
-        {**options, "strategy": "search"},
-        *({**shared, "strategy": "random", "draw": i} for i in range(draws)),
-    ]
-    return [
-        run_spec(profile_name, track, "s3delta", seed=seed, options=kind, changes=changes)
-        for seed in seeds
-        for kind in kinds
-    ]

@@ -117,6 +117,8 @@ class Method:
     """How many sources it needs at least, where it takes any."""
     hf_peft: ClassVar[Any] = None
     """How HF peft's files hold its adapters, a :class:`peftlib.methods.bases.hf_peft.Format`; None: not at all."""
+    structure_search: ClassVar[type | None] = None
+    """The search over its structures, a class of :mod:`peftlib.methods.bases.search`; None: it has none."""
 
     def __init__(self, config: MethodConfig):
         self.config = config

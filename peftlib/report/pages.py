@@ -32,7 +32,7 @@ def generate(root: Path) -> dict[str, str | bytes]:
     """All generated files, by their path below the Sphinx source."""
     standings = Standings(Store(root / "results"), MEASURED)
     matrix = conformance.read(root)
-    found = [log for log in logs(root / "results") if log.spec.profile == MEASURED]
+    found = [log for log in logs(root / "results", "autopeft") if log.spec.profile == MEASURED]
     structures = [
         record
         for track in standings.profile.tracks

@@ -213,7 +213,7 @@ def search_figure(logs: Sequence[Log], metric: str = "accuracy") -> Figure:
                 )
                 means = [statistics.mean(log.hypervolume(k) for log in mine) for k in range(1, most + 1)]
                 right.plot(range(1, most + 1), means, color=colour, linewidth=2, label=label)
-        initial = min(log.spec.initial for log in logs)
+        initial = min(log.spec.search.initial for log in logs)
         right.axvline(initial + 0.5, color=PLAIN, linewidth=0.8, linestyle=":")
         right.text(
             initial + 0.7, 0.97, "first model", va="top", color=INK, fontsize=8, transform=right.get_xaxis_transform()

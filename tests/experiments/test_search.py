@@ -1,29 +1,29 @@
-"""The search over AutoPEFT's structures: its space, what it proposes, its log, and a search that was cut off."""
+"""Searches over structures: the log of one that proposes them, and cut off; the runs of one that lists them; tables."""
 
 import dataclasses
-import itertools
 import json
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 
 import peftlib
-from peftlib import backbones, cli, experiments, taxonomy
+from peftlib import cli, experiments, taxonomy
 from peftlib.errors import DataError, StateError, UnsupportedError
-from peftlib.experiments import Log, SearchSpec, Space, read_log, search
+from peftlib.experiments import SearchSpec, read_log, search, structure_search
+from peftlib.experiments.sweep import EXECUTORS
+from peftlib.methods.bases.search import ProposedStructures
+from peftlib.methods.hybrid.automatic import autopeft
+from peftlib.methods.hybrid.automatic.autopeft.search import Space
+from peftlib.methods.registry import find
 from peftlib.report import pareto_rows, search_figure, search_rows, structure_means, structure_rows
 
 from ..project import ROOT
 
 TINY = Space(32, 2)
-
-
-def points(space, count, seed=0):
-    generator = np.random.default_rng(seed)
-    return [space.sample(generator) for _ in range(count)]
 
 
 def parameters(options):
@@ -39,84 +39,13 @@ def fake(run):
     return {"metric": "accuracy", "metrics": metrics, "count": {"trained": parameters(o) + 7, "head": 7}}
 
 
-def spec(strategy="random", **options):
-    return SearchSpec("smoke", "smoke", strategy, **({"initial": 4} | options))
+def spec(strategy="random", seed=0, learning_rate=None, changes=None, **settings):
+    proposed = structure_search("autopeft", strategy=strategy, **({"initial": 4} | settings))
+    return SearchSpec("smoke", "smoke", "autopeft", proposed, seed, learning_rate, changes or {})
 
 
 def found(log):
     return [(t["point"], t["by"], t["score"], t["parameters"]) for t in log.trials]
-
-
-# The space
-
-
-def test_sizes_halve_from_the_width_to_one_and_none():
-    assert Space(768, 12).sizes == (768, 384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
-    assert Space(384, 6).sizes == (384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
-
-
-def test_parameters_are_those_of_the_attached_structure():
-    shapes = backbones.load("tiny-bert", head="classification").model
-    for point in points(TINY, 6):
-        adapted = peftlib.attach(shapes, "autopeft", **TINY.options(point))
-        assert adapted.count().method == TINY.parameters(torch.tensor(point)) == parameters(TINY.options(point))
-        adapted.detach()
-
-
-def test_all_that_is_drawn_is_valid_and_everything_is_drawn():
-    small = Space(2, 1)  # sizes 2, 1, 0
-    drawn = set(points(small, 600))
-    assert drawn == {p for p in itertools.product(range(3), range(3), range(3), range(2)) if small.valid(p)}
-    assert len(drawn) == 26
-
-
-def test_thrift_is_one_for_the_smallest_structure_and_zero_for_the_largest():
-    none = len(TINY.sizes) - 1
-    values = TINY.thrift(torch.tensor([(0, 0, 0, 1, 1), (none, none, none - 1, 0, 1), (0, none, none, 0, 1)]))
-    assert values[:2].tolist() == pytest.approx([0.0, 1.0])
-    assert 0 < values[2] < 1
-    assert TINY.parameters(torch.tensor((none, none, none - 1, 0, 1))) == 64
-
-
-# The Pareto set
-
-
-def trials(*pairs):
-    made = []
-    for point, score in pairs:
-        size = int(TINY.parameters(torch.tensor(point)))
-        options = TINY.options(point)
-        made.append({"point": list(point), "options": options, "score": score, "test": score, "parameters": size})
-    return made
-
-
-def test_the_pareto_set_is_what_no_other_beats_and_its_volume_what_it_dominates():
-    generator = np.random.default_rng(3)
-    for seed in range(5):
-        pairs = [(p, float(generator.uniform(0.4, 1))) for p in points(TINY, 12, seed)]
-        log = Log(spec(), TINY, {}, trials(*pairs))
-        beaten = [
-            any(
-                o["score"] >= t["score"]
-                and o["parameters"] <= t["parameters"]
-                and (o["score"], o["parameters"]) != pair
-                for o in log.trials
-                for pair in [(t["score"], t["parameters"])]
-            )
-            for t in log.trials
-        ]
-        assert {str(t["point"]) for t in log.pareto()} == {str(t["point"]) for t, b in zip(log.trials, beaten) if not b}
-        # The area of a union of rectangles, on the grid that their corners make.
-        boxes = [(float(TINY.thrift(torch.tensor(t["point"]))), max(0.0, 2 * t["score"] - 1)) for t in log.trials]
-        widths, heights = (sorted({0.0, *side}) for side in zip(*boxes))
-        area = sum(
-            (w - w0) * (h - h0)
-            for w0, w in itertools.pairwise(widths)
-            for h0, h in itertools.pairwise(heights)
-            if any(w <= x + 1e-12 and h <= y + 1e-12 for x, y in boxes)
-        )
-        assert log.hypervolume() == pytest.approx(area)
-        assert log.hypervolume(4) <= log.hypervolume(8) <= log.hypervolume()
 
 
 # The search
@@ -211,8 +140,8 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         spec(surrogate="forest")
     with pytest.raises(UnsupportedError, match="encoders, and tiny-gpt2 has decoder"):
         search(spec(changes={"backbone": "tiny-gpt2"}), 1, tmp_path, progress=False, evaluate=fake)
-    monkeypatch.setitem(sys.modules, "peftlib.experiments.bayesian", None)
-    monkeypatch.delattr(experiments, "bayesian", raising=False)
+    monkeypatch.setitem(sys.modules, f"{autopeft.__name__}.bayesian", None)
+    monkeypatch.delattr(autopeft, "bayesian", raising=False)
     with pytest.raises(UnsupportedError, match=r"peftlib\[search\]"):
         search(spec("bayesian"), 5, tmp_path, progress=False, evaluate=fake)
 
@@ -228,6 +157,91 @@ def test_the_command_trains_and_reports(tmp_path, capsys):
         assert 0 <= trial["score"] <= 1 and trial["parameters"] == parameters(trial["options"])
     assert cli.main([*command, "--trials", "2"]) == 0
     assert experiments.logs(tmp_path) == found
+
+
+# Any method
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """LoRA's ranks up to a width."""
+
+    width: int
+
+    def options(self, point):
+        return {"rank": point[0]}
+
+
+@dataclass(frozen=True)
+class Climb(ProposedStructures):
+    """From a rank to the next ones, as long as that raises the score."""
+
+    strategy: str = "climb"
+    first: int = 1
+    space_type: ClassVar = Ranks
+
+    def space(self, parts, backbone):
+        return Ranks(parts.d)
+
+    def propose(self, space, points, scores, seed):
+        best = max(zip(scores, points), default=(0.0, (self.first + seed - 1,)))[1][0]
+        return [(rank,) for rank in range(best + 1, space.width) if (rank,) not in points], "climb"
+
+    def pareto(self, space, points, scores):
+        return sorted(range(len(points)), key=lambda i: -scores[i])[:1]
+
+    def hypervolume(self, space, points, scores, measured=None):
+        return max(scores)
+
+
+def test_any_method_can_have_a_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(find("lora"), "structure_search", Climb)
+
+    def evaluate(run):
+        score = 1 / (1 + abs(run.options["rank"] - 5))
+        metrics = {"validation": {"accuracy": score}, "test": {"accuracy": score / 2}}
+        return {"metric": "accuracy", "metrics": metrics, "count": {"trained": run.options["rank"], "head": 0}}
+
+    given = SearchSpec("smoke", "smoke", "lora", structure_search("lora", first=2), seed=1)
+    assert given.learning_rate == find("lora").learning_rate
+    log = search(given, 2, tmp_path, progress=False, evaluate=evaluate)
+    assert log.space == Ranks(32) and log.points() == [(3,), (4,)]
+    assert (tmp_path / "search/smoke/smoke/lora-climb-1.jsonl").is_file()
+    log = search(given, 5, tmp_path, progress=False, evaluate=evaluate)
+    assert log.points() == [(3,), (4,), (5,), (6,), (7,)]
+    assert [trial["options"] for trial in log.pareto()] == [{"rank": 5}] and log.hypervolume() == 1.0
+    assert experiments.logs(tmp_path) == [log] == experiments.logs(tmp_path, "lora")
+    assert experiments.logs(tmp_path, "autopeft") == []
+
+
+def test_a_method_without_a_search_and_what_a_search_lacks_are_named(tmp_path, capsys):
+    command = ["search", "lora", "--profile", "smoke", "--results", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert "lora has no search over structures; methods that have one: autopeft, s3delta" in capsys.readouterr().err
+    for method, more, message in (
+        ("s3delta", ["--surrogate", "gp"], "the search of s3delta has no setting 'surrogate'; it has none"),
+        ("autopeft", ["-o", "serial=3"], "the search of autopeft sets its options; leave out serial"),
+        ("autopeft", ["--workers", "2"], "workers=2: structures of autopeft are proposed one after the other; use 1"),
+    ):
+        command[1] = method
+        assert cli.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_runs_listed_structures(tmp_path, capsys, monkeypatch):
+    def here(specs, store, workers):
+        return ((spec, experiments.run(spec, store)) for spec in specs)
+
+    monkeypatch.setitem(EXECUTORS, "local", here)
+    command = ["search", "s3delta", "--profile", "smoke", "--results", str(tmp_path), "--trials", "1"]
+    command += ["-o", "budget=0.03", "-o", "steps=1", "-s", "task_options={}"]
+    assert cli.main(command) == 0
+    assert "2 done" in capsys.readouterr().out
+    stored = experiments.Store(tmp_path / "search").records("smoke", "smoke", "s3delta")
+    assert sorted(record["spec"]["options"]["strategy"] for record in stored) == ["random", "search"]
+    assert cli.main(command) == 0
+    assert "2 there" in capsys.readouterr().out
 
 
 # Structures of S3Delta, tables and figures
@@ -257,8 +271,11 @@ def test_stored_searches_of_s3delta_beat_random_structures_at_equal_cost():
 
 
 def test_searched_and_random_structures_share_all_but_the_structure():
+    listed = structure_search("s3delta")
     specs, slower = (
-        experiments.structure_specs("smoke", "smoke", [0, 1], 3, options={"budget": 0.03, "steps": steps})
+        experiments.structure_specs(
+            "s3delta", listed, "smoke", "smoke", [0, 1], 3, options={"budget": 0.03, "steps": steps}
+        )
         for steps in (6, 9)
     )
     kinds = [(s.seed, s.options["strategy"], s.options["draw"]) for s in specs]
@@ -267,6 +284,19 @@ def test_searched_and_random_structures_share_all_but_the_structure():
     assert {s.options["budget"] for s in specs} == {0.03}
     assert len({s.key for s in specs}) == 8
     assert [s.key == t.key for s, t in zip(specs, slower)] == 2 * [False, True, True, True]
+
+
+def test_the_stored_runs_are_those_of_the_book_s_commands():
+    stored = experiments.Store(ROOT / "results/search")
+    listed, searching = structure_search("s3delta"), {"order": 1, "steps": 150, "search_rate": 0.002}
+    options = {"budget": 0.00014, "search_batch_size": 4, **searching}
+    specs = experiments.structure_specs("s3delta", listed, "embedded", "few-shot", range(40), 3, options=options)
+    assert all(stored.path(s).is_file() for s in specs)
+    for log in experiments.logs(ROOT / "results"):
+        settings = {"strategy": log.spec.strategy, "initial": 6}
+        rerun = SearchSpec("embedded", "few-shot", "autopeft", structure_search("autopeft", **settings), log.spec.seed)
+        assert log.spec == dataclasses.replace(rerun, learning_rate=0.003)
+        assert [t["run"] for t in log.trials] == [log.spec.run(log.space.options(p)).key for p in log.points()]
 
 
 def record(strategy, validation, test, loss=0.5, draw=0, budget=0.001, seed=0, batch_size=None):

@@ -1,12 +1,16 @@
-"""AutoPEFT: which modules stand in which layers for a structure of the space."""
+"""AutoPEFT: which modules stand in which layers for a structure, the space of structures, and the best of a set."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
 import peftlib
-from peftlib import backbones
+from peftlib import backbones, taxonomy
 from peftlib.errors import MergeError, TargetError
 from peftlib.methods.base import ConfigError
+from peftlib.methods.hybrid.automatic.autopeft.search import AutoPEFTSearch, Space, hypervolume, pareto
 from tests.methods.helpers import backbone, inputs, perturb
 
 MODULES = {"serial": "sequential_adapter", "parallel": "parallel_adapter", "length": "prefix"}
@@ -76,3 +80,99 @@ def test_what_cannot_be_is_refused():
         peftlib.attach(backbone("bert"), "autopeft", layers=(1, 0, 1))
     with pytest.raises(MergeError, match="autopeft has no merge"):
         peftlib.attach(backbone("bert"), "autopeft").merge()
+
+
+# The space
+
+TINY = Space(32, 2)
+
+
+def points(space, count, seed=0):
+    generator = np.random.default_rng(seed)
+    return [space.sample(generator) for _ in range(count)]
+
+
+def parameters(options):
+    """By the card's formula."""
+    return taxonomy.entry("autopeft").trained(L=2, d=32, **options)
+
+
+def test_sizes_halve_from_the_width_to_one_and_none():
+    assert Space(768, 12).sizes == (768, 384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
+    assert Space(384, 6).sizes == (384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
+
+
+def test_parameters_are_those_of_the_attached_structure():
+    shapes = backbones.load("tiny-bert", head="classification").model
+    for point in points(TINY, 6):
+        adapted = peftlib.attach(shapes, "autopeft", **TINY.options(point))
+        assert adapted.count().method == TINY.parameters(torch.tensor(point)) == parameters(TINY.options(point))
+        adapted.detach()
+
+
+def test_all_that_is_drawn_is_valid_and_everything_is_drawn():
+    small = Space(2, 1)  # sizes 2, 1, 0
+    drawn = set(points(small, 600))
+    assert drawn == {p for p in itertools.product(range(3), range(3), range(3), range(2)) if small.valid(p)}
+    assert len(drawn) == 26
+
+
+def test_thrift_is_one_for_the_smallest_structure_and_zero_for_the_largest():
+    none = len(TINY.sizes) - 1
+    values = TINY.thrift(torch.tensor([(0, 0, 0, 1, 1), (none, none, none - 1, 0, 1), (0, none, none, 0, 1)]))
+    assert values[:2].tolist() == pytest.approx([0.0, 1.0])
+    assert 0 < values[2] < 1
+    assert TINY.parameters(torch.tensor((none, none, none - 1, 0, 1))) == 64
+
+
+# The Pareto set
+
+
+def test_the_pareto_set_is_what_no_other_beats_and_its_volume_what_it_dominates():
+    generator = np.random.default_rng(3)
+    for seed in range(5):
+        tried = points(TINY, 12, seed)
+        scores = [float(generator.uniform(0.4, 1)) for _ in tried]
+        trials = [(score, parameters(TINY.options(point))) for score, point in zip(scores, tried)]
+        beaten = [
+            any(s >= score and n <= size and (s, n) != (score, size) for s, n in trials) for score, size in trials
+        ]
+        found = pareto(TINY, tried, scores)
+        assert {tried[i] for i in found} == {point for point, b in zip(tried, beaten) if not b}
+        assert [trials[i] for i in found] == sorted((trials[i] for i in found), key=lambda trial: trial[1])
+        # The area of a union of rectangles, on the grid that their corners make.
+        boxes = [(float(TINY.thrift(torch.tensor(p))), max(0.0, 2 * s - 1)) for p, s in zip(tried, scores)]
+        widths, heights = (sorted({0.0, *side}) for side in zip(*boxes))
+        area = sum(
+            (w - w0) * (h - h0)
+            for w0, w in itertools.pairwise(widths)
+            for h0, h in itertools.pairwise(heights)
+            if any(w <= x + 1e-12 and h <= y + 1e-12 for x, y in boxes)
+        )
+        volumes = [hypervolume(TINY, tried[:n], scores[:n], reference=0.5) for n in (4, 8, 12)]
+        assert volumes[-1] == pytest.approx(area)
+        assert volumes == sorted(volumes)
+
+
+def test_other_scores_measure_the_set_that_the_scores_chose():
+    none = len(TINY.sizes) - 1
+    small, large = (none, none - 1, none, 0, 1), (0, 0, 0, 1, 1)
+    assert pareto(TINY, [large, small], [0.9, 0.7]) == [1, 0]
+    assert pareto(TINY, [large, small, small], [0.7, 0.7, 0.7]) == [1]
+    width = float(TINY.thrift(torch.tensor(small)))
+    assert hypervolume(TINY, [large, small], [0.6, 0.7], 0.5) == pytest.approx(0.4 * width)
+    assert hypervolume(TINY, [large, small], [0.6, 0.7], 0.5, measured=[1.0, 0.6]) == pytest.approx(0.2 * width)
+
+
+def test_what_is_proposed_follows_from_the_trials_and_the_seed():
+    search, tried = AutoPEFTSearch("random"), points(TINY, 3)
+    first, again, other = (search.propose(TINY, tried, [0.5] * 3, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first[1] == "random" and TINY.valid(first[0][0])
+    tiniest = Space(1, 1)  # sizes 1 and 0: seven structures
+    tried = []
+    for _ in range(7):
+        tried += search.propose(tiniest, tried, [0.5] * len(tried), 0)[0]
+    assert len(set(tried)) == 7
+    with pytest.raises(ConfigError, match="initial=1 is too small"):
+        AutoPEFTSearch(initial=1)

@@ -47,13 +47,11 @@ from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, check_rank
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, between, one_of
 from peftlib.methods.hybrid.automatic.s3delta.layer import Gates, LowRankLinear, Shift, Stretch
-from peftlib.methods.hybrid.automatic.s3delta.search import Search, fitting
+from peftlib.methods.hybrid.automatic.s3delta.search import S3DeltaSearch, Search, fitting
 
 LINEAR = {"lora": ("B",), "adapter": ("up.B", "up.bias"), "bitfit": ("b",), "lnfit": ("w",)}
 """Kind of candidate -> the parameters in which its change is linear."""
 KINDS = tuple(LINEAR)
-SEARCHING = ("steps", "search_rate", "gate_rate", "order", "search_batch_size", "beta")
-"""Options that a random structure does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,7 @@ class S3Delta(Method):
     Config = S3DeltaConfig
     learning_rate = 2e-3
     calibrates = True
+    structure_search = S3DeltaSearch
 
     def attach(self, host: Host) -> None:
         self.seed = int(torch.randint(2**31, (), device="cpu"))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.progress import track
@@ -30,7 +30,22 @@ from torch import nn
 from peftlib.errors import DataError, StateError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.importance import Batch
+from peftlib.methods.bases.search import ListedStructures
 from peftlib.methods.hybrid.automatic.s3delta.layer import Gates
+
+SEARCHING = ("steps", "search_rate", "gate_rate", "order", "search_batch_size", "beta")
+"""Options that a random structure does not depend on."""
+
+
+@dataclass(frozen=True)
+class S3DeltaSearch(ListedStructures):
+    """One searched structure and random ones of its budget, of which the best on validation data counts. Options of
+    the search are not in those: another search stands beside the same random structures."""
+
+    def structures(self, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+        shared = {name: value for name, value in options.items() if name not in SEARCHING}
+        random = [{**shared, "strategy": "random", "draw": i} for i in range(count)]
+        return [{**options, "strategy": "search"}, *random]
 
 
 def fitting(order: Iterable[int], sizes: Sequence[int], budget: int) -> list[int]:

@@ -9,8 +9,8 @@ z_l = 1; layers with z_l = 0 have no modules. A size of 0 leaves that module out
 2 m d a prefix, in each layer that is on. Adapters start at zero, so without a prefix the start is the identity. No
 merge: adapters are nonlinear and a prefix depends on the query.
 
-Attached is one structure. :func:`peftlib.experiments.search` finds the set of those that no other beats in both score
-and size, by Bayesian optimization; it scores each with a training run of its own.
+Attached is one structure. A search (``peftlib search autopeft``) finds the set of those that no other beats in both
+score and size, by Bayesian optimization; it scores each with a training run of its own.
 
 Source: Zhou et al. 2024, arXiv:2301.12132, and its code. As there: the three modules, sizes that all layers share and
 one bit a layer. The serial adapter is Pfeiffer's with ReLU, the parallel one that of He et al. with scale 4; prefixes
@@ -26,6 +26,7 @@ from peftlib.errors import TargetError
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 from peftlib.methods.combination import Combination
+from peftlib.methods.hybrid.automatic.autopeft.search import AutoPEFTSearch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class AutoPEFTConfig(MethodConfig):
 class AutoPEFT(Combination):
     Config = AutoPEFTConfig
     learning_rate = 5e-4
+    structure_search = AutoPEFTSearch
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config

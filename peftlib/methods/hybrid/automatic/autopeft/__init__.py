@@ -1,0 +1,3 @@
+from peftlib.methods.hybrid.automatic.autopeft.method import AutoPEFT, AutoPEFTConfig
+
+__all__ = ["AutoPEFT", "AutoPEFTConfig"]
