@@ -175,9 +175,10 @@ def _change(folder, **settings) -> None:
     ("settings", "error", "match"),
     [
         ({"peft_type": "LOHA"}, UnsupportedError, "LOHA.*IA3, LORA"),
-        ({"use_dora": True}, UnsupportedError, "use_dora"),
+        ({"use_qalora": True}, UnsupportedError, "use_qalora"),
         ({"bias": "lora_only"}, UnsupportedError, "bias='lora_only'"),
         ({"alpha_pattern": {"query": 3}}, UnsupportedError, "alpha_pattern"),
+        ({"init_lora_weights": "olora"}, UnsupportedError, "init_lora_weights='olora'.*weight_conversion"),
     ],
 )
 def test_settings_that_ours_lacks_are_refused(settings, error, match, tmp_path):

@@ -164,6 +164,17 @@ class LowRank(Updates):
         *("target_parameters", "trainable_token_indices", "arrow_config", "monteclora_config", "velora_config"),
         *("kasa_config", "alpha_pattern"),
     )
+    rewriting: tuple[str, ...] = ("pissa", "olora", "corda", "lora_ga", "loftq")
+    """The starts (``init_lora_weights``) that rewrite the frozen weights: the factors fit no others."""
+
+    def check(self, settings: dict, folder: object) -> None:
+        super().check(settings, folder)
+        start = str(settings.get("init_lora_weights", True)).lower()
+        if start.startswith(self.rewriting):
+            raise UnsupportedError(
+                f"{folder} has init_lora_weights={start!r}: its factors fit the weights that this start rewrote, which "
+                "the file does not hold; save it with HF peft's path_initial_model_for_weight_conversion"
+            )
 
     def more_options(self, settings: dict, values: dict[str, dict[str, torch.Tensor]], folder: object) -> dict:
         ranks = {len(found["A"]) for found in values.values()}
