@@ -254,6 +254,9 @@ class Host(Changes):
         weight = site.module._parameters.get("weight")
         if weight is None or weight.requires_grad:
             raise StateError(f"the weight of {site} is computed or trained by another method; detach() that one first")
+        written = (other for part in self.root._parts() for other in part.written)
+        if any(other.module is site.module and other.rows == site.rows for other in written):
+            raise StateError(f"another method writes into the weight of {site}; detach() that one first")
         self.written.append(site)
         kept = [step.args[1] for step in self._undo if undo.puts_back(step, weight)]
         original = kept[0] if kept else self.restore_on_undo(weight)

@@ -208,6 +208,18 @@ def test_a_weight_is_parametrized_once(host):
         host.parametrize(weight, Scale(2.0))
 
 
+def test_a_weight_is_written_by_one_method():
+    host = Host(backbone("gpt2"))
+    query, value = host.anatomy.sites(("attention.query", "attention.value"))[:2]
+    first, second = host.scope(), host.scope()
+    original = first.write(query)
+    assert torch.equal(second.write(value), value.weight)
+    assert original.data_ptr() != query.weight.data_ptr()
+    with pytest.raises(StateError, match=r"another method writes into the weight of .*c_attn\[0/3\]"):
+        second.write(query)
+    assert [part.written for part in (first, second)] == [[query], [value]]
+
+
 def test_a_merge_keeps_trained_parameters_and_writes_parametrized_ones(host, model):
     first, second = host.anatomy.sites("ffn.up")
     scaled, moved = first.module.weight, second.module.weight
