@@ -27,6 +27,7 @@ FORMS = {
     "entries": "chosen entries of the weights",
     "tensors": "whole tensors",
     "projection": "image of a small vector",
+    "rotation": "orthogonal matrix",
 }
 INSERTIONS = {
     "sequential": "reads what it changes",
