@@ -301,6 +301,13 @@ class Host(Changes):
         self.on_remove(partial(setattr, module, name, getattr(module, name)), restores=True)
         setattr(module, name, value)
 
+    def around_generate(self, function: Callable, *args) -> None:
+        """Let ``function(*args, generate, ...)`` answer in the place of the model's ``generate(...)``."""
+        present = vars(self.model).get("generate")
+        generate = partial(type(self.model).generate, self.model) if present is None else present
+        self.on_remove(partial(undo.put_attribute, self.model, "generate", present))
+        self.model.generate = partial(function, *args, generate)
+
     def take_task_ids(self) -> None:
         """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
         self.hook(self.model, partial(take_task_ids, self.tasks), before=True)
@@ -317,6 +324,9 @@ class DryRun(Host):
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         self.unfrozen.extend(parameters)
+
+    def around_generate(self, function: Callable, *args) -> None:
+        pass
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         handle.remove()

@@ -27,6 +27,14 @@ def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     module._parameters[name] = parameter
 
 
+def put_attribute(module: nn.Module, name: str, value: object) -> None:
+    """Give the module this attribute of its own again, or, with None, take away the one it has."""
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
+
+
 def unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
     """Make the parameter plain again, in its old place among the module's."""
     # torch keeps the computed parameter on a class of the module's own and takes it from there; deep copies share that

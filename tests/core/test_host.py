@@ -154,6 +154,32 @@ def test_a_fused_projection_takes_three_children_on_its_parts():
     assert len(host.trained()) == 3
 
 
+def _log(log: list, word: str, generate, *args, **kwargs):
+    log.append(word)
+    return generate(*args, **kwargs)
+
+
+def test_around_generate_nests_and_leaves_with_the_method():
+    model = backbone("gpt2", "causal_lm")
+    structure, ids, log = structure_of(model), inputs("gpt2")["input_ids"][:1, :3], []
+    expected = model.generate(ids, max_new_tokens=3)
+    host = Host(model)
+    for word in ("inner", "outer"):
+        host.around_generate(_log, log, word)
+    twin = copy.deepcopy(host)
+    assert torch.equal(model.generate(ids, max_new_tokens=3), expected)
+    assert log == ["outer", "inner"]
+    # The copy's generate runs the copy.
+    with torch.no_grad():
+        twin.model.get_input_embeddings().weight.zero_()
+    assert not torch.equal(twin.model.generate(ids, max_new_tokens=3), expected)
+    for other in (twin, host):
+        other.remove()
+        assert_same_structure(structure_of(other.model), structure)
+    assert torch.equal(model.generate(ids, max_new_tokens=3), expected)
+    assert len(log) == 2
+
+
 def test_only_parameters_that_ask_for_it_train_and_buffers_are_stored(host):
     site = host.anatomy.sites("ffn.up")[0]
     host.after(site, "shift", Shift())
