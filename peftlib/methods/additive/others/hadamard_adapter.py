@@ -69,7 +69,7 @@ class HadamardAdapter(Method):
                 host.train(_next_norm(layer).parameters())
 
     def on_gradients(self, training: TrainingState) -> None:
-        """Leave gradients to the parameters of the present stage alone."""
+        """Drop the gradients of the parameters that the present stage does not train."""
         head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
         if not head or not self.config.head_stage:
             return

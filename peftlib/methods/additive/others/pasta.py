@@ -12,8 +12,8 @@ cache the vectors act on the tokens of its first call.
 
 Source: Yang et al. 2023, arXiv:2210.04382, and its code, on BERT and RoBERTa: L d 3 for pairs of texts, L d 2 for
 single ones. Here ``tokens`` is 3 for both, and on single texts the third vector is idle; RoBERTa's pairs have four
-special tokens, and whatever comes after the ``tokens``-th gets nothing (the reference code demands as many vectors as
-the first row of a batch has special tokens). There the ids are BERT's own, here ``token_ids``, by default the [CLS] and
+special tokens, of which those after the ``tokens``-th get nothing (the reference code demands as many vectors as the
+first row of a batch has special tokens). There the ids are BERT's own, here ``token_ids``, by default the [CLS] and
 [SEP] of the model's config. Encoder-decoder backbones, which the paper does not have, get vectors in the encoder. The
 paper's rate is 2.5e-4 for up to 150 epochs.
 """

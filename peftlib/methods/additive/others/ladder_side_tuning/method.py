@@ -6,8 +6,8 @@ r"""Ladder side-tuning: a slim transformer beside the backbone, fed by gated lad
 Shapes, with b rows of t tokens: h (b, t, d), the output of backbone layer l; s (b, t, d/r); W (d/r, d). Side layers are
 of the backbone's class with hidden, inner and head sizes divided by r and the same number of heads. s_0 is a projection
 of the embeddings; the last state, behind a slim final norm where the family has one, is projected back to d and given
-to the frozen head, to which the backbone's own last state does not go. alpha starts at 0, so g at 1/2: the start is not
-the backbone's output. Trained: side layers, projections, gates. No merge: it is a network of its own.
+to the frozen head in the place of the backbone's own. alpha starts at 0, so g at 1/2: the start is not the backbone's
+output. Trained: side layers, projections, gates. No merge: it is a network of its own.
 
 ``init="fisher"`` fills the side layers with the backbone's most important rows and columns by squared gradients of
 ``samples`` training rows (in :func:`calibrate`), "magnitude" by the weights' size, "random" not at all.
