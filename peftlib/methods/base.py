@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,11 +93,6 @@ class SavedAdapter:
     def own(self) -> dict[str, torch.Tensor]:
         """The state without the task head."""
         return {n: t for n, t in self.state.items() if n not in self.head}
-
-    def method(self) -> Method:
-        """A fresh, unattached method of this adapter's config."""
-        # Imported late: the registry itself knows this class.
-        return importlib.import_module("peftlib.methods.registry").resolve(self.config)
 
 
 class Method:

@@ -8,6 +8,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.methods.base import ConfigError
+from peftlib.methods.registry import resolve
 from tests.methods.helpers import perturb
 
 KINDS = {
@@ -98,7 +99,7 @@ def test_a_dry_run_leaves_the_model_alone():
     adapted = peftlib.attach(backbone("bert"), "head")
     before = logits(adapted.model, **inputs("bert"))
     host, keys = adapted.host.dry_run(), list(adapted.model.state_dict())
-    part = adapter(0, "sequential_adapter", train_norms=True).method()
+    part = resolve(adapter(0, "sequential_adapter", train_norms=True).config)
     part.host = host
     part.attach(host)
     assert len(host.children) == 4

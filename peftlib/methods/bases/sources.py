@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from peftlib.mechanisms.host import Host
+from peftlib.methods import registry
 from peftlib.methods.base import Method, SavedAdapter
 
 
 def attach_source(source: SavedAdapter, host: Host) -> Method:
     """Attach a fresh method of the source's config; its tensors are not loaded."""
-    method = source.method()
+    method = registry.resolve(source.config)
     method.host = host
     method.attach(host)
     return method

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from peftlib.errors import StateError, UnknownNameError
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import ConfigError, Method, MethodConfig, SavedAdapter, at_least, between, check_alike
+from peftlib.methods.bases.sources import attach_source
 
 SIMILARITIES = ("mean", "tokens")
 
@@ -86,9 +87,7 @@ class SPoT(Method):
         self.ranking: list[tuple[str, float]] = []
 
     def attach(self, host: Host) -> None:
-        part = self.sources[0].method()
-        part.host = host
-        part.attach(host)
+        attach_source(self.sources[0], host)
         (self.prompt,) = host.trained().values()
         if not self.calibrates and self.chosen.state is not None:
             self._start(_vectors(self.chosen))
