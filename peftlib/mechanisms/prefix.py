@@ -6,6 +6,8 @@ hidden size, h the network's inner width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -59,7 +61,7 @@ class Prefix(nn.Module):
         super().__init__()
         self.shape = (heads, length, head_dim)
         self.maker = encoder
-        self._counted_by = (counted_by,)  # in a tuple, so that it does not become a part of this module
+        self._counted_by: tuple[Any] = (counted_by,)  # in a tuple, so that it does not become a part of this module
         if encoder is None:
             self.key = nn.Parameter(torch.empty(self.shape).normal_(std=std))
             self.value = nn.Parameter(torch.empty(self.shape).normal_(std=std))

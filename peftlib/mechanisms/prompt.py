@@ -12,7 +12,7 @@ Shapes: b rows, t tokens, m prompt vectors, e the width of the embedding, d the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,11 @@ from torch import nn
 from peftlib.anatomy import Anatomy
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import with_state
+from peftlib.mechanisms.outputs import Args, Kwargs, with_state
 from peftlib.mechanisms.positions import by_name, check_length, names, past_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Position = Literal["front", "after_first"]
 
@@ -40,13 +43,13 @@ class Seam:
     max_length: int | None
 
 
-def embedding(host: Host) -> nn.Module:
+def embedding(host: Host) -> nn.Embedding:
     """The word embedding of the stack that takes the prompt; prompt vectors stand beside its output."""
-    return _input_module(host.anatomy).get_input_embeddings()
+    return cast(nn.Embedding, _input_module(host.anatomy).get_input_embeddings())
 
 
 @torch.no_grad()
-def sample(embedding: nn.Module, length: int, common: int) -> torch.Tensor:
+def sample(embedding: nn.Embedding, length: int, common: int) -> torch.Tensor:
     """Embeddings (m, e) of ``length`` tokens drawn from the first ``common``, in float32; none comes twice while there
     are others."""
     ids = torch.randperm(min(common, embedding.weight.shape[0]))  # (common)
@@ -89,7 +92,7 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
     return child
 
 
-def _input_module(parts: Anatomy) -> nn.Module:
+def _input_module(parts: Anatomy) -> PreTrainedModel:
     return parts.stack_inputs(parts.stacks[0])
 
 
@@ -98,7 +101,7 @@ def _put(x: torch.Tensor, piece: torch.Tensor, at: int) -> torch.Tensor:
     return torch.cat([x[:, :at], piece.to(x.dtype), x[:, at:]], dim=1)
 
 
-def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs: dict):
+def _insert(child: nn.Module, seam: Seam, module: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     call = by_name(seam.names, args, kwargs)
     mask, positions, types = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
     if mask is not None:
@@ -131,7 +134,7 @@ def _insert(child: nn.Module, seam: Seam, module: nn.Module, args: tuple, kwargs
     return (), call
 
 
-def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
+def _take_out(seam: Seam, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     h = output[0]  # (b, t + m, d)
     if past_length(by_name(seam.names, args, kwargs)) > h.shape[1]:
         # A later step of generation: the prompt came with an earlier one.
@@ -140,7 +143,9 @@ def _take_out(seam: Seam, module: nn.Module, args: tuple, kwargs: dict, output):
     return with_state(output, h)
 
 
-def _extend_cross_mask(length: int, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict):
+def _extend_cross_mask(
+    length: int, order: tuple[str, ...], module: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
     states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
     if states is not None and mask is not None and states.shape[1] == mask.shape[1] + length:
