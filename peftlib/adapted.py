@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
 from peftlib.training.lifecycle import Guard, Lifecycle
+
+if TYPE_CHECKING:
+    from peftlib.training.callback import PeftCallback
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,16 @@ class Count:
 class Adapted:
     """A backbone with one method attached. Made by :func:`attach`; ``model`` is the same object that was given."""
 
-    def __init__(self, model: nn.Module, method: Method, host: Host, head: dict[str, nn.Parameter], identity: dict):
+    def __init__(
+        self, model: nn.Module, method: Method, host: Host, head: dict[str, nn.Parameter], identity: dict[str, Any]
+    ):
         self.model = model
         self.method = method
         self.host = host
         self.guard = Guard(method)
         self._head = head
         self._identity = identity
+        self._attached = True
 
     @property
     def calibrated(self) -> bool:
@@ -65,7 +72,7 @@ class Adapted:
         return self.method.name
 
     def __repr__(self) -> str:
-        if self.host is None:
+        if not self._attached:
             return f"Adapted({type(self.model).__name__}, {self.config}, no longer attached)"
         count = self.count()
         return (
@@ -75,7 +82,7 @@ class Adapted:
 
     def __str__(self) -> str:
         """What trains, of how much, and where: a target that matched fewer layers than was meant shows here."""
-        if self.host is None:
+        if not self._attached:
             return repr(self)
         count = self.count()
         head = f", {count.head:,} of them the task head's" if count.head else ""
@@ -113,7 +120,7 @@ class Adapted:
         )
 
     def calibrate(
-        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike | None = None
+        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike[str] | None = None
     ) -> None:
         """Let the method look at training batches, where it must before training: Fisher masks, and methods whose first
         phase trains everything. Batches with a length, such as a DataLoader, are read as often as the method asks for.
@@ -148,7 +155,7 @@ class Adapted:
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """What an optimizer trains, in groups: the task head at its own rate (default: the same), and the parameters
         for which the method asks for a multiple of the rate. :func:`peftlib.fit` uses them; with ``transformers``:
 
@@ -166,7 +173,7 @@ class Adapted:
         return [{"params": params, "lr": rate, "weight_decay": weight_decay} for (_, rate), params in groups.items()]
 
     @contextmanager
-    def task(self, index: int):
+    def task(self, index: int) -> Iterator[Adapted]:
         """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``.
 
         Raises DataError for a task that the method does not know.
@@ -180,7 +187,7 @@ class Adapted:
         finally:
             tasks.default = before
 
-    def callback(self):
+    def callback(self) -> PeftCallback:
         """A ``transformers.TrainerCallback`` that runs the method's training hooks inside ``transformers.Trainer``."""
         self._check_attached()
         from peftlib.training.callback import PeftCallback
@@ -208,7 +215,7 @@ class Adapted:
             notes=self.method.notes(),
         )
 
-    def save(self, folder: str | os.PathLike) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``adapter.safetensors`` and ``config.json``: what was trained, the task head included, nothing else.
 
         The folder is written whole or not at all; an existing adapter there is replaced.
@@ -262,10 +269,10 @@ class Adapted:
     def _leave(self, merge: bool) -> None:
         self.host.remove(merge=merge)
         del self.model.peftlib_adapted
-        self.host = None
+        self._attached = False
 
     def _check_attached(self) -> None:
-        if self.host is None:
+        if not self._attached:
             raise StateError(f"{self.name} is no longer attached (it was merged or detached); attach it again")
 
 
@@ -279,18 +286,18 @@ class _OnDevice:
         return ({k: v.to(self.device) for k, v in batch.items()} for batch in self.batches)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(cast(Sized, self.batches))
 
 
 def attach(
     model: nn.Module,
     method: str | MethodConfig,
     *,
-    sources: Sequence[str | os.PathLike | SavedAdapter] = (),
+    sources: Sequence[str | os.PathLike[str] | SavedAdapter] = (),
     train_head: bool = True,
     keep_original: bool = True,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> Adapted:
     """Freeze a transformers model and attach a method to it. The model object stays the same and keeps its forward.
 
@@ -325,7 +332,7 @@ def _attach(
     model: nn.Module,
     chosen: Method,
     sources: tuple[SavedAdapter, ...],
-    here: dict,
+    here: dict[str, Any],
     train_head: bool,
     keep_original: bool,
     seed: int = 0,
@@ -351,11 +358,11 @@ def _attach(
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
-    model.peftlib_adapted = adapted
+    cast(Any, model).peftlib_adapted = adapted
     return adapted
 
 
-def load(model: nn.Module, adapter: str | os.PathLike | SavedAdapter, *, keep_original: bool = True) -> Adapted:
+def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, keep_original: bool = True) -> Adapted:
     """Attach a saved adapter to the backbone it was made for.
 
     Args:
@@ -372,6 +379,7 @@ def load(model: nn.Module, adapter: str | os.PathLike | SavedAdapter, *, keep_or
     given = adapter if isinstance(adapter, SavedAdapter) else saved.read(adapter)
     here = saved.identity(model)
     saved.check_backbone(given, here)
+    assert given.state is not None, "a source without its tensors cannot be loaded"
     # What the sources gave is in the adapter's own tensors; how they were built is all that is needed of them.
     sources = tuple(replace(source, state=None) for source in given.sources)
     adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original)

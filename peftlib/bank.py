@@ -12,8 +12,8 @@ from transformers.utils import ModelOutput
 
 from peftlib import saved
 from peftlib.adapted import Adapted, load
-from peftlib.errors import DataError, UnknownNameError
-from peftlib.methods.base import ConfigError, SavedAdapter
+from peftlib.errors import ConfigError, DataError, UnknownNameError
+from peftlib.methods.base import SavedAdapter
 
 
 class Bank:

@@ -42,7 +42,7 @@ def formats() -> dict[str, Format]:
     return {name: find(name).hf_peft for name in taxonomy.methods() if find(name).hf_peft is not None}
 
 
-def from_hf_peft(model: nn.Module, folder: str | os.PathLike, *, keep_original: bool = True) -> Adapted:
+def from_hf_peft(model: nn.Module, folder: str | os.PathLike[str], *, keep_original: bool = True) -> Adapted:
     """Attach an adapter that HF peft saved to the backbone it was made for; it then trains, saves and merges as ours.
 
     Where the file holds parts of the task head, the head trains on from them; parts that it lacks stay as they are in
@@ -68,7 +68,7 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike, *, keep_original: 
     return adapted
 
 
-def to_hf_peft(adapted: Adapted, folder: str | os.PathLike) -> Path:
+def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
     """Write what HF peft's ``PeftModel.from_pretrained(model, folder)`` loads onto the same backbone.
 
     Raises UnsupportedError for a method or an option that HF peft does not have, StateError for a folder that holds
@@ -103,7 +103,7 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _format(settings: dict[str, Any], folder: str | os.PathLike) -> tuple[str, Format]:
+def _format(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[str, Format]:
     """The method that a file is of: among those that claim it, the one that asks for most."""
     known = formats()
     claims = [name for name, format in known.items() if format.claims(settings)]

@@ -171,9 +171,9 @@ class Anatomy:
         return found
 
     @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> nn.Embedding:
         """The input word embedding."""
-        return self.model.get_input_embeddings()
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
     def first_position(self) -> int:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from peftlib import backbones
 from peftlib.adapted import Adapted, attach
 from peftlib.efficiency.memory import LiveTensors
-from peftlib.errors import UnknownNameError, UnsupportedError
-from peftlib.methods.base import ConfigError, MethodConfig, SavedAdapter, at_least
+from peftlib.errors import ConfigError, UnknownNameError, UnsupportedError
+from peftlib.methods.base import MethodConfig, SavedAdapter, at_least
 
 PRECISIONS = {
     "float32": (torch.float32, torch.float32),

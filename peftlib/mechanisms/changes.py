@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -64,14 +64,14 @@ class Changes:
     def owned(self) -> dict[str, torch.Tensor]:
         """Name in the model -> boolean mask, for frozen parameters into which a method writes: the entries that it
         owns. All other entries of every frozen parameter stay bit-identical."""
-        masks = {
-            f"{path.rpartition('.')[0]}.original": child.owned
+        masks: dict[str, torch.Tensor] = {
+            f"{path.rpartition('.')[0]}.original": mask
             for path, child in self.paths().items()
-            if hasattr(child, "owned")
+            if (mask := getattr(child, "owned", None)) is not None
         }
         names = {id(p): n for n, p in self.model.named_parameters()}
         for site in (site for part in self._parts() for site in part.written):
-            weight = site.module.weight
+            weight = site.module.get_parameter("weight")
             mask = masks.setdefault(names[id(weight)], torch.zeros_like(weight, dtype=torch.bool))
             (mask.T if site.transposed else mask)[site.rows] = True
         return masks
@@ -162,6 +162,8 @@ class Changes:
             self._hook(self.model.register_state_dict_post_hook(partial(_without, again)))
 
 
-def _without(names: tuple[str, ...], module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+def _without(
+    names: tuple[str, ...], module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
     for name in names:
         state.pop(prefix + name, None)

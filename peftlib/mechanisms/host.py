@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 from torch import nn
@@ -22,11 +22,19 @@ from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import StateError
 from peftlib.mechanisms import undo
 from peftlib.mechanisms.changes import Changes
-from peftlib.mechanisms.outputs import state_of, with_state
+from peftlib.mechanisms.outputs import Args, state_of, with_state
 from peftlib.mechanisms.tasks import Tasks, leave_model, take_task_ids
 
+Part = tuple[int, int]
+"""``(index, of)``: one of so many equal parts of a fused map's output; see :class:`peftlib.anatomy.Site`."""
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the input x and the output y of a module to the new output."""
+Gate = Callable[[Site | Layer | nn.Module, nn.Module, str], nn.Module]
+"""See :meth:`Host.scope`."""
+Replacement = TypeVar("Replacement", bound=nn.Module)
 
-def _after(change: Callable, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+
+def _after(change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> torch.Tensor:
     if part is None:
         return change(args[0], output)
     index, of = part
@@ -35,11 +43,11 @@ def _after(change: Callable, part: tuple[int, int] | None, module: nn.Module, ar
     return torch.cat(pieces, dim=-1)
 
 
-def _before(child: nn.Module, module: nn.Module, args: tuple):
+def _before(child: nn.Module, module: nn.Module, args: Args) -> Args:
     return (child(args[0]), *args[1:])
 
 
-def _after_layer(child: nn.Module, module: nn.Module, args: tuple, output):
+def _after_layer(child: nn.Module, module: nn.Module, args: Args, output: Any) -> Any:
     return with_state(output, child(state_of(output)))
 
 
@@ -47,20 +55,24 @@ def _gated(child: nn.Module, gate: nn.Module, x: torch.Tensor, y: torch.Tensor) 
     return y + (gate(x) * (child(x, y) - y)).to(y.dtype)
 
 
-def _keep_input(child: nn.Module, module: nn.Module, args: tuple):
+def _keep_input(child: Any, module: nn.Module, args: Args) -> None:
     child.kept = args[0]
 
 
-def _keep_output(child: nn.Module, part: tuple[int, int] | None, module: nn.Module, args: tuple, output: torch.Tensor):
+def _keep_output(child: Any, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> None:
     child.kept = output if part is None else output.chunk(part[1], dim=-1)[part[0]]
 
 
-def _use_kept(child: nn.Module, change: Callable, part, module: nn.Module, args: tuple, output: torch.Tensor):
+def _use_kept(
+    child: Any, change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor
+) -> torch.Tensor:
     kept, child.kept = child.kept, None
     return _after(change, part, module, (kept,), output)
 
 
-def _from_part(change: Callable, source: tuple[int, int], target: tuple[int, int], module, args, output: torch.Tensor):
+def _from_part(
+    change: Change, source: Part, target: Part, module: nn.Module, args: Args, output: torch.Tensor
+) -> torch.Tensor:
     pieces = list(output.chunk(target[1], dim=-1))
     pieces[target[0]] = change(pieces[source[0]], pieces[target[0]])
     return torch.cat(pieces, dim=-1)
@@ -75,18 +87,20 @@ class Host(Changes):
             restore them. Costs their memory on the CPU.
     """
 
+    root: Host
+
     def __init__(self, model: nn.Module, keep_original: bool = True):
         super().__init__(model, keep_original)
         self.tasks = Tasks()
         self._anatomy: Anatomy | None = anatomy.of(model)
         self._layers: tuple[int, ...] | None = None
-        self._gate: Callable | None = None
+        self._gate: Gate | None = None
         self._exchange: Callable[[nn.Module], nn.Module] | None = None
 
     def scope(
         self,
         layers: Iterable[int] | None = None,
-        gate: Callable | None = None,
+        gate: Gate | None = None,
         exchange: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Host:
         """A host for one part of a combination: it knows its own changes, and the whole undoes them.
@@ -125,7 +139,7 @@ class Host(Changes):
         part = self._part()
         part.__class__ = DryRun
         part._undo = []
-        return part
+        return cast(DryRun, part)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -193,28 +207,29 @@ class Host(Changes):
         child lives. The source is computed first; both may be parts of one module, whose output is read."""
         (first, source_part), (last, part) = map(_place, (source, target))
         name = _part_name(name, part)
-        child = self.add(last, name, child)
-        change = self._change(source if reads == "input" else target, last, name, child)
+        hung: Any = self.add(last, name, child)
+        change = self._change(source if reads == "input" else target, last, name, hung)
         if reads == "output" and first is last:
+            assert source_part is not None and part is not None, "the source and the target are two parts of a module"
             self._hook(last.register_forward_hook(partial(_from_part, change, source_part, part)))
-            return child
-        child.kept = None
+            return hung
+        hung.kept = None
         if reads == "input":
-            self._hook(first.register_forward_pre_hook(partial(_keep_input, child)))
+            self._hook(first.register_forward_pre_hook(partial(_keep_input, hung)))
         else:
-            self._hook(first.register_forward_hook(partial(_keep_output, child, source_part)))
-        self._hook(last.register_forward_hook(partial(_use_kept, child, change, part)))
-        return child
+            self._hook(first.register_forward_hook(partial(_keep_output, hung, source_part)))
+        self._hook(last.register_forward_hook(partial(_use_kept, hung, change, part)))
+        return hung
 
     def gate(self, where: Site | Layer | nn.Module, module: nn.Module, name: str) -> nn.Module | None:
         """What scales the change of a child ``name`` of ``module``, in a scope that gates; see :meth:`scope`."""
         return None if self._gate is None else self._gate(where, module, name)
 
-    def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str, child: nn.Module) -> Callable:
+    def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str, child: nn.Module) -> Change:
         gate = self.gate(where, module, name)
         return child if gate is None else partial(_gated, child, gate)
 
-    def hook(self, module: nn.Module, function: Callable, *args, before: bool = False) -> None:
+    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
         """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""
         register = module.register_forward_pre_hook if before else module.register_forward_hook
         self._hook(register(partial(function, *args), with_kwargs=True))
@@ -235,7 +250,8 @@ class Host(Changes):
             self._undo.append(partial(undo.unparametrize, module, name, list(module._parameters)))
             parametrize.register_parametrization(module, name, child, unsafe=True)
         module, name = owners[0]
-        self.children.append((module.parametrizations[name], "0", child))
+        lists = cast(nn.ModuleDict, module.parametrizations)
+        self.children.append((lists[name], "0", child))
         self._merges.append(partial(undo.write_computed, parameter, child))
         return child
 
@@ -264,7 +280,7 @@ class Host(Changes):
             return None
         return (original.T if site.transposed else original)[site.rows]
 
-    def replace(self, path: str, module: nn.Module) -> nn.Module:
+    def replace(self, path: str, module: Replacement) -> Replacement:
         """Put ``module`` in the place of the one at ``path``; sites are looked up anew.
 
         The old one waits on the CPU, except for parameters that ``module`` shares with it; a merge leaves ``module``
@@ -272,7 +288,7 @@ class Host(Changes):
         """
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
-        old = owner._modules[name]
+        old = owner.get_submodule(name)
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
@@ -291,7 +307,7 @@ class Host(Changes):
 
         The old one waits on the CPU; a merge leaves the new one where it is.
         """
-        old = module._parameters[name]
+        old = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(values.detach(), requires_grad=False)
         if self.keep_original:
             old.data = old.data.cpu()
@@ -304,12 +320,13 @@ class Host(Changes):
         self.on_remove(partial(setattr, module, name, getattr(module, name)), restores=True)
         setattr(module, name, value)
 
-    def around_generate(self, function: Callable, *args) -> None:
+    def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         """Let ``function(*args, generate, ...)`` answer in the place of the model's ``generate(...)``."""
-        present = vars(self.model).get("generate")
-        generate = partial(type(self.model).generate, self.model) if present is None else present
-        self.on_remove(partial(undo.put_attribute, self.model, "generate", present))
-        self.model.generate = partial(function, *args, generate)
+        model: Any = self.model
+        present = vars(model).get("generate")
+        generate = partial(type(model).generate, model) if present is None else present
+        self.on_remove(partial(undo.put_attribute, model, "generate", present))
+        model.generate = partial(function, *args, generate)
 
     def take_task_ids(self) -> None:
         """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
@@ -328,22 +345,22 @@ class DryRun(Host):
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         self.unfrozen.extend(parameters)
 
-    def around_generate(self, function: Callable, *args) -> None:
+    def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         pass
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         handle.remove()
 
-    def _refuse(self, *_) -> None:
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise StateError("this method changes weights of the backbone itself, so what it would hang cannot be told")
 
     parametrize = write = replace = _refuse
 
 
-def _part_name(name: str, part: tuple[int, int] | None) -> str:
+def _part_name(name: str, part: Part | None) -> str:
     return name if part is None else f"{name}_{part[0]}"
 
 
-def _place(where: Site | nn.Module) -> tuple[nn.Module, tuple[int, int] | None]:
+def _place(where: Site | nn.Module) -> tuple[nn.Module, Part | None]:
     """The module, and which of how many parts of its output is meant; None: all of it."""
     return (where.module, where.part) if isinstance(where, Site) else (where, None)

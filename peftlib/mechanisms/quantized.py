@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,16 @@ class NormalFloatWeight(nn.Module):
     and the two tables of levels are float32, kept as integers so that ``model.to(dtype)`` leaves them alone.
     """
 
+    table: torch.Tensor
+    codes: torch.Tensor
+    dynamic: torch.Tensor
+    scale_codes: torch.Tensor
+    scales: torch.Tensor
+    like: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bits: int = 4, double: bool = True):
         super().__init__()
-        self.shape, self.bits, self.double = weight.shape, bits, double
+        self.shape, self.bits, self.double_quantized = weight.shape, bits, double
         levels = torch.tensor(NORMAL_FLOAT[bits], dtype=torch.float32, device=weight.device)
         self.register_buffer("table", lookup(levels), persistent=False)
         codes, scales = quantize(weight.detach(), levels, BLOCK)
@@ -105,7 +113,7 @@ class NormalFloatWeight(nn.Module):
     def block_scales(self) -> torch.Tensor:
         """The scales of the weight's blocks, (ceil(n / 64),) float32."""
         scales = self.scales.view(torch.float32)
-        if not self.double:
+        if not self.double_quantized:
             return scales
         units = self.dynamic.index_select(0, self.scale_codes.int()).view(torch.float32)
         return dequantize(units, scales[:-1], SCALE_BLOCK) + scales[-1]
@@ -157,12 +165,12 @@ class _Linear(torch.autograd.Function):
     """x W^T + b for a frozen W that is computed anew in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: nn.Module) -> torch.Tensor:
         ctx.weight = weight
         return F.linear(x, weight(x.dtype), bias)  # (b, t, in) -> (b, t, out)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x = gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None  # (b, t, out) -> (b, t, in)
         bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (b, t, out) -> (out,)
         return x, bias, None
@@ -176,6 +184,8 @@ class QuantizedLinear(nn.Module):
         compute: the dtype of the product; None: bfloat16 on CUDA, elsewhere that of the input. Autocast overrides it.
         quantize: what keeps the (out, in) weight.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -197,9 +207,14 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", module.bias)
 
     @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype that the weight would have."""
+        return cast(torch.Tensor, self.quantized.like).dtype
+
+    @property
     def weight(self) -> torch.Tensor:
         """The dequantized (out, in) weight: a fresh tensor, so writing to it changes nothing."""
-        return self.quantized(self.quantized.like.dtype)
+        return self.quantized(self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if autocasts(x):
@@ -212,12 +227,12 @@ class QuantizedLinear(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """The dequantized (out, in) weight in float32 or wider, to compute a merged one from."""
-        return self.quantized(torch.promote_types(self.quantized.like.dtype, torch.float32))
+        return self.quantized(torch.promote_types(self._dtype, torch.float32))
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
         """An unquantized module of the original's class and attributes with this (out, in) weight, rounded to the
         original's dtype, and the same bias parameter."""
-        weight = weight.to(self.quantized.like.dtype)
+        weight = weight.to(self._dtype)
         module = self.original.__new__(self.original)
         nn.Module.__init__(module)
         vars(module).update(self.attributes)
@@ -240,8 +255,9 @@ def quantize_sites(
     compute: str | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Path -> quantized map, put in the place of every map that one of the site patterns names."""
-    modules = {}
+    dtype = None if compute is None else DTYPES.get(compute)
+    modules: dict[str, QuantizedLinear] = {}
     for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns)):
-        module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(compute), quantize)
+        module = QuantizedLinear(host.model.get_submodule(path), dtype, quantize)
         modules[path] = host.replace(path, module)
     return modules

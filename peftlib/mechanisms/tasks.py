@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from peftlib.errors import DataError
+from peftlib.mechanisms.outputs import Args, Kwargs
 
 
 class Tasks:
     """Which task each row of the batch in the model belongs to. Children of multi-task methods ask it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.given: torch.Tensor | None = None
         self.running = False
         self.default = 0
@@ -54,12 +57,12 @@ class Tasks:
             )
 
 
-def take_task_ids(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict):
+def take_task_ids(tasks: Tasks, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     tasks.given, tasks.running = kwargs.pop("task_ids", None), True
     if tasks.given is not None and not torch.compiler.is_compiling():
         tasks.check(tasks.given)
     return args, kwargs
 
 
-def leave_model(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+def leave_model(tasks: Tasks, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
     tasks.running = False

@@ -22,6 +22,8 @@ class Triplets(nn.Module):
     (r,) marks the triplets that count.
     """
 
+    kept: torch.Tensor
+
     def __init__(
         self, in_features: int, out_features: int, rank: int, scale: float, dropout: float = 0.0, std: float = 0.02
     ):

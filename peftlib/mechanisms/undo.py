@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -16,13 +17,13 @@ def take_out(module: nn.Module, name: str) -> None:
 
 
 def put_module(owner: nn.Module, name: str, module: nn.Module) -> None:
-    present = owner._modules[name]
+    present = owner.get_submodule(name)
     device = next((tensor.device for tensor in (*present.parameters(), *present.buffers())), None)
     owner._modules[name] = module if device is None else module.to(device)
 
 
 def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    present = module._parameters[name]
+    present = module.get_parameter(name)
     parameter.data = parameter.data.to(present.device, present.dtype)
     module._parameters[name] = parameter
 
@@ -56,7 +57,7 @@ def copy_back(parameter: nn.Parameter, original: torch.Tensor) -> None:
         parameter.copy_(original)
 
 
-def puts_back(undo: Callable, parameter: nn.Parameter) -> bool:
+def puts_back(undo: Callable[[], None], parameter: nn.Parameter) -> TypeGuard[partial[None]]:
     return isinstance(undo, partial) and undo.func is copy_back and undo.args[0] is parameter
 
 
@@ -64,6 +65,6 @@ def restore(function: Callable[[], None]) -> None:
     function()
 
 
-def restores(undo: Callable) -> bool:
+def restores(undo: Callable[[], None]) -> bool:
     """Whether this undo step puts old values back, which a merge must not do."""
     return isinstance(undo, partial) and undo.func in (copy_back, put_module, restore)

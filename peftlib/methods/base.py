@@ -92,6 +92,7 @@ class SavedAdapter:
     @property
     def own(self) -> dict[str, torch.Tensor]:
         """The state without the task head."""
+        assert self.state is not None, "a source that was itself loaded has no tensors"
         return {n: t for n, t in self.state.items() if n not in self.head}
 
 
@@ -103,20 +104,23 @@ class Method:
 
     Config: ClassVar[type[MethodConfig]]
     learning_rate: ClassVar[float] = 1e-3
-    calibrates: ClassVar[bool] = False
+    calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
-    source_methods: ClassVar[tuple[str, ...]] = ()
+    source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
-    fewest_sources: ClassVar[int] = 2
+    fewest_sources: int = 2
     """How many sources it needs at least, where it takes any."""
     hf_peft: ClassVar[Any] = None
     """How HF peft's files hold its adapters, a :class:`peftlib.methods.bases.hf_peft.Format`; None: not at all."""
     structure_search: ClassVar[type | None] = None
     """The search over its structures, a class of :mod:`peftlib.methods.bases.search`; None: it has none."""
+    config: Any
+    """Its options, an instance of ``Config``, whose fields only the class itself knows."""
+    host: Host
+    """The backbone that it changes; there is none before :meth:`attach`."""
 
     def __init__(self, config: MethodConfig):
         self.config = config
-        self.host: Host | None = None
         self.sources: tuple[SavedAdapter, ...] = ()
 
     @property

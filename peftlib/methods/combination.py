@@ -6,28 +6,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from peftlib.errors import LoadError, StateError, UnsupportedError
+from peftlib.errors import ConfigError, LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.methods import registry
-from peftlib.methods.base import HOOKS, ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
+from peftlib.methods.base import HOOKS, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
 
 
 @dataclass(frozen=True)
 class CombinationConfig(MethodConfig):
     """``parts``: one dictionary a part, ``{"method": name, **options}``; made by :func:`combine`."""
 
-    parts: tuple[dict, ...] = ()
+    parts: tuple[dict[str, Any], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # As the parts' own configs have it, also when they come from JSON.
         plain = ({k: tuple(v) if isinstance(v, list) else v for k, v in part.items()} for part in self.parts)
         object.__setattr__(self, "parts", tuple(plain))
 
 
-def make_parts(configs: Iterable[dict]) -> list[Method]:
+def make_parts(configs: Iterable[dict[str, Any]]) -> list[Method]:
     """Unattached methods, one for each ``{"method": name, **options}``."""
     return [registry.resolve(c["method"], **{k: v for k, v in c.items() if k != "method"}) for c in configs]
 
@@ -42,7 +43,7 @@ class Combination(Method):
 
     Config = CombinationConfig
 
-    def part_configs(self) -> tuple[dict, ...]:
+    def part_configs(self) -> tuple[dict[str, Any], ...]:
         """The parts, as ``CombinationConfig.parts`` has them. Hybrids override this."""
         return self.config.parts
 
@@ -66,9 +67,9 @@ class Combination(Method):
             try:
                 part.attach(part.host)
             except (StateError, _Conflict) as error:
-                names, taken = " + ".join(p.name for p in self.parts), error
-                if isinstance(error, _Conflict):  # inside of a part that is a combination itself
-                    taken = error.__cause__
+                names = " + ".join(p.name for p in self.parts)
+                # A conflict is one inside of a part that is a combination itself.
+                taken = error.__cause__ if isinstance(error, _Conflict) else error
                 raise _Conflict(
                     f"{names} cannot be combined: {part.name} wants a place that is taken ({taken})"
                 ) from taken
@@ -92,7 +93,8 @@ class Combination(Method):
             part.calibrate(batches, own if len(calibrating) > 1 else checkpoint)
 
     def pending(self) -> tuple[int, int, int]:
-        return tuple(map(sum, zip(*(part.pending() for part in self.parts))))
+        trained, stored, size = map(sum, zip(*(part.pending() for part in self.parts)))
+        return trained, stored, size
 
     def searched(self) -> int:
         return sum(part.searched() for part in self.parts)
@@ -107,7 +109,7 @@ class Combination(Method):
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
         penalties = [p for p in (part.penalty(forward) for part in self.parts) if p is not None]
-        return sum(penalties) if penalties else None
+        return sum(penalties[1:], penalties[0]) if penalties else None
 
     def on_gradients(self, training: TrainingState) -> None:
         for part in self.parts:

@@ -79,7 +79,7 @@ def _facts(entry: Entry, sources: Sources) -> dict[str, Any]:
     """What a card says of a method that is there: its use, its counts, its runs, its row of the conformance matrix."""
     standings, matrix = sources.standings, sources.matrix
     counts, unsupported = _counts(entry, sources)
-    checked = matrix is not None and entry.name in matrix.methods
+    checked = matrix if matrix is not None and entry.name in matrix.methods else None
     return {
         "use": _use(entry),
         "counts": counts,
@@ -88,8 +88,8 @@ def _facts(entry: Entry, sources: Sources) -> dict[str, Any]:
         "profile": standings.profile.name,
         "first_track": standings.first,
         "above_head": None if entry.name == "head" else standings.above_head(entry.name),
-        "conformance": _conformance(entry, matrix) if checked else [],
-        "tally": matrix.tally(entry.name) if checked else {},
+        "conformance": _conformance(entry, checked) if checked else [],
+        "tally": checked.tally(entry.name) if checked else {},
     }
 
 

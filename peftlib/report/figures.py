@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
@@ -19,6 +19,9 @@ from matplotlib.transforms import Bbox
 
 from peftlib import taxonomy
 from peftlib.taxonomy import types
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 INK, TOUCHED, ADDED, PLAIN = "#747c89", "#d97706", "#0f766e", "#9ca3af"
 CLASSES = {
@@ -31,7 +34,7 @@ CLASSES = {
     "baselines": "#6b7280",
     "yours": "#4d7c0f",
 }
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",

@@ -11,6 +11,7 @@ Source of the order: Xu et al. 2023, arXiv:2312.12148.
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 from peftlib.errors import EntryError, UnknownNameError
 from peftlib.taxonomy import additive, baselines, hybrid, partial, reparameterized, since_survey, unified
@@ -19,7 +20,7 @@ from peftlib.taxonomy.types import Category, Entry, Node, Origin
 __all__ = ["CATEGORIES", "METHODS", "Category", "Entry", "Node", "add", "category", "entry", "methods", "tree"]
 
 _SURVEY = (additive, partial, reparameterized, hybrid, unified)
-_PARTS: tuple[tuple[Origin, tuple], ...] = (
+_PARTS: tuple[tuple[Origin, tuple[ModuleType, ...]], ...] = (
     ("survey", _SURVEY),
     ("since the survey", (since_survey,)),
     ("baseline", (baselines,)),

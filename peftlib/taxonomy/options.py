@@ -24,8 +24,9 @@ def options(entry: Entry) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for at, cls in reversed(list(_lineage(path, config.id))) if isinstance(config, ast.Name) else ():
         for node in cls.body:
-            field = isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
-            if field and isinstance(node.target, ast.Name) and node.value is not None:
+            if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
+                continue
+            if isinstance(node.target, ast.Name) and node.value is not None:
                 found[node.target.id] = _constant(at, node.value)
     return found
 
@@ -111,4 +112,4 @@ def _constant(path: Path, value: ast.AST) -> Any:
             return _constant(at, found)
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "tuple":
         return tuple(_constant(path, value.args[0]))
-    return ast.literal_eval(value)  # type: ignore[arg-type]
+    return ast.literal_eval(value)

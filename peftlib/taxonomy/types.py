@@ -146,7 +146,7 @@ class Entry:
     location: str = ""
     """The module of a method from outside of peftlib; :func:`peftlib.register` fills it in."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("name", "category", "title", "cite", "summary", "equation", "symbols", "trains", "count"):
             if not getattr(self, name):
                 raise EntryError(self.name, name, "is empty")
@@ -156,9 +156,9 @@ class Entry:
             for word in self._words(name):
                 if word not in known:
                     raise EntryError(self.name, name, f"has {word!r}; known are {', '.join(known)}")
-        for name, known in (("start", get_args(Start)), ("merge", get_args(Merge)), ("origin", get_args(Origin))):
-            if getattr(self, name) not in known:
-                raise EntryError(self.name, name, f"is {getattr(self, name)!r}; known are {', '.join(known)}")
+        for name, values in (("start", get_args(Start)), ("merge", get_args(Merge)), ("origin", get_args(Origin))):
+            if getattr(self, name) not in values:
+                raise EntryError(self.name, name, f"is {getattr(self, name)!r}; known are {', '.join(values)}")
         try:
             ast.parse(self.count, mode="eval")
         except SyntaxError as error:

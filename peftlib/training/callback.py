@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftlib.training.lifecycle import Guard, Lifecycle
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 RUN_STATE = "peftlib.safetensors"
 
@@ -23,7 +29,9 @@ class PeftCallback(TrainerCallback):
         self.method = guard.method
         self.life: Lifecycle | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.life is not None:
             # An earlier train() of this Trainer ended in an exception and never reached on_train_end.
             self.life.abandon()
@@ -32,40 +40,56 @@ class PeftCallback(TrainerCallback):
         if state.global_step:
             self._load_run_state(args, state)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.life.step_start()
+    def _running(self) -> Lifecycle:
+        assert self.life is not None, "the Trainer calls on_train_begin first"
+        return self.life
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.life.gradients()
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running().step_start()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.life.step_end()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running().gradients()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._running().step_end()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and (run_state := self.method.run_state()):
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in run_state.items()}
             save_file(tensors, _checkpoint(args, state) / RUN_STATE)
 
-    def _load_run_state(self, args, state) -> None:
+    def _load_run_state(self, args: TrainingArguments, state: TrainerState) -> None:
         """Only a method that has a state of the run has a file."""
         named = args.resume_from_checkpoint
         folders = [_checkpoint(args, state), *([Path(named)] if isinstance(named, str) else [])]
         if (file := next((f / RUN_STATE for f in folders if (f / RUN_STATE).is_file()), None)) is not None:
             self.method.load_run_state(load_file(file))
 
-    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
-        self.life.__exit__(None, None, None)
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._running().__exit__(None, None, None)
         self.life = None
         if train_dataloader is not None and _chooses_a_class(self.method.host.model):
             self.method.fit(train_dataloader)
 
 
-def _chooses_a_class(model: PreTrainedModel) -> bool:
+def _chooses_a_class(model: nn.Module) -> bool:
     """Whether it gives a text one of several classes: no regression, and not several labels at a time."""
-    head, kind = type(model).__name__, model.config.problem_type
-    single = kind == "single_label_classification" or (kind is None and model.config.num_labels > 1)
+    config = cast(PreTrainedModel, model).config
+    head, kind = type(model).__name__, config.problem_type
+    single = kind == "single_label_classification" or (kind is None and (config.num_labels or 0) > 1)
     return single and head.endswith("ForSequenceClassification")
 
 
-def _checkpoint(args, state) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(cast(str, args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

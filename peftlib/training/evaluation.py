@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
 from peftlib.errors import DataError
 from peftlib.methods.base import Method
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedTokenizerBase
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Precision = Literal["no", "bf16", "fp16"]
+
+
+class Task(Protocol):
+    """What training and evaluation need of a task; :class:`peftlib.tasks.task.Task` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def num_labels(self) -> int: ...
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, split: str, max_length: int | None = None) -> Dataset: ...
+
+    def loader(
+        self,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        max_length: int | None = None,
+        group_by_length: bool = False,
+    ) -> DataLoader[Any]: ...
+
+    def evaluate(
+        self, outputs: torch.Tensor, labels: torch.Tensor, task_ids: torch.Tensor | None = None
+    ) -> dict[str, float]: ...
+
+    def choice_logits(
+        self, logits: torch.Tensor, attention_mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+    ) -> torch.Tensor: ...
 
 
 class Tuned(Protocol):
@@ -27,9 +66,9 @@ class Tuned(Protocol):
 @torch.no_grad()
 def evaluate_task(
     adapted: Tuned,
-    task,
+    task: Task,
     split: str,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -44,9 +83,7 @@ def evaluate_task(
     model = adapted.model
     model.eval()
     device = next(model.parameters()).device
-    loader: DataLoader = task.loader(
-        split, tokenizer, batch_size=batch_size, max_length=max_length, group_by_length=True
-    )
+    loader = task.loader(split, tokenizer, batch_size=batch_size, max_length=max_length, group_by_length=True)
     logits, labels, task_ids, losses, weights = [], [], [], [], []
     for batch in loader:
         batch = {k: v.to(device) for k, v in batch.items()}
@@ -68,7 +105,9 @@ def evaluate_task(
     return {**metrics, "loss": sum(n * x for n, x in zip(weights, losses)) / sum(weights)}
 
 
-def _answer(adapted: Tuned, task, batch: dict, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _answer(
+    adapted: Tuned, task: Task, batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is compared, (n, classes) or (n, V), its labels (n,), and their mean loss: n rows or, for text, n tokens."""
     model, labels = adapted.model, batch["labels"]
     if task.kind == "classification" and adapted.method.fitted:
@@ -88,6 +127,6 @@ def _answer(adapted: Tuned, task, batch: dict, tokenizer) -> tuple[torch.Tensor,
     return logits[asked], labels[asked], output.loss
 
 
-def check_labels(task, split: str, tokenizer, max_length: int | None) -> None:
+def check_labels(task: Task, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
     if "labels" not in task.encode(tokenizer, split, max_length).column_names:
         raise DataError(f"task {task.name!r} has no labels in split {split!r}, so there is nothing to compare with")

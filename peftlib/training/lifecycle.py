@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import StateError
+from peftlib.mechanisms.outputs import Args, Kwargs
 from peftlib.methods.base import ForwardPass, Method, TrainingState
 
 
@@ -34,7 +35,7 @@ class Guard:
         finally:
             self._open = False
 
-    def require_lifecycle(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def require_lifecycle(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """A forward hook: a training forward outside the lifecycle would silently be another method."""
         if not (model.training and torch.is_grad_enabled()) or self.running is not None or self._open:
             return
@@ -45,7 +46,7 @@ class Guard:
             "adapted.lifecycle(total_steps)`; call model.eval() or torch.no_grad() for inference."
         )
 
-    def add_penalty(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def add_penalty(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """A forward hook: adds the method's penalty to the loss that the model returns in training."""
         if not (model.training and torch.is_grad_enabled()):
             return None

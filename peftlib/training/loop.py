@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +21,11 @@ from torch import nn
 
 from peftlib.errors import ConfigError, StateError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import at_least
-from peftlib.training.evaluation import Precision, Tuned, check_labels, evaluate_task
+from peftlib.training.evaluation import Precision, Task, Tuned, check_labels, evaluate_task
 from peftlib.training.lifecycle import Lifecycle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Trainable(Tuned, Protocol):
@@ -35,14 +38,14 @@ class Trainable(Tuned, Protocol):
     def calibrated(self) -> bool: ...
 
     def calibrate(
-        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike | None = None
+        self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike[str] | None = None
     ) -> None: ...
 
     def trainable(self) -> dict[str, nn.Parameter]: ...
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
-    ) -> list[dict]: ...
+    ) -> list[dict[str, Any]]: ...
 
     def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle: ...
 
@@ -64,9 +67,9 @@ class FitResult:
 
 def fit(
     adapted: Trainable,
-    task,
+    task: Task,
     *,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     epochs: float = 3.0,
     steps: int | None = None,
     batch_size: int = 16,
@@ -75,7 +78,7 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.06,
     schedule: str = "linear",
-    schedule_options: dict | None = None,
+    schedule_options: dict[str, Any] | None = None,
     max_grad_norm: float = 1.0,
     gradient_accumulation: int = 1,
     precision: Precision = "no",
@@ -83,7 +86,7 @@ def fit(
     group_by_length: bool = True,
     evaluate_on: str | None = "validation",
     evaluate_every: int | None = None,
-    calibration_checkpoint: str | os.PathLike | None = None,
+    calibration_checkpoint: str | os.PathLike[str] | None = None,
     log_every: int = 10,
     seed: int = 0,
     progress: bool = True,
@@ -130,11 +133,17 @@ def fit(
         max_length=max_length,
         group_by_length=group_by_length,
     )
-    evaluate = None
     if evaluate_on:
         check_labels(task, evaluate_on, tokenizer, max_length)
-        options = {"batch_size": 2 * batch_size, "max_length": max_length, "precision": precision}
-        evaluate = partial(evaluate_task, adapted, task, evaluate_on, tokenizer, **options)
+    evaluate = partial(
+        evaluate_task,
+        adapted,
+        task,
+        tokenizer=tokenizer,
+        batch_size=2 * batch_size,
+        max_length=max_length,
+        precision=precision,
+    )
     result = FitResult(steps=0, metrics={}, calibration_seconds=_calibrate(adapted, loader, calibration_checkpoint))
 
     began = time.perf_counter()
@@ -155,13 +164,13 @@ def fit(
                     advance()
                     if number == total or number % log_every == 0:
                         result.history.append({"step": number, "loss": step.loss()})
-                    if evaluate and evaluate_every and number < total and number % evaluate_every == 0:
-                        result.history.append({"step": number, **_prefixed(evaluate_on, evaluate())})
+                    if evaluate_on and evaluate_every and number < total and number % evaluate_every == 0:
+                        result.history.append({"step": number, **_prefixed(evaluate_on, evaluate(evaluate_on))})
         result.steps = total
         if task.kind == "classification":
             adapted.method.fit(loader)
-    if evaluate:
-        result.metrics = evaluate()
+    if evaluate_on:
+        result.metrics = evaluate(evaluate_on)
         result.history.append({"step": result.steps, **_prefixed(evaluate_on, result.metrics)})
     result.seconds = time.perf_counter() - began
     return result
@@ -210,7 +219,9 @@ class _Step:
         return float(torch.stack(self.losses).mean())
 
 
-def _calibrate(adapted: Trainable, loader: Iterable, checkpoint: str | os.PathLike | None) -> float:
+def _calibrate(
+    adapted: Trainable, loader: Iterable[dict[str, torch.Tensor]], checkpoint: str | os.PathLike[str] | None
+) -> float:
     """Calibrate where that is due; gives the seconds. Raises StateError where nothing is there to train afterwards."""
     began = time.perf_counter()
     if not adapted.calibrated:
@@ -220,7 +231,7 @@ def _calibrate(adapted: Trainable, loader: Iterable, checkpoint: str | os.PathLi
     return time.perf_counter() - began
 
 
-def _scheduler(name: str, optimizer: Any, warmup: float, total: int, options: dict | None) -> Any:
+def _scheduler(name: str, optimizer: Any, warmup: float, total: int, options: dict[str, Any] | None) -> Any:
     # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
     # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -229,7 +240,7 @@ def _scheduler(name: str, optimizer: Any, warmup: float, total: int, options: di
     return get_scheduler(name, optimizer, round(warmup * total), total, options)
 
 
-def _check_schedule(name: str, options: dict | None) -> None:
+def _check_schedule(name: str, options: dict[str, Any] | None) -> None:
     from transformers import SchedulerType, get_scheduler
 
     # These two follow a metric, which a step of this loop does not have.
@@ -250,7 +261,7 @@ def _bar(title: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
         yield partial(bar.advance, bar.add_task(title, total=total))
 
 
-def _check_task(adapted: Tuned, task) -> None:
+def _check_task(adapted: Tuned, task: Task) -> None:
     if task.kind == "multiple_choice":
         raise UnsupportedError(f"task {task.name!r} is multiple choice, which is evaluated but not trained on")
     kind = type(adapted.model).__name__
@@ -261,15 +272,16 @@ def _check_task(adapted: Tuned, task) -> None:
             f"task {task.name!r} is of kind {task.kind!r}, and {kind} has no head for it: load the backbone with "
             f"head={task.kind if text else 'classification'!r}"
         )
-    if not text and adapted.model.config.num_labels != task.num_labels:
+    outputs = cast("PreTrainedModel", adapted.model).config.num_labels
+    if not text and outputs != task.num_labels:
         raise UnsupportedError(
-            f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has "
-            f"{adapted.model.config.num_labels}: load the backbone with num_labels={task.num_labels}"
+            f"task {task.name!r} needs {task.num_labels} outputs, and the model's head has {outputs}: "
+            f"load the backbone with num_labels={task.num_labels}"
         )
 
 
 @contextmanager
-def _prepared(accelerator: Accelerator, model, *others):
+def _prepared(accelerator: Accelerator, model: nn.Module, *others: Any) -> Iterator[Any]:
     """The objects as accelerate prepares them. It wraps ``model.forward`` for autocast and marks the model as done,
     which would keep another run from its own precision: both are taken back."""
     marks = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -295,6 +307,6 @@ def _prefixed(split: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in metrics.items()}
 
 
-def _forever(loader: Iterable) -> Iterator:
+def _forever(loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         yield from loader

@@ -7,7 +7,7 @@ the loss, to first order, in one round or in several, and then sets everything b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class SearchConfig(MethodConfig):
     search_rate: float = 1e-3
     batches: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         between("density", self.density, 0, 1)
         between("epochs", self.epochs, 0, float("inf"))
         between("search_rate", self.search_rate, 0, float("inf"))
@@ -80,7 +80,7 @@ class SearchedBiases(ChosenEntries):
 
 def search_masks(
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     batches: Iterable[Batch],
     budget: int,
     choose: Choose,

@@ -9,6 +9,7 @@ parameters as the one that it resumes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,12 @@ class Budgeted:
 
     Subclasses say in ``choices`` which tensors the candidates are. They have a ``density`` in their config, or a ``k``.
     """
+
+    config: Any
+
+    def choices(self, host: Host) -> dict[str, nn.Parameter]:
+        """The candidates by name in the model."""
+        raise NotImplementedError
 
     def find_candidates(self, host: Host) -> None:
         """Fix the candidates and a seed for random draws. Raises TargetError where k is not from 1 to all entries."""

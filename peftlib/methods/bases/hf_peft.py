@@ -6,19 +6,22 @@ layers stand beside linear maps says it with :class:`Updates` in a few lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import LoadError, UnsupportedError
-from peftlib.methods.base import Method
+from peftlib.mechanisms import prefix
 
-Fill = Callable[[Method], None]
-"""Copies a file's values into an attached method, under ``torch.no_grad``."""
+Settings = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+Fill = Callable[[Any], None]
+"""Copies a file's values into an attached method, under ``torch.no_grad``; the method is of the class that has the
+format."""
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -42,19 +45,19 @@ class Format:
     outer = "base_model.model."
     marks: Mapping[str, Any] = {}
 
-    def claims(self, settings: dict) -> bool:
+    def claims(self, settings: Settings) -> bool:
         """Whether a file with these settings is one of this method."""
         if settings.get("peft_type") != self.kind:
             return False
         values = ((mark, settings.get(name)) for name, mark in self.marks.items())
         return all(mark(value) if callable(mark) else mark == value for mark, value in values)
 
-    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, Fill]:
+    def read(self, settings: Settings, tensors: Tensors, parts: Anatomy, folder: object) -> tuple[Settings, Fill]:
         """The method's options, and what fills in the values once it is attached. Takes what it uses out of
         ``tensors`` (names inside the backbone); raises LoadError or UnsupportedError for what it cannot use."""
         raise NotImplementedError
 
-    def write(self, method: Method) -> tuple[dict, dict]:
+    def write(self, method: Any) -> tuple[Settings, Tensors]:
         """HF peft's settings and tensors; raises UnsupportedError for what HF peft cannot load."""
         raise NotImplementedError
 
@@ -82,7 +85,7 @@ class Updates(Format):
     refused: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, Fill]:
+    def read(self, settings: Settings, tensors: Tensors, parts: Anatomy, folder: object) -> tuple[Settings, Fill]:
         self.check(settings, folder)
         first, *_ = self.tensors
         values: dict[str, dict[str, torch.Tensor]] = {}
@@ -101,7 +104,7 @@ class Updates(Format):
         options |= self.more_options(settings, values, folder)
         options["targets"] = patterns(parts, [site for site in parts.sites() if str(site) in values])
 
-        def fill(method: Method) -> None:
+        def fill(method: Any) -> None:
             for site, update in method.updates.items():
                 for end, attribute in self.tensors.items():
                     name = f"{site}.{end.removesuffix('.weight')}"
@@ -109,7 +112,7 @@ class Updates(Format):
 
         return options, fill
 
-    def check(self, settings: dict, folder: object) -> None:
+    def check(self, settings: Settings, folder: object) -> None:
         """Raise UnsupportedError for a file whose settings make it compute something else."""
         found = [name for name in self.refused if settings.get(name)]
         if settings.get("bias", "none") != "none":
@@ -119,11 +122,11 @@ class Updates(Format):
                 f"{folder} is a {self.kind} adapter with {', '.join(found)}, which peftlib's method does not have"
             )
 
-    def more_options(self, settings: dict, values: dict[str, dict[str, torch.Tensor]], folder: object) -> dict:
+    def more_options(self, settings: Settings, values: dict[str, dict[str, torch.Tensor]], folder: object) -> Settings:
         """Options that are not one setting each; ``values``: site -> attribute -> tensor."""
         return {}
 
-    def write(self, method: Method) -> tuple[dict, dict]:
+    def write(self, method: Any) -> tuple[Settings, Tensors]:
         tensors = {}
         for path, updates in by_module(method.updates).items():
             for end, attribute in self.tensors.items():
@@ -146,7 +149,7 @@ class Updates(Format):
             )
         return getattr(next(iter(updates.values())), attribute)
 
-    def more_settings(self, method: Method) -> dict:
+    def more_settings(self, method: Any) -> Settings:
         """Settings that are not one option each."""
         return {}
 
@@ -167,7 +170,7 @@ class LowRank(Updates):
     rewriting: tuple[str, ...] = ("pissa", "olora", "corda", "lora_ga", "loftq")
     """The starts (``init_lora_weights``) that rewrite the frozen weights: the factors fit no others."""
 
-    def check(self, settings: dict, folder: object) -> None:
+    def check(self, settings: Settings, folder: object) -> None:
         super().check(settings, folder)
         start = str(settings.get("init_lora_weights", True)).lower()
         if start.startswith(self.rewriting):
@@ -176,7 +179,7 @@ class LowRank(Updates):
                 "the file does not hold; save it with HF peft's path_initial_model_for_weight_conversion"
             )
 
-    def more_options(self, settings: dict, values: dict[str, dict[str, torch.Tensor]], folder: object) -> dict:
+    def more_options(self, settings: Settings, values: dict[str, dict[str, torch.Tensor]], folder: object) -> Settings:
         ranks = {len(found["A"]) for found in values.values()}
         if len(ranks) > 1:
             raise UnsupportedError(f"{folder} has LoRA factors of ranks {sorted(ranks)}; peftlib's lora has one rank")
@@ -209,7 +212,7 @@ class LowRank(Updates):
         """What an attribute with a row an output has where no part of the map is adapted."""
         return like.new_zeros(rows, *like.shape[1:])
 
-    def more_settings(self, method: Method) -> dict:
+    def more_settings(self, method: Any) -> Settings:
         c = method.config
         ranks = {path: c.rank * len(parts) for path, parts in by_module(method.updates).items()}
         rank = max(ranks.values())
@@ -228,7 +231,7 @@ class LowRank(Updates):
 class IA3(Format):
     kind = "IA3"
 
-    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, Fill]:
+    def read(self, settings: Settings, tensors: Tensors, parts: Anatomy, folder: object) -> tuple[Settings, Fill]:
         scales: dict[str, torch.Tensor] = {}
         outputs, inputs = [], []
         for name in sorted(n for n in tensors if n.endswith(".ia3_l")):
@@ -247,13 +250,13 @@ class IA3(Format):
         all_used(tensors, scales, folder)
         options = {"outputs": patterns(parts, outputs), "inputs": patterns(parts, inputs)}
 
-        def fill(method: Method) -> None:
+        def fill(method: Any) -> None:
             for site, child in method.scales.items():
                 copy(child.scale, scales[str(site)], f"{site}.ia3_l")
 
         return options, fill
 
-    def write(self, method: Method) -> tuple[dict, dict]:
+    def write(self, method: Any) -> tuple[Settings, Tensors]:
         tensors, rows = {}, []
         modules = by_module(method.scales)
         inputs = {site.path for site in method.host.anatomy.sites(method.config.inputs)}
@@ -285,7 +288,7 @@ class Prompt(Format):
     kind = "PROMPT_TUNING"
     outer = "base_model."
 
-    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, Fill]:
+    def read(self, settings: Settings, tensors: Tensors, parts: Anatomy, folder: object) -> tuple[Settings, Fill]:
         vectors = _embeddings(tensors, folder)
         if (settings.get("num_transformer_submodules") or 1) > 1:
             raise UnsupportedError(
@@ -293,13 +296,13 @@ class Prompt(Format):
                 "has one before the encoder, as in its paper"
             )
 
-        def fill(method: Method) -> None:
+        def fill(method: Any) -> None:
             (child,) = method.host.paths().values()
             copy(child.vectors, vectors, "prompt_embeddings")
 
         return {"length": len(vectors), "init": "random"}, fill
 
-    def write(self, method: Method) -> tuple[dict, dict]:
+    def write(self, method: Any) -> tuple[Settings, Tensors]:
         if method.config.position != "front":
             raise UnsupportedError(
                 f"HF peft's prompts stand in front of the input, not at position={method.config.position!r}"
@@ -313,7 +316,7 @@ class Prefix(Format):
     kind = "PREFIX_TUNING"
     outer = "base_model."
 
-    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, Fill]:
+    def read(self, settings: Settings, tensors: Tensors, parts: Anatomy, folder: object) -> tuple[Settings, Fill]:
         embeddings = _embeddings(tensors, folder)
         if len(parts.stacks) > 1:
             return self._read_decoder(settings, embeddings, parts, folder)
@@ -325,16 +328,16 @@ class Prefix(Format):
             )
         pairs = embeddings.view(shape).permute(1, 2, 3, 0, 4)
 
-        def fill(method: Method) -> None:
+        def fill(method: Any) -> None:
             for layer, (key, value) in zip(method.host.anatomy.layers, pairs):
-                copy(layer.attention.prefix.key, key, "prompt_embeddings")
-                copy(layer.attention.prefix.value, value, "prompt_embeddings")
+                copy(_prefix(layer).key, key, "prompt_embeddings")
+                copy(_prefix(layer).value, value, "prompt_embeddings")
 
         return {"length": len(embeddings), "reparametrize": False}, fill
 
     def _read_decoder(
-        self, settings: dict, embeddings: torch.Tensor, parts: Anatomy, folder: object
-    ) -> tuple[dict, Fill]:
+        self, settings: Settings, embeddings: torch.Tensor, parts: Anatomy, folder: object
+    ) -> tuple[Settings, Fill]:
         """Of an encoder-decoder backbone, where ``num_transformer_submodules`` of 2 repeat the row of keys and
         values."""
         _counts_by_bias(parts)
@@ -354,15 +357,15 @@ class Prefix(Format):
         row = embeddings.view(length, -1, heads, p).permute(1, 2, 0, 3)
         row = torch.cat([row, row])
 
-        def fill(method: Method) -> None:
+        def fill(method: Any) -> None:
             for i, layer in enumerate(_decoder(method.host.anatomy)):
-                copy(layer.attention.prefix.key, row[4 * i], "prompt_embeddings")
-                copy(layer.attention.prefix.value, row[4 * i + 1], "prompt_embeddings")
+                copy(_prefix(layer).key, row[4 * i], "prompt_embeddings")
+                copy(_prefix(layer).value, row[4 * i + 1], "prompt_embeddings")
 
         options = {"length": length, "reparametrize": False, "attentions": ("decoder",), "relative_bias": True}
         return options, fill
 
-    def write(self, method: Method) -> tuple[dict, dict]:
+    def write(self, method: Any) -> tuple[Settings, Tensors]:
         parts = method.host.anatomy
         if len(parts.stacks) > 1:
             return self._write_decoder(method)
@@ -371,11 +374,11 @@ class Prefix(Format):
                 "HF peft's prefixes shift the text's positions; shift_positions=False cannot be written"
             )
         with torch.no_grad():
-            pairs = torch.stack([torch.stack(layer.attention.prefix.pair()) for layer in parts.layers])
+            pairs = torch.stack([torch.stack(_prefix(layer).pair()) for layer in parts.layers])
         settings = _virtual_tokens(method) | {"prefix_projection": False}
         return settings, {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).flatten(1)}
 
-    def _write_decoder(self, method: Method) -> tuple[dict, dict]:
+    def _write_decoder(self, method: Any) -> tuple[Settings, Tensors]:
         c, parts = method.config, method.host.anatomy
         _counts_by_bias(parts)
         if set(c.attentions) != {"decoder"} or not c.relative_bias:
@@ -387,7 +390,7 @@ class Prefix(Format):
         layers = _decoder(parts)
         places = 2 * len(layers)  # pairs a row: as many layers as HF peft is told of
         with torch.no_grad():
-            pairs = [layer.attention.prefix.pair() for layer in layers]
+            pairs = [_prefix(layer).pair() for layer in layers]
             row = pairs[0][0].new_zeros(2 * places, *pairs[0][0].shape)
             for i, pair in enumerate(pairs):
                 row[4 * i], row[4 * i + 1] = pair
@@ -418,7 +421,7 @@ def patterns(parts: Anatomy, sites: list[Site]) -> tuple[str, ...]:
     return names if len(parts.sites(names)) == len(sites) else tuple(dict.fromkeys(site.path for site in sites))
 
 
-def _embeddings(tensors: dict, folder: object) -> torch.Tensor:
+def _embeddings(tensors: Tensors, folder: object) -> torch.Tensor:
     if "prompt_embeddings" not in tensors:
         raise LoadError(f"{folder} has no prompt_embeddings")
     found = tensors.pop("prompt_embeddings")
@@ -426,7 +429,7 @@ def _embeddings(tensors: dict, folder: object) -> torch.Tensor:
     return found
 
 
-def all_used(left: dict, used, folder: object) -> None:
+def all_used(left: Tensors, used: Sized, folder: object) -> None:
     if left:
         raise UnsupportedError(f"{folder} holds {len(left)} tensors that peftlib has no place for: {sorted(left)[:3]}")
     if not len(used):
@@ -458,6 +461,10 @@ def _counts_by_bias(parts: Anatomy) -> None:
         )
 
 
+def _prefix(layer: Layer) -> prefix.Prefix:
+    return cast(prefix.Prefix, layer.attention.prefix)
+
+
 def _decoder(parts: Anatomy) -> list[Layer]:
     return [layer for layer in parts.layers if layer.stack == "decoder"]
 
@@ -469,14 +476,14 @@ def module_names(model: nn.Module, paths: list[str]) -> list[str]:
     return short if hits == set(paths) else sorted(paths)
 
 
-def by_module(children: dict[Site, nn.Module]) -> dict[str, dict[Site, nn.Module]]:
-    found: dict[str, dict[Site, nn.Module]] = {}
+def by_module(children: dict[Site, Any]) -> dict[str, dict[Site, Any]]:
+    found: dict[str, dict[Site, Any]] = {}
     for site, child in children.items():
         found.setdefault(site.path, {})[site] = child
     return found
 
 
-def _virtual_tokens(method: Method) -> dict:
+def _virtual_tokens(method: Any) -> Settings:
     if task_of(method.host.model) is None:
         raise UnsupportedError(
             f"HF peft has no prompts or prefixes for {type(method.host.model).__name__}; it knows the tasks "

@@ -7,7 +7,7 @@ can be merged, its ``delta()`` is the (out, in) matrix that it adds to the weigh
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,7 +26,7 @@ class LowRankUpdates(Method):
 
     def __init__(self, config: MethodConfig):
         super().__init__(config)
-        self.updates: dict[Site, nn.Module] = {}
+        self.updates: dict[Site, Any] = {}
 
     def update(self, site: Site) -> nn.Module:
         """A new layer for this map."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
-from peftlib.errors import MergeError
-from peftlib.methods.base import ConfigError, Method
+from peftlib.errors import ConfigError, MergeError
+from peftlib.methods.base import Method
 
 
 class Part(Protocol):
