@@ -116,6 +116,7 @@ class _Files(hf_peft.LowRank):
 
 class DoRA(LowRankUpdates):
     Config = DoRAConfig
+    learning_rate = 5e-4
     child = "dora"
     hf_peft = _Files(
         tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"},

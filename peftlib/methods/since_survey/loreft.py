@@ -179,7 +179,7 @@ class Edit(nn.Module):
 
 class LoReFT(Method):
     Config = LoReFTConfig
-    learning_rate = 2e-3
+    learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy

@@ -106,6 +106,7 @@ class _Files(hf_peft.LowRank):
 
 class PiSSA(LowRankUpdates):
     Config = PiSSAConfig
+    learning_rate = 1e-4
     child = "pissa"
     hf_peft = _Files(
         marks={"init_lora_weights": lambda start: str(start).startswith("pissa")},
