@@ -2,11 +2,11 @@ r"""DoRA: LoRA for the directions of a weight's rows, beside which their lengths
 
 .. math:: y = \frac{m}{n} \odot \bigl(W x + s B A x\bigr) + b, \qquad n = \|W + s B A\|_2, \qquad s = \frac{\alpha}{r}
 
-Shapes: W (out, in), A (r, in), B (out, r), m (out,), and n (out,), the norm of each row. The paper calls these norms
-column-wise; in its code, too, they are those of an output's weights. n follows A and B but is a constant in the
-backward pass (section 4.3). B starts at zero and m at the row norms of W, so the start is the identity. Merge: exact,
-:math:`W \leftarrow \frac{m}{n} (W + s B A)` row by row, whose rows then are of length m. The bias is not scaled.
-Trained: r (in + out) + out a matrix.
+Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), W (out, in), A (r, in), B (out, r), m and the bias (out,),
+n (out,) the norm of each row. The paper calls the norms column-wise; in its code, too, they are those of an output's
+weights. n follows A and B but is a constant in the backward pass (section 4.3). B starts at zero and m at the row norms
+of W, so the start is the identity. Merge: exact, :math:`W \leftarrow \frac{m}{n} (W + s B A)` row by row, whose rows
+then are of length m. The bias is not scaled. Trained: r (in + out) + out a matrix.
 
 Source: Liu et al. 2024, arXiv:2402.09353, and its code: queries, keys, values and both feed-forward maps (without
 LLaMA's gate), r = 32 or 16 and alpha = 2 r, learning rate 1e-4 to 2e-4. The paper's dropout of 0.05 is off by default;
@@ -75,21 +75,21 @@ class WeightDecomposed(LowRank):
         Wx = self.frozen(dropped, y)  # (b, t, out)
         BAx = F.linear(F.linear(dropped, self.A), self.B)  # (b, t, in) -> (b, t, r) -> (b, t, out)
         g = self.m / self.norm()  # (out,)
-        return y + ((g - 1) * Wx + g * self.scale * BAx).to(y.dtype)
+        return y + ((g - 1) * Wx + g * self.scale * BAx).to(y.dtype)  # (b, t, out)
 
     def frozen(self, dropped: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """W x; of the dropped input where dropout is on, which is not in y."""
         if self.training and isinstance(self.dropout, nn.Dropout):
             W = self.site.weight
             return F.linear(cast(dropped, W), W)  # (b, t, in) -> (b, t, out)
-        return y if self.site.bias is None else y - self.site.bias
+        return y if self.site.bias is None else y - self.site.bias  # (b, t, out)
 
     def norm(self) -> torch.Tensor:
         """n (out,), in float32 or wider. Of a row of zeros it is not quite zero, so that m / n is 0 and not 0 / 0."""
         W = self.site.weight
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm), without_autocast(W):
             BA = self.B.to(self.delta_dtype) @ self.A.to(self.delta_dtype)  # (out, r) (r, in) -> (out, in)
-            n = torch.linalg.vector_norm(W + self.scale * BA, dim=1)
+            n = torch.linalg.vector_norm(W + self.scale * BA, dim=1)  # (out, in) -> (out,)
             return n.clamp(min=torch.finfo(n.dtype).tiny)
 
     @torch.no_grad()

@@ -14,10 +14,10 @@ default of ``alpha`` None), no dropout, learning rate 2e-5. ``niter`` takes the 
 random, with so many iterations (4 to 16 there); ``rank_stabilized`` scales by alpha / sqrt(r). Where we differ: each of
 a fused map's parts has a decomposition of its own. A quantized weight cannot be rewritten and is refused.
 
-Files for HF peft are written as its own conversion does it: LoRA of rank 2 r with [A; A_0] and [B, -B_0], whose product
-is what training changed. They load onto the original backbone without a decomposition and beside other adapters, where
-its "pissa" files decompose anew and so fit exactly only what the same code split. Those are read, too, on the original
-backbone, except those of "pissa_niter", which took something random off the weight that they do not hold.
+Files for HF peft are written in the form of its own conversion: LoRA of rank 2 r with [A; A_0] and [B, -B_0], whose
+product is what training changed. HF peft loads them onto the original backbone without a decomposition, beside other
+adapters if need be. Its "pissa" files hold A and B alone, and whoever loads them decomposes the backbone again. They
+are read, except those of "pissa_niter": a random decomposition cannot be repeated.
 """
 
 from __future__ import annotations

@@ -2,22 +2,21 @@ r"""VeRA: one frozen random pair of factors for all maps, of each of which two v
 
 .. math:: y = W x + b \odot B \bigl(d \odot A x\bigr)
 
-Shapes: W (out, in), A (r, in), B (out, r), d (r,), b (out,). A and B are drawn Kaiming-uniform once for the whole model
-(bounds sqrt(6 / in) and sqrt(6 / r)), as large as the largest input and output among the targets; a map of other sizes
-takes the first columns of A and rows of B. b starts at zero and d at ``d_initial``, so the start is the identity. The
-pair is random, so r may be larger than the maps. Merge: exact, :math:`W \leftarrow W + \operatorname{diag}(b)\, B
-\operatorname{diag}(d)\, A`. Trained: out + r a matrix.
+Shapes, with n rows of t tokens: x (n, t, in), y (n, t, out), W (out, in), A (r, in), B (out, r), d (r,), b (out,). A
+and B are drawn Kaiming-uniform once for the whole model (bounds sqrt(6 / in) and sqrt(6 / r)), as large as the largest
+input and output among the targets; a map of other sizes takes the first columns of A and rows of B. b starts at zero
+and d at ``d_initial``, so the start is the identity. The pair is random, so r may be larger than the maps. Merge:
+exact, :math:`W \leftarrow W + \operatorname{diag}(b)\, B \operatorname{diag}(d)\, A`. Trained: out + r a matrix.
 
-A file holds the vectors, and of the pair, as the paper counts it, only the seed: numbers are drawn from
-``projection_seed`` on the CPU, whatever device the model is on. Another version of torch may draw others, so the file
-also has the last eight of them, and one that does not fit is refused when loaded. With ``save_projection`` it holds the
-pair.
+A file holds the vectors and, instead of the pair, its seed, as the paper counts it: A and B are drawn from
+``projection_seed`` on the CPU, whatever device the model is on. Another version of torch may draw other numbers, so the
+file also has the last eight of them, and loading refuses a file whose numbers are others. With ``save_projection`` it
+holds the pair.
 
 Source: Kopiczko et al. 2024, arXiv:2310.11454, without public code: queries and values, r = 1024 for base models and
-256 for large ones, d_initial 0.1, learning rates of 1e-3 to 1e-2 on GLUE. How the pair serves maps of different sizes,
-and how it is drawn, number by number, is HF peft's way, so that its files without a pair can be read. HF peft stores
-the pair unless told otherwise, and has one d and one piece of B for a fused map, where each part has its own d here and
-all take the same rows of B.
+256 for large ones, d_initial 0.1, learning rates up to 1e-2. The pair serves maps of different sizes, and is drawn,
+number by number, as in HF peft, so that its files without a pair can be read. HF peft stores the pair unless told
+otherwise. For a fused map it has one d and one piece of B; here each part has its own d, and all take the same rows.
 """
 
 from __future__ import annotations
@@ -93,9 +92,9 @@ class VectorScaled(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         A, B = self.factors()
-        x = cast(self.dropout(x), A)
-        dAx = self.d * F.linear(x, A)  # (b, t, in) -> (b, t, r)
-        return y + (self.b * F.linear(dAx, B)).to(y.dtype)  # (b, t, r) -> (b, t, out)
+        x = cast(self.dropout(x), A)  # (n, t, in)
+        dAx = self.d * F.linear(x, A)  # (n, t, in) -> (n, t, r)
+        return y + (self.b * F.linear(dAx, B)).to(y.dtype)  # (n, t, r) -> (n, t, out)
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
