@@ -26,12 +26,12 @@ from typing import Any
 
 import safetensors
 import torch
-from transformers import get_scheduler
 
 from peftlib.conformance.case import Case, logits
 from peftlib.errors import DataError, MergeError, UnsupportedError
 from peftlib.methods.registry import find
 from peftlib.sources import write_text
+from peftlib.training import schedules
 
 FAMILIES = ("bert", "gpt2", "t5")
 """An encoder with norms after its blocks, a decoder with fused and transposed maps, and an encoder-decoder with norms
@@ -145,7 +145,7 @@ def _train(adapted, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     if not adapted.trainable():
         return []
     optimizer = torch.optim.SGD(adapted.parameter_groups(RATE), lr=RATE, momentum=0.9)
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=1, num_training_steps=STEPS + 1)
+    scheduler = schedules.scheduler("linear", optimizer, 1, STEPS + 1)
     torch.manual_seed(0)
     losses = []
     adapted.model.train()

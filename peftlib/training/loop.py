@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +18,9 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import nn
 
-from peftlib.errors import ConfigError, StateError, UnknownNameError, UnsupportedError
+from peftlib.errors import StateError, UnsupportedError
 from peftlib.methods.base import at_least
+from peftlib.training import schedules
 from peftlib.training.evaluation import Precision, Task, Tuned, check_labels, evaluate_task
 from peftlib.training.lifecycle import Lifecycle
 
@@ -120,7 +120,7 @@ def fit(
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     _check_task(adapted, task)
-    _check_schedule(schedule, schedule_options)
+    schedules.check(schedule, schedule_options)
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
     adapted.model.to(accelerator.device)
@@ -154,7 +154,7 @@ def fit(
         with _prepared(accelerator, adapted.model, optimizer, loader) as (model, optimizer, batches):
             total = steps if steps is not None else max(1, round(epochs * len(batches) / gradient_accumulation))
             at_least("steps", total, 1)
-            scheduler = _scheduler(schedule, optimizer, warmup, total, schedule_options)
+            scheduler = schedules.scheduler(schedule, optimizer, round(warmup * total), total, schedule_options)
             step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), max_grad_norm)
             title = f"{adapted.name} on {task.name}"
             bar, stream = _bar(title, total, progress and accelerator.is_main_process), _forever(batches)
@@ -229,28 +229,6 @@ def _calibrate(
     if not adapted.trainable() and not adapted.method.searched():
         raise StateError(f"{adapted.name} trains nothing on {type(adapted.model).__name__} with these options")
     return time.perf_counter() - began
-
-
-def _scheduler(name: str, optimizer: Any, warmup: float, total: int, options: dict[str, Any] | None) -> Any:
-    # Imported late: it brings in transformers' Trainer and the optional packages that know it. One of them,
-    # bitsandbytes, logs that a CPU kernel which nothing here uses is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers import get_scheduler
-
-    return get_scheduler(name, optimizer, round(warmup * total), total, options)
-
-
-def _check_schedule(name: str, options: dict[str, Any] | None) -> None:
-    from transformers import SchedulerType, get_scheduler
-
-    # These two follow a metric, which a step of this loop does not have.
-    known = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
-    if name not in known:
-        raise UnknownNameError("schedule", name, known)
-    try:
-        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 1, options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule_options={options!r} do not fit the schedule {name!r}: {error}") from error
 
 
 @contextmanager
