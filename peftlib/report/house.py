@@ -82,7 +82,7 @@ def house() -> Figure:
     for room in rooms():
         rows.setdefault(height[room.name], []).append(room)
     widest = max(map(len, rows.values()))
-    figure, axes = plt.subplots(figsize=(2.1 * widest + 0.6, 0.95 * len(rows) + 0.2))
+    figure, axes = plt.subplots(figsize=(1.5 * widest + 0.4, 0.72 * len(rows) + 0.2))
     at = {
         room.name: (2.1 * (i - (len(row) - 1) / 2), 0.95 * y) for y, row in rows.items() for i, room in enumerate(row)
     }
