@@ -45,7 +45,7 @@ def test_it_is_attached_counted_saved_and_loaded_by_name(module):
     assert peftlib.card("output_scale").origin == "yours"
     assert peftlib.find("output_scale").Config().method == "output_scale"
     adapted = peftlib.attach(backbone("bert"), "output_scale")
-    assert adapted.count().method == 2 * 32 == peftlib.card("output_scale").trained(L=2, d=32)
+    assert adapted.count().method == 2 * 2 * 32 == peftlib.card("output_scale").trained(L=2, d=32)
     train(adapted, batch("bert"))
     answer = logits(adapted.model, **batch("bert"))
     adapted.save(module / "adapter")
@@ -70,7 +70,7 @@ def command(folder, *arguments: str) -> subprocess.CompletedProcess:
 def test_commands_take_it_from_its_module(module):
     card = command(module, "card", "my_scale:OutputScaleMethod")
     assert card.returncode == 0, card.stderr
-    assert "Output scale" in card.stdout and "targets='ffn.down'" in card.stdout and "yours" in card.stdout
+    assert "Output scale" in card.stdout and "targets=('attention.output'" in card.stdout and "yours" in card.stdout
     suite = command(
         module,
         *("conformance", METHOD, "--family", "bert", "gpt2", "--check"),
@@ -87,7 +87,7 @@ def test_commands_take_it_from_its_module(module):
 
 
 def test_a_broken_promise_is_seen_by_the_suite(module):
-    (module / "my_scale.py").write_text(MODULE.replace('count="L * d"', 'count="L * d + 1"'))
+    (module / "my_scale.py").write_text(MODULE.replace('count="2 * L * d"', 'count="2 * L * d + 1"'))
     found = command(module, "conformance", METHOD, "--family", "bert", "--check", "count", "start")
     assert found.returncode == 1
     assert "count on bert" in found.stdout and "start on bert" not in found.stdout
