@@ -27,11 +27,12 @@ def stale(root: str | os.PathLike = RESULTS) -> list[Stale]:
     Raises DataError for a file that is no run.
     """
     recorded = fingerprint.read(root)
+    today = {method: recorded.digest(method) for method in recorded.methods}
     found = []
     for path in _runs(Path(root)):
         record = read(path)
         method = record["spec"]["method"]
-        now = recorded.digest(method)
+        now = today.get(method)
         then = record.get("fingerprint") or recorded.first.get(method)
         if then is not None and then != now:
             found.append(Stale(path, method, then, now))

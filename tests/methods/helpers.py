@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import torch
 from torch import nn
 
 from peftlib import backbones, taxonomy
+from peftlib.conformance.case import logits
 from peftlib.methods import registry
 from peftlib.methods.base import Method
 from peftlib.methods.hybrid.automatic.s3delta import search
@@ -88,3 +92,50 @@ def linear(site, x: torch.Tensor) -> torch.Tensor:
     """A site's own map of x, without what is attached to it."""
     y = x @ site.weight.T
     return y if site.bias is None else y + site.bias
+
+
+# Beside HF peft: a family's head in our words and HF peft's name of its task; encoders classify.
+HEADS = {"t5": ("seq2seq", "SEQ_2_SEQ_LM"), "llama": ("causal_lm", "CAUSAL_LM"), "gpt2": ("causal_lm", "CAUSAL_LM")}
+
+
+def head(family: str) -> str:
+    return HEADS.get(family, ("classification", ""))[0]
+
+
+def task(family: str) -> str:
+    return HEADS.get(family, ("", "SEQ_CLS"))[1]
+
+
+def data(family: str) -> dict[str, torch.Tensor]:
+    """A batch for the family's head; an encoder-decoder makes its decoder's inputs from labels."""
+    found = inputs(family)
+    return found | {"labels": found["input_ids"]} if family == "t5" else found
+
+
+def model(family: str) -> nn.Module:
+    """A tiny model with the family's head, which HF peft takes too."""
+    made = backbone(family, head(family))
+    # HF peft asks for a method of the model that transformers 5 no longer has, for its own generate().
+    made._prepare_encoder_decoder_kwargs_for_generation = None
+    return made
+
+
+def theirs(family: str, config: peft.PeftConfig, folder: Path) -> torch.Tensor:
+    """Save an adapter of HF peft's with all trained parameters moved; gives its logits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(model(family), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    made.save_pretrained(folder)
+    return logits(made, **data(family))
+
+
+def reload(family: str, folder: Path) -> nn.Module:
+    """What HF peft loads from a folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model(family), folder).eval()

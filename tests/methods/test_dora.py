@@ -13,7 +13,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import logits
 from peftlib.errors import LoadError, TargetError, UnsupportedError
-from tests.methods.helpers import Spy, backbone, inputs, perturb
+from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task, theirs
 
 ALL = ("attention.query", "attention.key", "attention.value", "attention.output", "ffn.up", "ffn.down")
 # family: (our sites, HF peft's target_modules). GPT-2's queries, keys and values are one module, which HF peft adapts
@@ -24,23 +24,6 @@ PARITY = {
     "t5": (("*attention.query", "*attention.value", "ffn.up"), ["q", "v", "wi"]),
     "llama": ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
 }
-HEADS = {"t5": ("seq2seq", "SEQ_2_SEQ_LM"), "llama": ("causal_lm", "CAUSAL_LM"), "gpt2": ("causal_lm", "CAUSAL_LM")}
-
-
-def head(family: str) -> str:
-    return HEADS.get(family, ("classification",))[0]
-
-
-def data(family: str) -> dict:
-    batch = inputs(family)
-    return batch | {"labels": batch["input_ids"]} if family == "t5" else batch
-
-
-def model(family: str) -> nn.Module:
-    made = backbone(family, head(family))
-    # HF peft asks for a method of the model that transformers 5 no longer has, for its own generate().
-    made._prepare_encoder_decoder_kwargs_for_generation = None
-    return made
 
 
 def equation(x, W, b, A, B, m, scale):
@@ -203,30 +186,14 @@ def test_the_merged_rows_have_the_trained_lengths():
 # Files of HF peft
 
 
-def _theirs(family: str, folder, **options) -> torch.Tensor:
-    """A saved DoRA adapter of HF peft's with all trained parameters moved, and its logits."""
-    task = HEADS.get(family, (None, "SEQ_CLS"))[1]
-    config = peft.LoraConfig(task_type=task, use_dora=True, **{"r": 4, "lora_alpha": 6} | options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = peft.get_peft_model(model(family), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    made.save_pretrained(folder)
-    return logits(made, **data(family))
-
-
-def _reload(family: str, folder) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model(family), folder).eval()
-
-
 def _same(mine: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(mine, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=0)
+
+
+def _theirs(family: str, folder, **options) -> torch.Tensor:
+    """A saved DoRA adapter of HF peft's, and its logits."""
+    settings = {"r": 4, "lora_alpha": 6} | options
+    return theirs(family, peft.LoraConfig(task_type=task(family), use_dora=True, **settings), folder)
 
 
 THEIRS = PARITY | {"gpt2": ((), ["c_attn", "c_fc"])}
@@ -243,7 +210,7 @@ def test_their_files_are_read_and_written(family, tmp_path):
     loaded = peftlib.load(model(family), adapted.save(tmp_path / "ours"))
     assert torch.equal(logits(loaded.model, **data(family)), got)
     peftlib.to_hf_peft(loaded, tmp_path / "back")
-    _same(logits(_reload(family, tmp_path / "back"), **data(family)), got)
+    _same(logits(reload(family, tmp_path / "back"), **data(family)), got)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("attention.query", "attention.value"), ("attention.value",)])
@@ -253,7 +220,7 @@ def test_parts_of_a_fused_map_are_written(targets, tmp_path):
     perturb(adapted)
     before = logits(adapted.model, **data("gpt2"))
     peftlib.to_hf_peft(adapted, tmp_path / "theirs")
-    _same(logits(_reload("gpt2", tmp_path / "theirs"), **data("gpt2")), before)
+    _same(logits(reload("gpt2", tmp_path / "theirs"), **data("gpt2")), before)
 
 
 def test_what_theirs_or_ours_lacks_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import StateError, TargetError, UnsupportedError
-from tests.methods.helpers import Spy, backbone, inputs, perturb
+from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task
 
 # family: (our sites, HF peft's target_modules). GPT-2's queries, keys and values are one module, which HF peft adapts
 # as one and peftlib by part, so the others are compared.
@@ -25,19 +25,6 @@ PARITY = {
     "t5": (("*attention.query", "*attention.value", "ffn.up"), ["q", "v", "wi"]),
     "llama": ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
 }
-HEADS = {"t5": ("seq2seq", "SEQ_2_SEQ_LM"), "llama": ("causal_lm", "CAUSAL_LM"), "gpt2": ("causal_lm", "CAUSAL_LM")}
-
-
-def data(family: str) -> dict:
-    found = inputs(family)
-    return found | {"labels": found["input_ids"]} if family == "t5" else found
-
-
-def model(family: str) -> nn.Module:
-    made = backbone(family, HEADS.get(family, ("classification",))[0])
-    # HF peft asks for a method of the model that transformers 5 no longer has, for its own generate().
-    made._prepare_encoder_decoder_kwargs_for_generation = None
-    return made
 
 
 def same(mine: torch.Tensor, other: torch.Tensor) -> None:
@@ -223,11 +210,10 @@ def test_counts(name, options, trained):
 def _theirs(family: str, folder, **options) -> tuple[nn.Module, torch.Tensor]:
     """A saved PiSSA adapter of HF peft's with all trained parameters moved, and its logits; its start is saved beside
     it, as its conversion wants it."""
-    task = HEADS.get(family, (None, "SEQ_CLS"))[1]
     config = {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = peft.get_peft_model(model(family), peft.LoraConfig(task_type=task, **config)).eval()
+        made = peft.get_peft_model(model(family), peft.LoraConfig(task_type=task(family), **config)).eval()
     start = made.peft_config["default"].init_lora_weights
     made.peft_config["default"].init_lora_weights = True
     made.save_pretrained(folder / "start")
@@ -239,12 +225,6 @@ def _theirs(family: str, folder, **options) -> tuple[nn.Module, torch.Tensor]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     made.save_pretrained(folder / "pissa")
     return made, logits(made, **data(family))
-
-
-def _reload(family: str, folder) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model(family), folder).eval()
 
 
 THEIRS = PARITY | {"gpt2": ((), ["c_attn", "c_fc"])}
@@ -264,7 +244,7 @@ def test_their_files_are_read_on_the_original_backbone_and_written_as_lora(famil
     peftlib.to_hf_peft(loaded, tmp_path / "back")
     settings = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert "init_lora_weights" not in settings
-    same(logits(_reload(family, tmp_path / "back"), **data(family)), got)
+    same(logits(reload(family, tmp_path / "back"), **data(family)), got)
     if family != "gpt2":  # HF peft's factors of a fused map are written beside each other, with zeros between
         assert settings["r"] == 8
         again = peftlib.from_hf_peft(model(family), tmp_path / "back")

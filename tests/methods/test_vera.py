@@ -15,7 +15,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import LoadError, TargetError, UnsupportedError
-from tests.methods.helpers import Spy, backbone, inputs, perturb
+from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task, theirs
 
 # family: (our sites, HF peft's target_modules). GPT-2's queries, keys and values are one module, which HF peft adapts
 # as one and peftlib by part, so the others are compared.
@@ -25,19 +25,6 @@ PARITY = {
     "t5": (("*attention.query", "*attention.value", "ffn.up"), ["q", "v", "wi"]),
     "llama": ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
 }
-HEADS = {"t5": ("seq2seq", "SEQ_2_SEQ_LM"), "llama": ("causal_lm", "CAUSAL_LM"), "gpt2": ("causal_lm", "CAUSAL_LM")}
-
-
-def data(family: str) -> dict:
-    found = inputs(family)
-    return found | {"labels": found["input_ids"]} if family == "t5" else found
-
-
-def model(family: str) -> nn.Module:
-    made = backbone(family, HEADS.get(family, ("classification",))[0])
-    # HF peft asks for a method of the model that transformers 5 no longer has, for its own generate().
-    made._prepare_encoder_decoder_kwargs_for_generation = None
-    return made
 
 
 def same(mine: torch.Tensor, other: torch.Tensor) -> None:
@@ -177,24 +164,8 @@ def test_files_where_the_seed_draws_something_else(save_projection, monkeypatch,
 
 
 def _theirs(family: str, folder, **options) -> torch.Tensor:
-    """A saved VeRA adapter of HF peft's with all trained parameters moved, and its logits."""
-    config = peft.VeraConfig(task_type=HEADS.get(family, (None, "SEQ_CLS"))[1], **{"r": 12} | options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = peft.get_peft_model(model(family), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    made.save_pretrained(folder)
-    return logits(made, **data(family))
-
-
-def _reload(family: str, folder) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model(family), folder).eval()
+    """A saved VeRA adapter of HF peft's, and its logits."""
+    return theirs(family, peft.VeraConfig(task_type=task(family), **{"r": 12} | options), folder)
 
 
 @pytest.mark.parametrize("save_projection", [True, False], ids=["pair", "seed"])
@@ -211,7 +182,7 @@ def test_their_files_are_read_and_written(family, save_projection, tmp_path):
     loaded = peftlib.load(model(family), adapted.save(tmp_path / "ours"))
     assert torch.equal(logits(loaded.model, **data(family)), got)
     peftlib.to_hf_peft(loaded, tmp_path / "back")
-    same(logits(_reload(family, tmp_path / "back"), **data(family)), got)
+    same(logits(reload(family, tmp_path / "back"), **data(family)), got)
     mine, other = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("back", "theirs"))
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert mine.keys() == {n for n in other if "score" not in n}
