@@ -216,6 +216,7 @@ METHODS = (
             "penalty: orthogonality of the components",
             "on_gradients: importance of every matrix, smoothed",
             "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
+            "learning rate: what begins to train in a round has the schedule for itself, over the steps that are left",
         ),
         original="FeiyuZhang98/IncreLoRA",
         tiny_rate=0.01,

@@ -90,12 +90,29 @@ def test_the_head_trains_first_then_everything_else():
     assert changes == [head, head, rest, rest]
 
 
+def test_each_stage_has_the_schedule_for_itself():
+    """The paper trains twice (section 3: the classifier, then adapter and norm): no stage is left with the end of the
+    other's decay."""
+    adapted = peftlib.attach(backbone("bert"), "hadamard_adapter", head_stage=0.4)
+    optimizer = torch.optim.SGD(adapted.trainable().values(), lr=2.0)
+    life = adapted.lifecycle(10)
+    assert [(s.title, s.steps) for s in life.stages] == [("task head", 4), ("adapter and norms", 6)]
+    scheduler, rates = life.scheduler(optimizer, peftlib.Schedule("linear", warmup=0.25)), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    first, second = [0, 1, 2 / 3, 1 / 3], [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]
+    assert rates == pytest.approx([2 * factor for factor in first + second])
+
+
 def test_without_a_head_there_is_one_stage():
     model = backbone("gpt2", head="causal_lm")
     adapted = peftlib.attach(model, "hadamard_adapter", head_stage=0.5)
     data = inputs("gpt2")
     model.train()
     with adapted.lifecycle(4) as life:
+        assert [stage.title for stage in life.stages] == ["adapter and norms"]
         life.step_start()
         model(**data, labels=data["input_ids"]).loss.backward()
         life.gradients()
