@@ -7,7 +7,29 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import MergeError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, ones, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+
+FACTS = Facts(
+    "hadamard_adapter",
+    Start("*.hadamard_adapter.scale", ones(), "arXiv:2407.11033, section 4: the start is the identity"),
+    Start("*.hadamard_adapter.shift", zeros(), "arXiv:2407.11033, section 4: the start is the identity"),
+    Trains(
+        ("*.hadamard_adapter.scale", "*.hadamard_adapter.shift", "*.attention.output.LayerNorm.*"),
+        "arXiv:2407.11033, abstract: 0.033 % of BERT-base is two vectors and one norm a layer",
+    ),
+    Default("head_stage", 0.5, "the paper trains the classifier first (figure 3); how long is chosen here"),
+    Count("bert-base-uncased", 36_864, "arXiv:2407.11033, abstract: 0.033 % of 110 M", percent="0.034"),
+    Count("roberta-base", 36_864, "as on BERT-base: 12 layers of 768"),
+    Count("t5-base", 55_296, "24 layers of scale, shift and a norm without bias, 3 x 768"),
+    Count("llama-7b", 393_216, "32 layers of scale, shift and a norm without bias, 3 x 4096"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 FAMILIES = list(backbones.tiny.FAMILIES)
 WITHOUT_BIAS = ("llama", "mistral", "qwen2", "t5", "mt5")

@@ -6,7 +6,57 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal
 from tests.methods.helpers import Spy, backbone, inputs
+
+CODE = "FeiyuZhang98/IncreLoRA, "
+LAYER, SCRIPTS = CODE + "loralib/loralib/increlora.py, ", CODE + "NLU/scripts/rank=2"
+
+FACTS = Facts(
+    "increlora",
+    Default("target_rank", 2, SCRIPTS),
+    Default("alpha", 32.0, SCRIPTS + "/run_cola.sh (16 on MNLI, QQP and SST-2)"),
+    Default("targets", "all-linear", SCRIPTS + ": --lora_module with six kinds of maps"),
+    Default("grow", 1, LAYER + "RankAllocator.__init__: 1 for an average target rank of 2"),
+    Default("top", 12, SCRIPTS + "/run_qnli.sh"),
+    Default("beta1", 0.85, SCRIPTS),
+    Default("beta2", 0.85, SCRIPTS),
+    Default("orthogonality", 0.1, SCRIPTS),
+    Default("dropout", 0.0, CODE + "NLU/examples/text-classification/run_glue.py, ModelArguments.lora_dropout"),
+    Default("part_warmup", None, CODE + "NLU/src/transformers/optimization.py, Multi_LambdaLR.check_new_params"),
+    Default("initial_warmup", 0.03, SCRIPTS + ": 100 to 1000 steps, 1 to 3 % of them"),
+    Default("growth_end", 0.5, SCRIPTS + ": between 20 and 65 % of the steps; this share is chosen here"),
+    Start("*.increlora.P", normal(0.02), LAYER + "SVDLinear.reset_parameters", attach=lambda: whole("P")),
+    Start("*.increlora.Q", normal(0.02), LAYER + "SVDLinear.reset_parameters", attach=lambda: whole("Q")),
+    Holds(
+        "the active value starts at 0 and the reserve's at 1e-5", lambda: values_start(), LAYER + "add_reserve_param"
+    ),
+    Trains(("*.increlora.P", "*.increlora.Q", "*.increlora.singular"), LAYER + "SVDLinear.__init__"),
+    # Six rounds for the budget of 72 matrices, twelve in each: room for seven components in a matrix.
+    Count("roberta-base", 1_161_720, "7 * 12 * (8 * 768 + 2 * (768 + 3072) + 6)"),
+    Count("t5-base", 6_896_832, "192 matrices, room for 17 in each: 17 * 12 * (13,830 + 19,978)"),
+    Count("llama-7b", 49_975_680, "224 matrices, room for 20 in each: 20 * 32 * 78,087"),
+)
+
+
+def whole(name: str) -> peftlib.Adapted:
+    """With the components that wait, which are zero, cut away from P or Q."""
+    adapted = peftlib.attach(backbone("bert"), "increlora")
+    for update in adapted.method.updates.values():
+        parameter = getattr(update, name)
+        parameter.data = parameter.data[:, update.kept] if name == "P" else parameter.data[update.kept]
+    return adapted
+
+
+def values_start() -> None:
+    for update in peftlib.attach(backbone("bert"), "increlora").method.updates.values():
+        assert update.singular[update.active].tolist() == [0.0]
+        assert update.singular[update.reserve].tolist() == [pytest.approx(1e-5)]
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def adalora(x, weight, bias, p, singular, q, alpha, rank):
