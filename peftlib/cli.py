@@ -82,14 +82,18 @@ def sweep(args: argparse.Namespace) -> int:
     store = experiments.Store(args.results)
     names = args.methods or taxonomy.methods()
     tracks = args.tracks or list(chosen.tracks)
-    specs = experiments.search_specs(args.profile, names) if args.search else []
-    for track in () if args.search else tracks:
-        for name in names:
-            rate = None if args.default_rates else _searched_rate(store, chosen, name)
-            specs += [
-                experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rate) for seed in args.seeds
-            ]
-    outcomes = experiments.sweep(specs, store, executor=args.executor, workers=args.workers)
+    settings = {"executor": args.executor, "workers": args.workers}
+    if args.search:
+        outcomes = experiments.search_rates(args.profile, names, store, **settings)
+    else:
+        rates = {name: None if args.default_rates else _searched_rate(store, chosen, name) for name in names}
+        specs = [
+            experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rates[name])
+            for track in tracks
+            for name in names
+            for seed in args.seeds
+        ]
+        outcomes = experiments.sweep(specs, store, **settings)
     out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
     return 1 if outcomes["failed"] else 0
 
@@ -288,7 +292,7 @@ def _metric(path) -> str:
 def _searched_rate(store, chosen, method: str) -> float | None:
     """The rate that the search on the profile's first track found; None where there was no search."""
     track = next(iter(chosen.tracks))
-    records = store.records(chosen.name, track, method)
+    records = store.searched(chosen.name, track, method)
     return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
 
 

@@ -167,8 +167,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Trains:
-    """What trains beside the task head: each trained parameter matches one of ``names``, and each of ``names`` a trained
-    parameter."""
+    """What trains beside the task head: each trained parameter matches one of ``names``, and each of ``names`` matches
+    a trained parameter."""
 
     names: tuple[str, ...]
     source: str
