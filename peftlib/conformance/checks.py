@@ -500,9 +500,9 @@ def _train_with_trainer(adapted: Adapted, case: Case, folder: Path, checkpoint: 
 NEAR = 0.25
 """A start that is near the backbone's moves the logits by less than this share of their norm."""
 
-FARTHER: dict[str, float] = {"qlora": 0.6, "qa_lora": 0.6}
+FARTHER: dict[str, float] = {"qlora": 0.6, "qa_lora": 0.6, "sparse_adapter": 0.4}
 """Where a start is near on real backbones and less so on tiny random ones: 4 bits err by a tenth of every weight's
-norm, which a random post-norm encoder amplifies."""
+norm, which a random post-norm encoder amplifies; SparseAdapter's norm makes small states as large as any."""
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple]:

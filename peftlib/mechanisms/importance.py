@@ -151,6 +151,20 @@ def _rows(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
     return islice(rows, limit)
 
 
+def first_rows(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+    """The batches, up to the first ``limit`` rows of them all (None: all); the last one may be cut."""
+    left = limit
+    for batch in batches:
+        if left is None:
+            yield batch
+            continue
+        size = len(batch["input_ids"])
+        yield batch if size <= left else {k: v[:left] for k, v in batch.items()}
+        left -= size
+        if left <= 0:
+            return
+
+
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The model's loss on a batch; DataError where it gives none."""
     value = model(**batch).loss
