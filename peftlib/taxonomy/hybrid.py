@@ -92,7 +92,8 @@ METHODS = (
         form="bottleneck + tensors",
         insertion="sequential + in place",
         composition="added + replaced",
-        trains="The shared matrices, each adapter's factors and biases, and the layers' norms.",
+        trains="The shared matrices, each adapter's factors and biases, and the norms of the blocks and behind the last "
+        "layers.",
         count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3 "
         "+ 4 * L * d * train_norms",
         start="near",
@@ -192,8 +193,8 @@ METHODS = (
         trains="While searching, all candidates (LoRA, low-rank adapter, biases, norms) and their gates; afterwards "
         "the chosen ones, at most the budget.",
         count="int(budget * total)",
-        start="identity",
-        start_note="Every candidate starts at zero change.",
+        start="changed",
+        start_note="LoRA, biases and norms start at zero change, adapters at random maps, as in the original.",
         merge="no",
         merge_note="A structure with adapters is nonlinear; LoRA, biases and norms alone would fold.",
         life=(
