@@ -121,10 +121,11 @@ METHODS = (
         title="Parallel adapter",
         cite="he2022unified",
         arxiv="2110.04366",
-        summary="A scaled bottleneck runs beside the feed-forward block and sees the same input.",
+        summary="A scaled bottleneck runs beside the feed-forward block and reads the hidden state in front of it.",
         equation=r"y = \mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
-        symbols=r"$x \in \mathbb{R}^{d}$: input of the block; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
-        r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $s$: fixed scale, 4.",
+        symbols=r"$x \in \mathbb{R}^{d}$: the hidden state in front of the block and, where one stands there, its norm; "
+        r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained "
+        r"projections, with biases; $s$: fixed scale, 4.",
         sites=("ffn.up", "ffn.down"),
         form="bottleneck",
         insertion="parallel",
