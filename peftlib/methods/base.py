@@ -19,10 +19,12 @@ HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_en
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be."""
+    """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be. ``max_norm``:
+    the norm to which the method itself is to clip gradients, where it does that (:attr:`Method.clips`)."""
 
     step: int
     total: int
+    max_norm: float | None = None
 
     @property
     def fraction(self) -> float:
@@ -106,6 +108,8 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
+    clips: bool = False
+    """Whether :meth:`on_gradients` clips the gradients, in the loop's place, by another norm than what trains has."""
     source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: int = 2

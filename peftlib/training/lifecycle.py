@@ -77,13 +77,15 @@ class Lifecycle:
 
     Inside it each training forward adds the method's penalty to ``output.loss``. Leaving it normally runs
     ``on_train_end``; leaving it by an exception does not. ``step`` counts optimizer steps from 0; a run that resumes
-    starts at another one.
+    starts at another one. A method that clips gradients itself (``adapted.method.clips``) cuts them to ``max_norm``,
+    where one is given; the loop leaves them as they are.
     """
 
-    def __init__(self, guard: Guard, total_steps: int, step: int = 0):
+    def __init__(self, guard: Guard, total_steps: int, step: int = 0, max_norm: float | None = None):
         self.guard = guard
         self.total = total_steps
         self.step = step
+        self.max_norm = max_norm
 
     @property
     def method(self) -> Method:
@@ -91,7 +93,7 @@ class Lifecycle:
 
     @property
     def training(self) -> TrainingState:
-        return TrainingState(self.step, self.total)
+        return TrainingState(self.step, self.total, self.max_norm)
 
     def __enter__(self) -> Lifecycle:
         if not self.guard.calibrated:
