@@ -21,12 +21,14 @@ HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_en
 @dataclass(frozen=True)
 class TrainingState:
     """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be; ``schedule``
-    is that of the learning rate and ``stages`` are the method's."""
+    is that of the learning rate and ``stages`` are the method's. ``max_norm``: the norm to which the method itself is
+    to clip gradients, where it does that (:attr:`Method.clips`)."""
 
     step: int
     total: int
     schedule: Schedule = field(default_factory=Schedule)
     stages: tuple[Stage, ...] = ()
+    max_norm: float | None = None
 
     @property
     def fraction(self) -> float:
@@ -131,6 +133,8 @@ class Method:
     """Whether what begins to train later has the learning-rate schedule for itself (``TrainingState.rate_since``)."""
     calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
+    clips: bool = False
+    """Whether :meth:`on_gradients` clips the gradients, in the loop's place, by another norm than what trains has."""
     source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: int = 2

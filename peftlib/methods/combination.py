@@ -52,6 +52,7 @@ class Combination(Method):
         super().__init__(config)
         self.parts = make_parts(self.part_configs())
         self.calibrates = any(part.calibrates for part in self.parts)
+        self.clips = any(part.clips for part in self.parts)
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
         self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 

@@ -44,6 +44,7 @@ class PeftCallback(TrainerCallback):
         self.guard = guard
         self.method = guard.method
         self.life: Lifecycle | None = None
+        self.max_norm: float | None = None
 
     def on_train_begin(
         self,
@@ -57,7 +58,10 @@ class PeftCallback(TrainerCallback):
         if self.life is not None:
             # An earlier train() of this Trainer ended in an exception and never reached on_train_end.
             self.life.abandon()
-        self.life = Lifecycle(self.guard, state.max_steps, step=state.global_step)
+        if self.method.clips and args.max_grad_norm and not args.fp16:
+            # The method clips in the Trainer's place; with fp16, where the loss is scaled, it cannot.
+            self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        self.life = Lifecycle(self.guard, state.max_steps, step=state.global_step, max_norm=self.max_norm)
         self._schedule(args, getattr(lr_scheduler, "scheduler", lr_scheduler), optimizer)
         self.life.__enter__()
         if state.global_step:
@@ -125,6 +129,8 @@ class PeftCallback(TrainerCallback):
     ) -> None:
         self._running().__exit__(None, None, None)
         self.life = None
+        if self.max_norm is not None:
+            args.max_grad_norm, self.max_norm = self.max_norm, None
         if train_dataloader is not None and _chooses_a_class(self.method.host.model):
             self.method.fit(train_dataloader)
 

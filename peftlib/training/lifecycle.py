@@ -82,13 +82,15 @@ class Lifecycle:
     Inside it each training forward adds the method's penalty to ``output.loss``. Leaving it normally runs
     ``on_train_end``; leaving it by an exception does not. Without :meth:`scheduler` the rate counts as constant: a
     schedule of your own knows nothing of a method's stages. ``step`` counts optimizer steps from 0; a run that resumes
-    starts at another one.
+    starts at another one. A method that clips gradients itself (``adapted.method.clips``) cuts them to ``max_norm``,
+    where one is given; the loop leaves them as they are.
     """
 
-    def __init__(self, guard: Guard, total_steps: int, step: int = 0):
+    def __init__(self, guard: Guard, total_steps: int, step: int = 0, max_norm: float | None = None):
         self.guard = guard
         self.total = total_steps
         self.step = step
+        self.max_norm = max_norm
         self.schedule = Schedule()
         self.stages = guard.method.stages(total_steps)
 
@@ -98,7 +100,7 @@ class Lifecycle:
 
     @property
     def training(self) -> TrainingState:
-        return TrainingState(self.step, self.total, self.schedule, self.stages)
+        return TrainingState(self.step, self.total, self.schedule, self.stages, self.max_norm)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> torch.optim.lr_scheduler.LambdaLR:
         """A scheduler for the optimizer, to be stepped after it: ``schedule`` over all steps, or, where the method's

@@ -47,7 +47,7 @@ class Trainable(Tuned, Protocol):
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]: ...
 
-    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle: ...
+    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle: ...
 
 
 @dataclass
@@ -156,9 +156,12 @@ def fit(
         with _prepared(accelerator, adapted.model, optimizer, loader) as (model, optimizer, batches):
             total = steps if steps is not None else max(1, round(epochs * len(batches) / gradient_accumulation))
             at_least("steps", total, 1)
-            life = adapted.lifecycle(total)
+            # With fp16 the loss is scaled, and what the method sees of the gradients beside it.
+            own = max_grad_norm if adapted.method.clips and precision != "fp16" else None
+            life = adapted.lifecycle(total, max_norm=own)
             scheduler = life.scheduler(optimizer, course)
-            step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), max_grad_norm)
+            clip = max_grad_norm if own is None else 0.0
+            step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), clip)
             title = f"{adapted.name} on {task.name}"
             bar, stream = _bar(title, total, progress and accelerator.is_main_process), _forever(batches)
             with bar as advance, life:

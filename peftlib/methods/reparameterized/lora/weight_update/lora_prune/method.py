@@ -31,9 +31,10 @@ before and after, every 10 steps, beta 0.9; the first 10 % of the layers and the
 differ in the importance, and prune partly other units. The code's, above, is the default: it is what their released
 script runs, and its norm lets the maps of a block count alike, however large their gradients.
 ``criterion="squared"`` is the paper's: :math:`\sum_{ij \in u} (\hat G \odot (W + \frac{\alpha}{r} B A))_{ij}^2`, added
-over the maps as it is. Where we differ from both: the code never applies the target itself, only shares below it; it knows LLaMA's 32 heads alone, where here every family, grouped
-queries, cross-attention and biases are served; in an encoder-decoder both stacks spare layers. Scores stop when a block
-has reached its share, and a step whose gradients are not finite is left out, as there.
+over the maps as it is. Where we differ from both: the code never applies the target itself, only shares below it; it
+knows LLaMA's 32 heads alone, where here every family, grouped queries, cross-attention and biases are served; in an
+encoder-decoder both stacks spare layers. Scores stop when a block has reached its share, and a step whose gradients are
+not finite is left out, as there.
 """
 
 from __future__ import annotations
