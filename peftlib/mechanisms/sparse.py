@@ -45,7 +45,10 @@ class _Splice(torch.autograd.Function):
         chosen = gradient.reshape(-1)[indices.long()].to(ctx.dtype)  # the tensor's shape -> (k,)
         squares = None
         if ctx.needs_input_grad[3]:
-            whole, part = (torch.linalg.vector_norm(t, dtype=torch.float32) for t in (gradient, chosen))
+            whole, part = (
+                torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+                for t in (gradient, chosen)
+            )
             squares = (whole.square() - part.square()).clamp(min=0)  # ()
         return chosen, None, None, squares
 
