@@ -15,7 +15,9 @@ from tests.methods.helpers import backbone, inputs, perturb
 
 
 def _attached(family: str, head: str = "classification", **options) -> peftlib.Adapted:
-    adapted = peftlib.attach(backbone(family, head), "lora_prune", **{"spare_last": 0, "interval": 1, "dropout": 0.0, **options})
+    adapted = peftlib.attach(
+        backbone(family, head), "lora_prune", **{"spare_last": 0, "interval": 1, "dropout": 0.0, **options}
+    )
     perturb(adapted, std=0.1)
     return adapted
 

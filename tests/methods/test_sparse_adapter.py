@@ -73,7 +73,9 @@ def test_without_the_norm_there_is_none():
 def test_it_scores_the_first_rows():
     adapted, seen = attached(calibrate=False, rows=11), []
     adapted.method.keep = lambda _: None
-    adapted.method.scores = lambda batches: seen.extend(batches) or [p.abs() for p in adapted.method.candidates.values()]
+    adapted.method.scores = lambda batches: (
+        seen.extend(batches) or [p.abs() for p in adapted.method.candidates.values()]
+    )
     adapted.calibrate([batch("bert")] * 4)
     assert [len(b["labels"]) for b in seen] == [8, 3]
     assert torch.equal(seen[1]["input_ids"], batch("bert")["input_ids"][:3])

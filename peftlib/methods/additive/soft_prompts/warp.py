@@ -34,7 +34,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms import prompt, template
+from peftlib.mechanisms import dropout, prompt, template
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import cast
@@ -128,7 +128,7 @@ class Warp(Method):
         self.scorer = self._score_mask(host, child, places)
         if c.verbalizer_token_ids:
             self._name_classes(host, table)
-        _switch_dropout_off(host)
+        dropout.switch_off(host, host.model)
 
     @property
     def classifies(self) -> bool:
@@ -224,14 +224,3 @@ def _answer(verbalizer: Verbalizer, model: nn.Module, args: tuple, kwargs: dict,
     if as_tuple:
         return (logits, *output[1:]) if loss is None else (loss, logits, *output[1:])
     return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
-
-
-def _switch_dropout_off(host: Host) -> None:
-    """Set every dropout rate of the model to 0 until the method leaves. Modules stay in training mode, which gradient
-    checkpointing asks for."""
-    for module in host.model.modules():
-        for name, rate in list(vars(module).items()):
-            is_rate = name == "p" if isinstance(module, nn.Dropout) else "dropout" in name
-            if is_rate and isinstance(rate, float) and rate > 0:
-                setattr(module, name, 0.0)
-                host.on_remove(partial(setattr, module, name, rate))
