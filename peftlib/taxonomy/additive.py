@@ -123,7 +123,7 @@ METHODS = (
         arxiv="2110.04366",
         summary="A scaled bottleneck runs beside the feed-forward block and reads the hidden state in front of it.",
         equation=r"y = \mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
-        symbols=r"$x \in \mathbb{R}^{d}$: the hidden state in front of the block and, where one stands there, its norm; "
+        symbols=r"$x \in \mathbb{R}^{d}$: the hidden state in front of the block and of a norm that stands there; "
         r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained "
         r"projections, with biases; $s$: fixed scale, 4.",
         sites=("ffn.up", "ffn.down"),

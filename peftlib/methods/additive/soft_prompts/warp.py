@@ -25,7 +25,6 @@ tokenizer's [SEP] between them stays.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
