@@ -92,8 +92,8 @@ METHODS = (
         form="bottleneck + tensors",
         insertion="sequential + in place",
         composition="added + replaced",
-        trains="The shared matrices, each adapter's factors and biases, and the norms of the blocks and behind the last "
-        "layers.",
+        trains="The shared matrices, each adapter's factors and biases, and the norms of the blocks and behind the "
+        "last layers.",
         count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3 "
         "+ 4 * L * d * train_norms",
         start="near",
@@ -152,7 +152,8 @@ METHODS = (
         "+ 2 * (sum(layers) if layers else L) * d * (hidden + 1) if reparametrize "
         "else 2 * (sum(layers) if layers else L) * length * d)",
         start="changed",
-        start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's or near it.",
+        start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's or "
+        "near it.",
         merge="no",
         merge_note="Adapters are nonlinear and a prefix depends on the query.",
         life=("before training: search the structures, each scored by a training run of its own",),

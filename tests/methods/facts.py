@@ -143,7 +143,7 @@ class Start:
         values, wanted, count = [], DRAWS if self.distribution.unit is not None else 1, 0
         for seed in range(400):
             torch.manual_seed(seed)
-            adapted = self.attach() if self.attach else tiny(method, self.family, **self.options)
+            adapted = self.attach() if self.attach else tiny(method, self.family, seed, **self.options)
             model = adapted.model
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             found = [t.detach() for n, t in tensors.items() if fnmatch(n, self.names) and t.is_floating_point()]
@@ -247,8 +247,8 @@ class Facts:
         return pytest.mark.parametrize("fact", checks)(function)
 
 
-def tiny(method: str, family: str = "bert", **options) -> peftlib.Adapted:
+def tiny(method: str, family: str = "bert", seed: int = 0, **options) -> peftlib.Adapted:
     """The method on a fresh tiny model, with its options for such a model."""
     model = backbones.load(f"tiny-{family}", head="classification", dropout=0.0).model
     chosen = taxonomy.entry(method).tiny | options
-    return peftlib.attach(model, method, sources=registry.stand_ins(method), **chosen)
+    return peftlib.attach(model, method, sources=registry.stand_ins(method), seed=seed, **chosen)

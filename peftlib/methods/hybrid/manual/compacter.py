@@ -38,7 +38,8 @@ from peftlib.methods.base import Method, MethodConfig, at_least, between
 class CompacterConfig(MethodConfig):
     """``bottleneck`` r; ``divisions`` n, which must divide r and d; ``rank`` R of the layers' own factors;
     ``plus_plus``: adapters behind the feed-forward block only; ``activation`` (a name of transformers); ``std`` of the
-    shared matrices' start; ``train_norms`` of all blocks and those at the stacks' ends; ``dropout`` on the inner activation."""
+    shared matrices' start; ``train_norms`` of all blocks and at the stacks' ends; ``dropout`` on the inner
+    activation."""
 
     bottleneck: int = 24
     divisions: int = 4
