@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftlib.adapted import Adapted, Count, attach, load
     from peftlib.bank import Bank
     from peftlib.interchange import from_hf_peft, to_hf_peft
+    from peftlib.mechanisms.schedules import Schedule, Stage
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
     from peftlib.methods.combination import combine
     from peftlib.methods.registry import config, find, register
@@ -42,6 +43,8 @@ __all__ = [
     "MethodConfig",
     "PeftlibError",
     "SavedAdapter",
+    "Schedule",
+    "Stage",
     "TrainingState",
     "add_vector",
     "attach",
@@ -65,6 +68,7 @@ _PLACES = {
     "adapted": ("Adapted", "Count", "attach", "load"),
     "bank": ("Bank",),
     "interchange": ("from_hf_peft", "to_hf_peft"),
+    "mechanisms.schedules": ("Schedule", "Stage"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
     "methods.combination": ("combine",),
     "methods.registry": ("config", "find", "register"),

@@ -136,7 +136,10 @@ def moves(case: Case, tmp: Path) -> None:
         def look(step: int, dead: set[str] = dead) -> None:
             dead -= {n for n, p in adapted.trainable().items() if p.grad is not None and p.grad.abs().max() > 0}
 
-        train(adapted, case.batch(), steps=3, total=100, rate=1e-2, watch=[look])
+        start = 0
+        for stage in adapted.method.stages(100):
+            train(adapted, case.batch(), steps=3, total=100, start=start, rate=1e-2, watch=[look])
+            start += stage.steps
         still = [n for n, p in adapted.trainable().items() if n in before and torch.equal(p, before[n])]
         assert before, "nothing trains"
         assert not dead, f"{when}: no gradient reaches {sorted(dead)[:5]}"

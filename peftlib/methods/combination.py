@@ -12,6 +12,7 @@ import torch
 
 from peftlib.errors import ConfigError, LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.schedules import Stage
 from peftlib.methods import registry
 from peftlib.methods.base import HOOKS, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
 
@@ -103,6 +104,20 @@ class Combination(Method):
     def hooks(self) -> tuple[str, ...]:
         taken = {hook for part in self.parts for hook in part.hooks()}
         return tuple(m for m in HOOKS if m in taken)
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]  # of its parts, so not of the class
+        return any(part.restarts for part in self.parts)
+
+    def stages(self, total: int) -> tuple[Stage, ...]:
+        """Those of the parts, which must be the same where several parts have more than one."""
+        found = {part.name: stages for part in self.parts if len(stages := part.stages(total)) > 1}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"{' and '.join(found)} train in different stages and cannot be trained together: train one, merge it "
+                "or load it as it is, then attach the other"
+            )
+        return next(iter(found.values()), super().stages(total))
 
     def on_step_start(self, training: TrainingState) -> None:
         for part in self.parts:

@@ -121,10 +121,11 @@ METHODS = (
         title="Parallel adapter",
         cite="he2022unified",
         arxiv="2110.04366",
-        summary="A scaled bottleneck runs beside the feed-forward block and sees the same input.",
+        summary="A scaled bottleneck runs beside the feed-forward block and reads the hidden state in front of it.",
         equation=r"y = \mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
-        symbols=r"$x \in \mathbb{R}^{d}$: input of the block; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
-        r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $s$: fixed scale, 4.",
+        symbols=r"$x \in \mathbb{R}^{d}$: the hidden state in front of the block and, where one stands there, its norm; "
+        r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained "
+        r"projections, with biases; $s$: fixed scale, 4.",
         sites=("ffn.up", "ffn.down"),
         form="bottleneck",
         insertion="parallel",
@@ -654,8 +655,11 @@ METHODS = (
         merge="exact",
         merge_note="Scale and shift fold into the output projection, which needs a bias for the shift; the norm is the "
         "backbone's own.",
-        life=("on_gradients: the head trains alone in the first stage, then vectors and norms without it",),
-        tiny={"head_stage": 0.0},  # half of three steps is too little to move the rest
+        life=(
+            "on_gradients: the head trains alone in the first stage, then vectors and norms without it",
+            "stages: each has the learning-rate schedule for itself",
+        ),
+        tiny={"head_stage": 0.34},  # one step of three: half of them leave too few for the rest
         tiny_rate=0.05,
         exceptions={
             f"merge on {family}": "The output projection has no bias for the shift; with shift=False it merges."

@@ -171,12 +171,12 @@ METHODS = (
         symbols=r"$P \in \mathbb{R}^{o \times r}$, $\Lambda \in \mathbb{R}^{r}$ (diagonal), "
         r"$Q \in \mathbb{R}^{r \times i}$: trained; $r$: the initial rank; $\gamma$: weight of the orthogonality "
         r"penalty, a mean over all matrices.",
-        sites=("attention.query", "attention.value"),
+        sites=_LINEARS,
         form="low-rank",
         insertion="parallel",
         composition="scaled",
         trains="The three factors of every targeted matrix at the initial rank.",
-        count="2 * L * (2 * d * rank + rank)",
+        count="L * rank * (8 * d + 2 * (d + f) + 6)",
         start="identity",
         start_note="The singular values start at zero.",
         merge="exact",
@@ -187,6 +187,7 @@ METHODS = (
             "on_step_end: zero the least important singular values, so that exactly the budget remains",
         ),
         original="QingruZhang/AdaLoRA",
+        tiny_rate=0.03,
     ),
     Entry(
         name="increlora",
@@ -216,6 +217,7 @@ METHODS = (
             "penalty: orthogonality of the components",
             "on_gradients: importance of every matrix, smoothed",
             "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
+            "learning rate: what begins to train in a round has the schedule for itself, over the steps that are left",
         ),
         original="FeiyuZhang98/IncreLoRA",
         tiny_rate=0.01,
@@ -459,6 +461,7 @@ METHODS = (
         merge_note="The mixed modules form one LoRA, whose product is added to the weight.",
         life=("sources: saved LoRA modules of other tasks", "calibrate: search the weights on a few examples"),
         original="sail-sg/lorahub",
+        tiny={"price": 0.0},  # sources that were not trained are worth no price
     ),
     Entry(
         name="moelora",

@@ -30,11 +30,12 @@ def dense(adapted: peftlib.Adapted) -> dict[str, torch.Tensor]:
 
 
 def fully_trained(epochs: int, rate: float):
-    """A plain full fine-tuning: AdamW, linear warm-up over one step and decay, gradients clipped to norm 1."""
+    """A plain full fine-tuning: AdamW, linear decay to 0 (composable-sft gives each phase a Trainer's own, without
+    warm-up), gradients clipped to norm 1."""
     model, batches = backbone("bert").train(), halves() * epochs
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for step, part in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate * min(step + 1, (len(batches) - step) / (len(batches) - 1))
+        optimizer.param_groups[0]["lr"] = rate * (len(batches) - step) / len(batches)
         model(**part).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -12,9 +12,10 @@ entries, nothing moves the rest. Stored: K values with their indices. Trained wi
 ``K = int(density * parameters below the head)``. Merge: exact, the values are the weights' own.
 
 The warm-up training is :meth:`Adapted.calibrate`, on the batches given (``fit``: the training data), with an optimizer
-of its own. It takes no share of the main training's steps: an optimizer that was built for all parameters would keep
-their states through the main training, and a resumed Trainer would have to know which training it is in. Its memory is
-that of full fine-tuning, with a copy of the weights on the CPU; the main training's is that of sparse training.
+and a learning-rate schedule of its own, which falls linearly to 0 as the code's. It takes no share of the main
+training's steps: an optimizer that was built for all parameters would keep their states through the main training, and
+a resumed Trainer would have to know which training it is in. Its memory is that of full fine-tuning, with a copy of the
+weights on the CPU; the main training's is that of sparse training.
 
 Vectors of tasks and languages add up: :func:`peftlib.add_vector`.
 
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 
 from peftlib.mechanisms import warmup
+from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import MethodConfig, at_least, between
 from peftlib.methods.bases.entries import ChosenEntries
 
@@ -69,6 +71,7 @@ class LTSFT(ChosenEntries):
             batches,
             epochs=c.epochs,
             steps=c.steps,
+            schedule=Schedule("linear"),
             seed=self.seed,
             what="lt_sft, warm-up training of everything",
         )
