@@ -150,7 +150,7 @@ class Start:
             assert found, f"no tensor of {method} matches {self.names!r}"
             values += [self.distribution.of(t) for t in found]
             count += sum(t.numel() for t in found)
-            if count >= wanted:
+            if count >= wanted or self.attach:  # which draws the same numbers again
                 break
         drawn = torch.cat(values)
         where = f"{method}: {self.names} should start {self.distribution.name} ({self.source})"
@@ -248,7 +248,7 @@ class Facts:
 
 
 def tiny(method: str, family: str = "bert", seed: int = 0, **options) -> peftlib.Adapted:
-    """The method on a fresh tiny model, with its options for such a model."""
+    """The method on a fresh tiny model, with its options for such a model. ``seed`` draws its start."""
     model = backbones.load(f"tiny-{family}", head="classification", dropout=0.0).model
     chosen = taxonomy.entry(method).tiny | options
     return peftlib.attach(model, method, sources=registry.stand_ins(method), seed=seed, **chosen)

@@ -13,6 +13,7 @@ from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
 from peftlib.methods.additive.adapters.coda.layer import Temperature, soft_top_k
 from peftlib.methods.additive.adapters.parallel_adapter import Parallel
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert", "t5", "bart")
@@ -316,3 +317,30 @@ def test_bad_options():
             peftlib.config("coda", **{option: value})
     with pytest.raises(UnknownNameError, match=r"'k-to-n'.*Known: k-to-k, k-to-all"):
         peftlib.config("coda", attention="k-to-n")
+
+
+# The published facts
+
+THIRD = "re-implementations; no code of the authors is known"
+
+FACTS = Facts(
+    "coda",
+    Default("reduction", 3.0, "table 1: MNLI at 3.2 times the speed"),
+    Default("iterations", 20, f"appendix C, as in {THIRD}"),
+    Default("epsilon", 1.0, f"chosen here; 0.02 to 1 in {THIRD}"),
+    Default("attention", "k-to-k", "chosen here"),
+    Default("bottleneck", 64, "chosen here"),
+    Default("activation", "relu", "chosen here"),
+    Default("train_norms", True, "from memory of section 4, not confirmed"),
+    Start("*.coda.router", normal(lambda fan_in: fan_in**-0.5), "chosen here: scores of unit variance"),
+    Start("*.coda.adapter.down.weight", kaiming_uniform(), "chosen here"),
+    Start("*.coda.adapter.up.*", zeros(), "chosen here"),
+    Start("*.coda.adapter.down.bias", zeros(), "chosen here"),
+    Trains(("*.coda.router", "*.coda.adapter.*", "*LayerNorm*"), "section 3: router, adapter, norms"),
+    Count("roberta-base", 12 * (768 + 2 * 768 * 64 + 64 + 768 + 4 * 768), "chosen here: r = 64"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -7,10 +7,12 @@ import torch
 from peft import MultitaskPromptTuningConfig, get_peft_model
 
 import peftlib
+from peftlib import anatomy
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms.outputs import state_of
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal
 from tests.methods.helpers import perturb
 
 IDS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
@@ -131,7 +133,7 @@ def test_two_stacks_are_compared_in_both():
         """The last states of both stacks, and the model's output."""
         seen, handles = {}, []
         for stack in ("encoder", "decoder"):
-            last = [layer for layer in peftlib.anatomy.of(model).layers if layer.stack == stack][-1].module
+            last = [layer for layer in anatomy.of(model).layers if layer.stack == stack][-1].module
             keep = lambda m, a, out, stack=stack: seen.update({stack: state_of(out)})  # noqa: E731
             handles.append(last.register_forward_hook(keep))
         with torch.no_grad():
@@ -216,3 +218,40 @@ def test_what_does_not_fit_is_named(tmp_path):
         peftlib.attach(wide, "mpt", sources=[teacher(1), teacher(2)], length=5)
     with pytest.raises(UnknownNameError, match="start 'median'"):
         peftlib.config("mpt", start="median")
+
+
+# The published facts
+
+PEFT = "huggingface/peft, tuners/multitask_prompt_tuning/model.py"
+
+
+def check_shared_start():
+    model = backbone("bert")
+    table = anatomy.of(model).embeddings.weight.detach()
+    shared = peftlib.attach(model, "mpt", length=20, common=40).method.child.shared
+    assert all((table[:40] == vector).all(1).any() for vector in shared)
+    assert shared.abs().max() > 0
+
+
+FACTS = Facts(
+    "mpt",
+    Default("length", 100, "section 4.1: prompts of 100 vectors"),
+    Default("rank", 1, "section 3.2"),
+    Default("distill", 0.9, "from memory of section 3.3, not confirmed"),
+    Default("task_rate", 4 / 3, "from memory of the appendix, not confirmed: 0.4 for the factors, 0.3 for the prompt"),
+    Default("temperature", 1.0, "chosen here; section 3.3 tunes it"),
+    Default("start", "mean", "section 3.4"),
+    Start("*.prompt.u", normal(0.02), PEFT, {"tasks": 3}),
+    Start("*.prompt.v", normal(0.02), PEFT, {"tasks": 3}),
+    Holds("the shared prompt starts from embeddings", check_shared_start, f"{PEFT}: a PromptEmbedding"),
+    Trains(("*.prompt.shared", "*.prompt.u", "*.prompt.v"), "section 3.2"),
+    # 0.035 % of T5-base's parameters a target task, in the abstract: 76,800 + 868 of 222.9 million.
+    Count("t5-base", 100 * 768 + 100 + 768, "the abstract's 0.035 %", percent="0.035"),
+    Count("roberta-base", 100 * 768 + 100 + 768, "section 3.2"),
+    Count("llama-7b", 100 * 4096 + 100 + 4096, "section 3.2"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

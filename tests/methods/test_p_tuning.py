@@ -10,6 +10,7 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms.template import Layout, Template
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, uniform
 from tests.methods.helpers import backbone, inputs
 
 
@@ -283,7 +284,7 @@ def test_what_cannot_be_is_refused():
         peftlib.config("p_tuning", length=6, mask_at=4, answer_token_ids=(5, 6))
     with pytest.raises(UnsupportedError, match="BertForSequenceClassification has none"):
         attached(backbone("bert"), answer_token_ids=(5, 6))
-    with pytest.raises(TargetError, match="one id below .* for each of the model's 2 labels"):
+    with pytest.raises(TargetError, match=r"one id below .* for each of the model's 2 labels"):
         attached(backbone("bert", "masked_lm"), answer_token_ids=(5, 6, 7))
     model = backbone("bert")
     del model.config.sep_token_id
@@ -294,3 +295,32 @@ def test_what_cannot_be_is_refused():
         logits(ours.model, inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(UnsupportedError, match=r"252 tokens and 5 trained positions need 257.*has 256"):
         logits(ours.model, input_ids=torch.full((1, 252), 9))
+
+
+# The published facts
+
+LAMA = "THUDM/P-tuning, LAMA/p_tuning/prompt_encoder.py, PromptEncoder"
+H = 16  # half of the tiny models' width
+
+FACTS = Facts(
+    "p_tuning",
+    Default("length", 9, "THUDM/P-tuning, LAMA/cli.py: template (3, 3, 3)"),
+    Default("mask_at", 3, "THUDM/P-tuning, LAMA/cli.py: template (3, 3, 3)"),
+    Default("dropout", 0.0, "THUDM/P-tuning, LAMA/cli.py: lstm_dropout"),
+    Start("*.maker.embedding", normal(1.0), f"{LAMA}: nn.Embedding"),
+    Start("*.maker.lstm.*", uniform(H**-0.5), f"{LAMA}: nn.LSTM"),
+    Start("*.maker.mlp.*.weight", kaiming_uniform(), f"{LAMA}: nn.Linear"),
+    Trains(("*.maker.embedding", "*.maker.lstm.*", "*.maker.mlp.*"), f"{LAMA}; the backbone is frozen"),
+    # Embeddings; two layers of an LSTM each way with h = 384; two maps of 768.
+    Count(
+        "roberta-base",
+        9 * 768 + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 769 * 768,
+        LAMA,
+    ),
+    Count("llama-7b", 9 * 4096 + 4 * 4 * 2048 * (4096 + 2048 + 2) + 2 * 4097 * 4096, LAMA),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
