@@ -170,9 +170,9 @@ FACTS = Facts(
     *(
         Start(f"*.{names}", start, f"{HUB}/methods/modeling.py, BertFusion: init_bert_weights", attach=fused)
         for names, start in (
-            ("query.weight", normal(0.02)),
+            ("adapter_drop.query.weight", normal(0.02)),
             ("adapter_drop.key.weight", normal(0.02)),
-            ("query.bias", zeros()),
+            ("adapter_drop.query.bias", zeros()),
             ("adapter_drop.key.bias", zeros()),
         )
     ),
