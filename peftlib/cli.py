@@ -377,7 +377,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("method", help="one that has a search over its structures")
     sub.add_argument("--track", help="default: the profile's first")
     sub.add_argument(
-        "--trials", type=int, default=24, help="trainings a seed, or structures to compare with (default: 24)"
+        "--trials", type=int, help="trainings a seed, or structures to compare with (default: the method's own)"
     )
     sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a search each (default: 0)")
     sub.add_argument("--lr", type=float, help="of every training; default: the method's own")
@@ -390,7 +390,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--strategy", metavar="NAME", help="how structures are proposed, such as bayesian or random")
     group.add_argument("--initial", type=int, metavar="N", help="random trials before the first model")
     group.add_argument("--batch", type=int, metavar="N", help="trials that are proposed together")
-    group.add_argument("--surrogate", metavar="NAME", help="the model of the score, such as gp or saas")
+    group.add_argument("--surrogate", metavar="NAME", help="the model of the outcomes, such as saas or gp")
     sub = command(conformance, "check a method, peftlib's or your own, on tiny models of every family")
     sub.add_argument("methods", nargs="+", metavar="METHOD", help="a name, or module:Class of a registered method")
     sub.add_argument("--family", nargs="+", metavar="NAME", help="default: all")

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import peftlib
 from peftlib import backbones, taxonomy
@@ -225,3 +226,35 @@ def test_what_is_proposed_follows_from_the_trials_and_the_seed():
     assert len(set(tried)) == 7
     with pytest.raises(ConfigError, match="initial=1 is too small"):
         AutoPEFTSearch(initial=1)
+
+
+def test_a_neighbour_differs_in_one_coordinate():
+    generator = np.random.default_rng(0)
+    point = (1, 6, 6, 0, 1)  # sizes 16, 0, 0 in the second layer
+    near = {TINY.neighbour(point, generator) for _ in range(600)}
+    assert all(TINY.valid(other) and sum(a != b for a, b in zip(point, other)) == 1 for other in near)
+    assert len(near) == 3 * 6 - 1 + 1, "all, but the ones that leave nothing on"
+
+
+def test_the_copula_transform_gives_normal_quantiles_of_ranks():
+    """As the original's ``apply_normal_copula_transform``: the empirical distribution at a value counts it."""
+    bayesian = pytest.importorskip("peftlib.methods.hybrid.automatic.autopeft.bayesian")
+    seen = torch.tensor([[0.5, -30.0], [0.7, -10.0], [0.7, -20.0], [0.9, -5.0]], dtype=torch.float64)
+    quantiles = stats.norm.ppf([[0.25, 0.25], [0.75, 0.75], [0.75, 0.5], [1 - 1e-4, 1 - 1e-4]])
+    np.testing.assert_allclose(bayesian.normal_quantiles(seen, seen), quantiles, rtol=1e-6)
+    reference = torch.tensor([[0.6, -40.0]], dtype=torch.float64)
+    np.testing.assert_allclose(bayesian.normal_quantiles(reference, seen), stats.norm.ppf([[0.25, 1e-4]]), rtol=1e-6)
+
+
+def test_the_search_is_the_original_s():
+    """cambridgeltl/autopeft: run.sh (200 trials, 100 at random), run_one_replicate.py (batches of 4, "saasgp", copula),
+    settings.py (the sampler's steps; a reference of 26 % of BERT-base's 109 million parameters)."""
+    search = AutoPEFTSearch()
+    assert (search.trials, search.initial, search.batch) == (200, 100, 4)
+    assert (search.surrogate, search.copula) == ("saas", True)
+    assert (search.warmup, search.samples, search.thinning) == (128, 64, 4)
+    largest = 12 * 2 * 768 * 3 * 768
+    assert search.most * largest / 109.5e6 == pytest.approx(0.26, abs=0.005)
+    assert Space(768, 12).sizes == (*(768 >> k for k in range(9)), 1, 0), (
+        "log2 reductions of 0 to 10, the last for none"
+    )
