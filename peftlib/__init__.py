@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftlib import backbones, methods, tasks
     from peftlib.adapted import Adapted, Count, attach, load
     from peftlib.bank import Bank
+    from peftlib.conversion import convert
     from peftlib.interchange import from_hf_peft, to_hf_peft
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
     from peftlib.methods.combination import combine
@@ -49,6 +50,7 @@ __all__ = [
     "card",
     "combine",
     "config",
+    "convert",
     "find",
     "fit",
     "from_hf_peft",
@@ -64,6 +66,7 @@ __all__ = [
 _PLACES = {
     "adapted": ("Adapted", "Count", "attach", "load"),
     "bank": ("Bank",),
+    "conversion": ("convert",),
     "interchange": ("from_hf_peft", "to_hf_peft"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
     "methods.combination": ("combine",),

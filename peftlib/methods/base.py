@@ -106,6 +106,9 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
+    converts: bool = False
+    """Whether a phase on unlabelled text comes before the task, :func:`peftlib.convert`; its result is taken by
+    :meth:`start_from`."""
     source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: int = 2
@@ -176,6 +179,10 @@ class Method:
 
         ``checkpoint``: the file where a calibration that takes long writes its state, and from which it goes on.
         """
+
+    def start_from(self, converted: SavedAdapter) -> None:
+        """Take what :func:`peftlib.convert` gave in the place of the start."""
+        raise ConfigError(f"{self.name} has no phase before the task, so there is nothing that it could start from")
 
     def pending(self) -> tuple[int, int, int]:
         """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""

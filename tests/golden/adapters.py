@@ -1,7 +1,7 @@
 """Makes ``adapters.safetensors``: what the library ``adapters`` computes on a small BERT, with its own weights.
 
-It needs an environment of its own, because ``adapters`` requires an older transformers than this library. (``-P``: this file
-has the name of what it imports.)
+It needs an environment of its own, because ``adapters`` requires an older transformers than this library. (``-P``: the
+file has the name of what it imports.)
 
     python3.11 -m venv /tmp/adapters-env
     /tmp/adapters-env/bin/pip install torch==2.13.0 'transformers==4.57.*' 'adapters==1.3.*'
