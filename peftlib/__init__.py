@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftlib.bank import Bank
     from peftlib.conversion import convert
     from peftlib.interchange import from_hf_peft, to_hf_peft
+    from peftlib.mechanisms.schedules import Schedule, Stage
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
     from peftlib.methods.combination import combine
     from peftlib.methods.registry import config, find, register
@@ -43,6 +44,8 @@ __all__ = [
     "MethodConfig",
     "PeftlibError",
     "SavedAdapter",
+    "Schedule",
+    "Stage",
     "TrainingState",
     "add_vector",
     "attach",
@@ -68,6 +71,7 @@ _PLACES = {
     "bank": ("Bank",),
     "conversion": ("convert",),
     "interchange": ("from_hf_peft", "to_hf_peft"),
+    "mechanisms.schedules": ("Schedule", "Stage"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
     "methods.combination": ("combine",),
     "methods.registry": ("config", "find", "register"),

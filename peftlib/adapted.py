@@ -159,11 +159,11 @@ class Adapted:
 
     # Training
 
-    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle:
+    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle:
         """The method's training hooks for a loop of your own; see :class:`peftlib.training.Lifecycle`. A resumed run
-        starts at another ``step`` than 0."""
+        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves."""
         self._check_attached()
-        return Lifecycle(self.guard, total_steps, step)
+        return Lifecycle(self.guard, total_steps, step, max_norm)
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0

@@ -82,14 +82,18 @@ def sweep(args: argparse.Namespace) -> int:
     store = experiments.Store(args.results)
     names = args.methods or taxonomy.methods()
     tracks = args.tracks or list(chosen.tracks)
-    specs = experiments.search_specs(args.profile, names) if args.search else []
-    for track in () if args.search else tracks:
-        for name in names:
-            rate = None if args.default_rates else _searched_rate(store, chosen, name)
-            specs += [
-                experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rate) for seed in args.seeds
-            ]
-    outcomes = experiments.sweep(specs, store, executor=args.executor, workers=args.workers)
+    settings = {"executor": args.executor, "workers": args.workers}
+    if args.search:
+        outcomes = experiments.search_rates(args.profile, names, store, **settings)
+    else:
+        rates = {name: None if args.default_rates else _searched_rate(store, chosen, name) for name in names}
+        specs = [
+            experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rates[name])
+            for track in tracks
+            for name in names
+            for seed in args.seeds
+        ]
+        outcomes = experiments.sweep(specs, store, **settings)
     out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
     return 1 if outcomes["failed"] else 0
 
@@ -307,7 +311,7 @@ def _metric(path) -> str:
 def _searched_rate(store, chosen, method: str) -> float | None:
     """The rate that the search on the profile's first track found; None where there was no search."""
     track = next(iter(chosen.tracks))
-    records = store.records(chosen.name, track, method)
+    records = store.searched(chosen.name, track, method)
     return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
 
 
@@ -392,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("method", help="one that has a search over its structures")
     sub.add_argument("--track", help="default: the profile's first")
     sub.add_argument(
-        "--trials", type=int, default=24, help="trainings a seed, or structures to compare with (default: 24)"
+        "--trials", type=int, help="trainings a seed, or structures to compare with (default: the method's own)"
     )
     sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a search each (default: 0)")
     sub.add_argument("--lr", type=float, help="of every training; default: the method's own")
@@ -405,7 +409,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--strategy", metavar="NAME", help="how structures are proposed, such as bayesian or random")
     group.add_argument("--initial", type=int, metavar="N", help="random trials before the first model")
     group.add_argument("--batch", type=int, metavar="N", help="trials that are proposed together")
-    group.add_argument("--surrogate", metavar="NAME", help="the model of the score, such as gp or saas")
+    group.add_argument("--surrogate", metavar="NAME", help="the model of the outcomes, such as saas or gp")
     sub = command(conformance, "check a method, peftlib's or your own, on tiny models of every family")
     sub.add_argument("methods", nargs="+", metavar="METHOD", help="a name, or module:Class of a registered method")
     sub.add_argument("--family", nargs="+", metavar="NAME", help="default: all")

@@ -52,7 +52,7 @@ def search_structures(
     track: str | None = None,
     *,
     seeds: Iterable[int],
-    trials: int,
+    trials: int | None = None,
     settings: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     learning_rate: float | None = None,
@@ -64,6 +64,7 @@ def search_structures(
     """Search a method's structures: one search a seed, of so many trials each.
 
     Args:
+        trials: by default the method's search says how many.
         settings: of the method's search.
         options: of the method, where its search lists structures; one that proposes them sets the options itself.
         workers: runs at a time, where structures are listed.
@@ -72,6 +73,7 @@ def search_structures(
     :func:`structure_search` and :func:`search` raise, and ConfigError for an argument that the search has no use for.
     """
     found = structure_search(method, **(settings or {}))
+    trials = found.trials if trials is None else trials
     track = track or next(iter(profile(profile_name).tracks))
     if isinstance(found, ListedStructures):
         specs = structure_specs(

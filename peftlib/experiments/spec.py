@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
 from peftlib.methods.registry import config as method_config
 from peftlib.methods.registry import find
@@ -205,15 +206,39 @@ def source_specs(spec: RunSpec) -> list[RunSpec]:
     ]
 
 
+def comparable(spec: dict[str, Any]) -> bool:
+    """Whether a stored run, by its specification with all options of its method, is one of a comparison: the method's
+    default options, the settings of its track."""
+    if spec["method"] not in taxonomy.methods() or spec["track"] not in profile(spec["profile"]).tracks:
+        return False
+    settings = track_settings(spec["profile"], spec["track"], spec["method"])
+    return spec["options"] == with_defaults(spec["method"], {}) and spec["settings"] == json.loads(json.dumps(settings))
+
+
 SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2)
-"""The learning rates that the search tries, the same for every method."""
+"""The learning rates that the search tries first, the same for every method."""
+RATES = (4e-6, 2e-5, *SEARCH_RATES, 5e-2, 0.2, 1.0)
+"""All that it may come to: where the best of those tried is the lowest or the highest, the next one is tried."""
 
 
 def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list[RunSpec]:
-    """The stated search: each rate of ``SEARCH_RATES`` once, at one seed and on the first track, for each method.
+    """How the stated search begins: each rate of ``SEARCH_RATES`` once, at one seed and on the first track, for each
+    method; :func:`next_rate` says how it goes on.
 
     The best rate is chosen on validation data by ``Store.best_rate``.
     """
     return [
         run_spec(profile_name, None, name, seed=seed, learning_rate=rate) for name in names for rate in SEARCH_RATES
     ]
+
+
+def next_rate(tried: Iterable[float], best: float) -> float | None:
+    """The rate that the search tries next: beyond the best of those tried, where that is the lowest or the highest of
+    them; None where the best is between others, or the end of ``RATES``."""
+    tried = set(tried)
+    known = [rate for rate in RATES if rate in tried]
+    for end, step in ((0, -1), (-1, 1)):
+        place = RATES.index(known[end]) + step
+        if best == known[end] and 0 <= place < len(RATES):
+            return RATES[place]
+    return None

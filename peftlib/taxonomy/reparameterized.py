@@ -171,12 +171,12 @@ METHODS = (
         symbols=r"$P \in \mathbb{R}^{o \times r}$, $\Lambda \in \mathbb{R}^{r}$ (diagonal), "
         r"$Q \in \mathbb{R}^{r \times i}$: trained; $r$: the initial rank; $\gamma$: weight of the orthogonality "
         r"penalty, a mean over all matrices.",
-        sites=("attention.query", "attention.value"),
+        sites=_LINEARS,
         form="low-rank",
         insertion="parallel",
         composition="scaled",
         trains="The three factors of every targeted matrix at the initial rank.",
-        count="2 * L * (2 * d * rank + rank)",
+        count="L * rank * (8 * d + 2 * (d + f) + 6)",
         start="identity",
         start_note="The singular values start at zero.",
         merge="exact",
@@ -187,6 +187,7 @@ METHODS = (
             "on_step_end: zero the least important singular values, so that exactly the budget remains",
         ),
         original="QingruZhang/AdaLoRA",
+        tiny_rate=0.03,
     ),
     Entry(
         name="increlora",
@@ -216,6 +217,7 @@ METHODS = (
             "penalty: orthogonality of the components",
             "on_gradients: importance of every matrix, smoothed",
             "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
+            "learning rate: what begins to train in a round has the schedule for itself, over the steps that are left",
         ),
         original="FeiyuZhang98/IncreLoRA",
         tiny_rate=0.01,
@@ -254,7 +256,7 @@ METHODS = (
         equation=r"\frac{\partial \mathcal{L}}{\partial W} \approx g_B A + B g_A - g_B g_A,\qquad "
         r"s = \Bigl|\widehat{\frac{\partial \mathcal{L}}{\partial W}} \odot (W + B A)\Bigr|",
         symbols=r"$g_A, g_B$: gradients of LoRA's factors $A, B$; $s$: importance of a weight, summed over a head or a "
-        r"channel, of unit norm a matrix, and smoothed over steps.",
+        r"channel, of unit norm a matrix (option: squares, without the norm), and smoothed over steps.",
         sites=("attention.heads", *_LINEARS),
         form="low-rank + entries",
         insertion="parallel + in place",
@@ -272,7 +274,8 @@ METHODS = (
             "on_train_end: cut them out of the weights",
         ),
         original="aim-uofa/LoRAPrune",
-        tiny={"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
+        # A few steps; of two layers, and of the only one when it compiles; two runs of the same steps are compared.
+        tiny={"interval": 1, "spare_last": 0, "dropout": 0.0},
         tiny_rate=0.01,
         exceptions=dict.fromkeys(
             ("merge on t5", "merge on mt5"),
@@ -458,6 +461,7 @@ METHODS = (
         merge_note="The mixed modules form one LoRA, whose product is added to the weight.",
         life=("sources: saved LoRA modules of other tasks", "calibrate: search the weights on a few examples"),
         original="sail-sg/lorahub",
+        tiny={"price": 0.0},  # sources that were not trained are worth no price
     ),
     Entry(
         name="moelora",

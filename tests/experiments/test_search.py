@@ -40,7 +40,7 @@ def fake(run):
 
 
 def spec(strategy="random", seed=0, learning_rate=None, changes=None, **settings):
-    proposed = structure_search("autopeft", strategy=strategy, **({"initial": 4} | settings))
+    proposed = structure_search("autopeft", strategy=strategy, **({"initial": 4, "surrogate": "gp"} | settings))
     return SearchSpec("smoke", "smoke", "autopeft", proposed, seed, learning_rate, changes or {})
 
 
@@ -87,9 +87,23 @@ def test_a_model_leads_to_better_structures_than_chance(tmp_path):
     assert len({tuple(t["point"]) for t in log.trials}) == 12
 
 
-def test_the_other_model_proposes_too(tmp_path):
-    log = search(spec("bayesian", surrogate="saas", batch=1), 5, tmp_path, progress=False, evaluate=fake)
-    assert [t["by"] for t in log.trials] == 4 * ["random"] + ["saas"]
+@pytest.mark.parametrize(("surrogate", "copula"), [("map_saas", True), ("gp", False)])
+def test_the_other_models_propose_too(tmp_path, surrogate, copula):
+    given = spec("bayesian", surrogate=surrogate, copula=copula, batch=1)
+    log = search(given, 5, tmp_path, progress=False, evaluate=fake)
+    assert [t["by"] for t in log.trials] == 4 * ["random"] + [surrogate]
+    assert log == read_log(tmp_path / given.path)
+
+
+@pytest.mark.slow
+def test_the_original_s_model_proposes_the_same_again(tmp_path):
+    """Sampled by NUTS, here in fewer steps; everything follows from the seed."""
+    given = spec("bayesian", surrogate="saas", batch=2, warmup=16, samples=8, thinning=4)
+    log = search(given, 6, tmp_path, progress=False, evaluate=fake)
+    assert [t["by"] for t in log.trials] == 4 * ["random"] + 2 * ["saas"]
+    assert len({tuple(t["point"]) for t in log.trials}) == 6
+    again, by = given.search.propose(log.space, log.points()[:4], log.scores()[:4], 0)
+    assert again == log.points()[4:] and by == "saas"
 
 
 @pytest.mark.parametrize(("strategy", "at"), [("random", 2), ("bayesian", 5)])
@@ -293,7 +307,7 @@ def test_the_stored_runs_are_those_of_the_book_s_commands():
     specs = experiments.structure_specs("s3delta", listed, "embedded", "few-shot", range(40), 3, options=options)
     assert all(stored.path(s).is_file() for s in specs)
     for log in experiments.logs(ROOT / "results"):
-        settings = {"strategy": log.spec.strategy, "initial": 6}
+        settings = {"strategy": log.spec.strategy, "initial": 10}  # a tenth of the original's budget
         rerun = SearchSpec("embedded", "few-shot", "autopeft", structure_search("autopeft", **settings), log.spec.seed)
         assert log.spec == dataclasses.replace(rerun, learning_rate=0.003)
         assert [t["run"] for t in log.trials] == [log.spec.run(log.space.options(p)).key for p in log.points()]

@@ -142,6 +142,7 @@ class Start:
     def check(self, method: str) -> None:
         values, wanted, count = [], DRAWS if self.distribution.unit is not None else 1, 0
         for seed in range(400):
+            torch.manual_seed(seed)
             adapted = self.attach() if self.attach else tiny(method, self.family, seed, **self.options)
             model = adapted.model
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

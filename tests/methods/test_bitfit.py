@@ -32,6 +32,12 @@ def test_count_of_the_surveys_table():
 def test_small_variant():
     adapted = peftlib.attach(backbones.shapes("roberta-base"), "bitfit", queries_and_inner=True)
     assert adapted.count().method == 12 * (768 + 3072)
+    bert = peftlib.attach(backbone("bert"), "bitfit", queries_and_inner=True, train_head=False)
+    assert {n.partition(".layer.")[2][2:] or n for n in bert.trainable()} == {
+        "attention.self.query.bias",
+        "intermediate.dense.bias",
+        "bert.pooler.dense.bias",
+    }
     with pytest.raises(UnsupportedError, match=r"c_attn.*queries_and_inner=False"):
         peftlib.attach(backbone("gpt2"), "bitfit", queries_and_inner=True)
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import peftlib
+from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import ConfigError, StateError, TargetError
 
@@ -54,6 +55,18 @@ def test_clipping_changes_the_choice():
     assert any(
         not torch.equal(children[0][n].indices, children[1][n].indices) for n in children[0].keys() & children[1]
     )
+
+
+def test_the_information_is_measured_in_training_mode():
+    def chosen(**options):
+        torch.manual_seed(0)
+        model = backbones.load("tiny-bert", head="classification", dropout=0.5).model
+        adapted = peftlib.attach(model, "child_tuning_d", **options)
+        adapted.calibrate(halves("bert"))
+        return {(n, int(i)) for n, child in adapted.method.children.items() for i in child.indices}
+
+    assert chosen() == chosen()
+    assert chosen() != chosen(dropout=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -94,6 +94,15 @@ def test_count_on_roberta_base(options):
     assert adapted.count().method == adapters + (12 * 4 * 768 if c.train_norms else 0)
 
 
+@pytest.mark.parametrize(("options", "trained"), [({"plus_plus": True}, 104_704), ({}, 161_728)])
+def test_count_on_t5_base(options, trained):
+    """With ``plus_plus`` the abstract's 0.047 %. modify_model_after_init of seq2seq/utils/utils.py unfreezes every
+    T5LayerNorm, those at the stacks' ends too."""
+    adapted = peftlib.attach(backbones.shapes("t5-base", head="seq2seq"), "compacter", **options)
+    assert adapted.count().method == trained
+    assert sum(name.endswith("final_layer_norm.weight") for name in adapted.trainable()) == 2
+
+
 def test_a_trained_one_trains_on_after_loading(tmp_path):
     adapted = peftlib.attach(backbone("bert"), "compacter", bottleneck=8)
     perturb(adapted)

@@ -6,7 +6,7 @@ from scipy.linalg import hadamard
 
 import peftlib
 from peftlib.efficiency.memory import LiveTensors
-from peftlib.errors import TargetError, UnknownNameError
+from peftlib.errors import ConfigError, TargetError, UnknownNameError
 from peftlib.methods.reparameterized.low_rank.intrinsic_said import Point, Projected, draw, walsh_hadamard
 from tests.methods.helpers import backbone, inputs, perturb
 
@@ -55,6 +55,31 @@ def test_the_projection_is_the_dense_one(shape, d):
     (gradient,) = torch.autograd.grad(child.projection().sum(), point.z)
     torch.testing.assert_close(gradient[: len(z)].double(), P.sum(0), atol=1e-5, rtol=1e-4)
     assert not gradient[len(z) :].any()
+
+
+@pytest.mark.parametrize(("shape", "padded"), [((7, 9), 64), ((5,), 8), ((3, 100), 512)])
+def test_the_codes_gradient_is_a_part_of_the_true_one_that_differs_by_tensor(shape, padded):
+    """FastWalshHadamard.backward in the authors' code divides by sqrt(N), and a projection is two of them."""
+    point, tensor = Point(8, 1), torch.randn(shape)
+    torch.nn.init.normal_(point.z)
+    true, code = (Projected(tensor, point, 0, seed=5, gradient=g) for g in ("true", "code"))
+    assert torch.equal(true(tensor), code(tensor))
+    direction = torch.randn(shape)
+    for parameter, factor in ((point.z, padded), (point.scales, 1)):
+        expected, found = (torch.autograd.grad(c(tensor), parameter, direction)[0] for c in (true, code))
+        torch.testing.assert_close(factor * found, expected)
+
+
+def test_the_codes_gradient_points_elsewhere_in_a_model():
+    gradients = []
+    for kind in ("true", "code"):
+        torch.manual_seed(0)
+        adapted = peftlib.attach(backbone("bert"), "intrinsic_said", dimension=300, gradient=kind)
+        adapted.model(**inputs("bert"), labels=torch.tensor([0, 1, 1])).loss.backward()
+        gradients.append(adapted.method.point.z.grad)
+    assert 0.3 < float(torch.cosine_similarity(*gradients, dim=0)) < 0.9
+    with pytest.raises(ConfigError, match="gradient='exact' is not known"):
+        peftlib.config("intrinsic_said", gradient="exact")
 
 
 def test_memory_grows_with_the_tensor_and_not_with_tensor_times_point():

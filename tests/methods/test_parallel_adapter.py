@@ -48,9 +48,30 @@ def _check_formula(adapted, family, first, last, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adds_the_scaled_bottleneck_of_the_blocks_input_to_its_output(family):
+def test_adds_the_scaled_bottleneck_of_the_stream_to_the_sum(family):
     adapted = peftlib.attach(backbone(family), "parallel_adapter", bottleneck=5)
-    _check_formula(adapted, family, "ffn.up", "ffn.down", adapted.config)
+    perturb(adapted)
+    adapted.model.double()
+    layers = adapted.host.anatomy.layers
+    first = {layer: layer.norms["ffn"] if layer.pre_norm else layer.sites["ffn.up"].module for layer in layers}
+    spy, ends = Spy(*(m for layer in layers for m in (first[layer], layer.sites["ffn.down"].module))), {}
+    for layer in layers:
+        end = layer.module if layer.pre_norm else layer.norms["ffn"]
+        look = lambda m, args, out, layer=layer: ends.update({layer: (args[0], out)})  # noqa: E731
+        end.register_forward_hook(look)
+    with torch.no_grad():
+        adapted.model(**inputs(family, 2))
+    for layer in layers:
+        a, d = layer.sites["ffn.down"].module.parallel_adapter, adapted.host.anatomy.d
+        x = spy[first[layer]][0].reshape(-1, d)
+        inner, output = spy[layer.sites["ffn.down"].module]
+        own = linear(layer.sites["ffn.down"], inner).reshape(-1, d)
+        torch.testing.assert_close(output.reshape(-1, d), own)
+        weights = (a.down.weight, a.down.bias, a.up.weight, a.up.bias)
+        expected = x + parallel_adapter(x, own, *weights, adapted.config.scale, adapted.config.activation)
+        before, after = ends[layer]
+        total = (after if torch.is_tensor(after) else after[0]) if layer.pre_norm else before
+        torch.testing.assert_close(total.reshape(-1, d), expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +79,7 @@ def test_adds_the_scaled_bottleneck_of_the_blocks_input_to_its_output(family):
     [(f, "attention") for f in ("bert", "distilbert", "gpt2", "t5")] + [("t5", "cross_attention")],
 )
 def test_beside_the_attention(family, block):
+    """Behind the block's norm, as in MBartAttention.forward of He et al.'s code."""
     model = backbone(family)
     adapted = peftlib.attach(model, "parallel_adapter", place="attention", bottleneck=3, scale=2.0, activation="gelu")
     _check_formula(adapted, family, f"{block}.query", f"{block}.output", adapted.config)

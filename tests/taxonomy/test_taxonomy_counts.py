@@ -12,7 +12,14 @@ from peftlib import backbones
 TABLE = [
     ("roberta-base", "classification", "full", {}, 124_647_170, 124_647_170),
     ("roberta-base", "classification", "lora", {"rank": 8}, 887_042, 124_647_170),
-    ("roberta-base", "classification", "adalora", {"rank": 12}, 1_034_786, 124_647_170),
+    (
+        "roberta-base",
+        "classification",
+        "adalora",
+        {"rank": 12, "targets": ("attention.query", "attention.value")},
+        1_034_786,
+        124_647_170,
+    ),
     (
         "roberta-base",
         "classification",

@@ -21,6 +21,9 @@ class ListedStructures:
     """The structures are known before the first training, so that several runs can go at a time. The fields of a
     subclass are the settings of a search."""
 
+    trials: ClassVar[int] = 24
+    """How many structures to compare with, where the caller does not say."""
+
     def structures(self, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
         """The method's options in each run of one seed, with ``count`` structures to compare with. ``options`` are
         those that the caller sets."""
@@ -37,6 +40,8 @@ class ProposedStructures:
     method's options for a point."""
     strategy: str
     """How they are proposed; a part of the name of the log."""
+    trials: ClassVar[int] = 24
+    """How many trainings a search has, where the caller does not say."""
 
     def space(self, parts: Anatomy, backbone: str) -> Any:
         """The ``space_type`` of a backbone. Raises UnsupportedError for a backbone that has none."""

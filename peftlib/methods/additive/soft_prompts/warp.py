@@ -25,14 +25,13 @@ tokenizer's [SEP] between them stays.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms import cloze, prompt, template
+from peftlib.mechanisms import cloze, dropout, prompt, template
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
@@ -124,7 +123,7 @@ class Warp(Method):
         self.scorer = self._score_mask(host, child, places)
         if c.verbalizer_token_ids:
             self._name_classes(host, table)
-        _switch_dropout_off(host)
+        dropout.switch_off(host, host.model)
 
     @property
     def classifies(self) -> bool:
@@ -198,14 +197,3 @@ def _keep_state(child: Cloze, encoder: nn.Module, args: tuple, kwargs: dict, out
 def _score_state(child: Cloze, scorer: nn.Module, args: tuple, kwargs: dict):
     state, child.state = child.state, None  # (b, d)
     return (state,), {}
-
-
-def _switch_dropout_off(host: Host) -> None:
-    """Set every dropout rate of the model to 0 until the method leaves. Modules stay in training mode, which gradient
-    checkpointing asks for."""
-    for module in host.model.modules():
-        for name, rate in list(vars(module).items()):
-            is_rate = name == "p" if isinstance(module, nn.Dropout) else "dropout" in name
-            if is_rate and isinstance(rate, float) and rate > 0:
-                setattr(module, name, 0.0)
-                host.on_remove(partial(setattr, module, name, rate))

@@ -7,22 +7,23 @@ r"""Laplace-LoRA: LoRA, and after training a Gaussian over its factors, which ca
 Shapes: theta, A (r, in) and B (out, r) of every target; J the Jacobian of the logits f in theta. Training is LoRA's,
 from the identity; trained: r (in + out) a matrix. Then ``adapted.method.fit(batches)``, which :func:`peftlib.fit` and
 the Trainer's callback call at the end, estimates the curvature KFAC from the training batches and the precision
-lambda of the prior, N(0, 1 / lambda) for every weight, by marginal likelihood (Adam on its logarithm, from 1, 100 steps
-at 0.1), and ``adapted.method.predict(batch)`` gives probabilities: the softmax averaged over draws of f. peftlib's
-evaluations use them; the model itself keeps answering with f_MAP. No merge: the mean would fold into the weights, but
-the Gaussian needs the factors.
+lambda of the prior, N(0, 1 / lambda) for every weight, by marginal likelihood (Adam on its logarithm, from 1, 1,000
+steps at 0.1), and ``adapted.method.predict(batch)`` gives probabilities: the softmax averaged over draws of f.
+peftlib's evaluations use them; the model itself keeps answering with f_MAP. No merge: the mean would fold into the
+weights, but the Gaussian needs the factors.
 
-A and B of an update are two linear layers, and the curvature of each is :math:`L \otimes R`: L (in, in) is the mean
-outer product of its inputs, R (out, out) the sum of the outer products of the logits' gradients at its output, over all
-positions that a gradient reaches, weighted as the generalized Gauss-Newton matrix of a softmax asks. It is exact for
-one example with one such position.
+A and B of an update are two linear layers, and the curvature of each is :math:`L \otimes R`: L (in, in) is the sum of
+the outer products of its inputs over all positions of all texts, divided by the number of texts, R (out, out) the sum
+of the outer products of the logits' gradients at its output, over all positions, weighted as the generalized
+Gauss-Newton matrix of a softmax asks. It is exact for one text of one position.
 
-Source: Yang et al. 2023, arXiv:2308.13111, with the Kronecker factors of Ritter et al. 2018, and its code (all layers;
-rank 8, alpha 16, dropout 0.1, here off by default). Where we differ: the factors of size d are kept whole, where the
-paper has a low-rank form of them; answers come from a classification head, where it cuts the language-model head to the
-answers' tokens, and ``samples`` is 1,000 a text (the code: 100,000). Positions count as examples of their own, those
-without a gradient (padding) not at all: chosen here. Files hold the factors A and B; the Gaussian is as large as the
-inputs squared and is fitted again, in one pass over the training data.
+Source: Yang et al. 2023, arXiv:2308.13111, with the Kronecker factors of Ritter et al. 2018, and its code (``laplace``
+on ASDL; all layers; rank 8, alpha 16, dropout 0.1, 100,000 samples a text), whose factors come out the same. As there,
+the head of a classifier trains and has no Gaussian; its script for LLaMA instead adapts the language-model head too,
+with a Gaussian, and cuts it to the answers' tokens. Where we differ: padding is not among the positions (the code sums
+its inputs too, so that L depends on which texts share a batch), and the factors of size d are kept whole, where the
+paper has a low-rank form of them. Files hold the factors A and B; the Gaussian is as large as the inputs squared and is
+fitted again, in one pass over the training data.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from peftlib.methods.bases.low_rank import LowRankUpdates
 
 Batch = dict[str, torch.Tensor]
 
+_AT_A_TIME = 10_000
+"""Draws of the logits that are held in memory together."""
+
 
 @dataclass(frozen=True)
 class LaplaceLoRAConfig(MethodConfig):
@@ -51,8 +55,8 @@ class LaplaceLoRAConfig(MethodConfig):
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
-    dropout: float = 0.0
-    samples: int = 1000
+    dropout: float = 0.1
+    samples: int = 100_000
 
     def __post_init__(self):
         at_least("rank", self.rank, 1)
@@ -69,26 +73,24 @@ class Posterior:
         self.model, self.updates = model, list(updates)
         self.precision = 1.0
         self.log_likelihood = 0.0
-        factors: list[list] = []  # for each layer: count of positions, L times that count, R
+        rows = 0
+        factors: list[list] = []  # for each layer: L times the number of texts, R
         for batch in batches:
             logits, records = record(model, self.updates, batch)  # (N, C)
             self.log_likelihood -= float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
             roots = softmax_curvature_root(logits)  # (N, C) -> (N, C, C)
             layers = [layer for one in records for layer in one.layers()]
-            factors = factors or [[0, 0.0, 0.0] for _ in layers]
+            factors = factors or [[0.0, 0.0] for _ in layers]
+            rows += len(logits)
             for factor, (x, gradients) in zip(factors, layers):
-                reached = torch.stack(gradients).abs().sum((0, 3)) > 0  # (C, N, t, out) -> (N, t)
-                inputs = x[reached]  # (N, t, in) -> (n, in)
-                factor[0] += len(inputs)
-                factor[1] = factor[1] + inputs.T @ inputs  # (in, in)
+                inputs = x[_counts(x, batch.get("attention_mask"), layers)]  # (N, t, in) -> (n, in)
+                factor[0] = factor[0] + inputs.T @ inputs  # (in, in)
                 for root in roots.unbind(1):  # (N, C)
-                    mixed = sum(w[:, None, None] * g for w, g in zip(root.T, gradients))[reached]  # (n, out)
-                    factor[2] = factor[2] + mixed.T @ mixed  # (out, out)
+                    mixed = sum(w[:, None, None] * g for w, g in zip(root.T, gradients)).flatten(0, 1)  # (N t, out)
+                    factor[1] = factor[1] + mixed.T @ mixed  # (out, out)
         if not factors:
             raise DataError("there are no batches to estimate the curvature from")
-        self.blocks = [
-            (*torch.linalg.eigh(left / max(1, count)), *torch.linalg.eigh(right)) for count, left, right in factors
-        ]
+        self.blocks = [(*torch.linalg.eigh(left / rows), *torch.linalg.eigh(right)) for left, right in factors]
         self.eigenvalues = [  # of KFAC, (out, in) for each layer
             right[:, None].clamp(min=0) * left.clamp(min=0) for left, _, right, _ in self.blocks
         ]
@@ -100,7 +102,7 @@ class Posterior:
         ratio = sum((value / precision).log1p().sum() for value in self.eigenvalues)
         return self.log_likelihood - (precision * penalty + ratio) / 2
 
-    def fit_precision(self, steps: int = 100, rate: float = 0.1) -> float:
+    def fit_precision(self, steps: int = 1000, rate: float = 0.1) -> float:
         """The prior precision of largest marginal likelihood, by Adam on its logarithm from where it is."""
         log = torch.tensor(float(self.precision), dtype=torch.float64).log().requires_grad_()
         optimizer = torch.optim.Adam([log], lr=rate)
@@ -128,9 +130,13 @@ class Posterior:
         value, vectors = torch.linalg.eigh(covariance)  # (N, C), (N, C, C)
         root = vectors * value.clamp(min=0).sqrt()[:, None, :]  # (N, C, C)
         generator = torch.Generator(mean.device).manual_seed(seed)
-        noise = torch.randn((samples, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device)
-        # (samples, N, C) -> (N, C)
-        return (mean + torch.einsum("nck,snk->snc", root, noise)).softmax(-1).mean(0).float()
+        total = torch.zeros_like(mean)
+        for count in torch.arange(samples).split(_AT_A_TIME):
+            shape = (len(count), *mean.shape)
+            noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+            # (s, N, C) -> (N, C)
+            total += (mean + torch.einsum("nck,snk->snc", root, noise)).softmax(-1).sum(0)
+        return (total / samples).float()
 
 
 class LaplaceLoRA(LowRankUpdates):
@@ -221,6 +227,15 @@ def record(model: nn.Module, updates: Iterable[LowRank], batch: Batch) -> tuple[
         x, *gradients = (t.double().flatten(1, -2) for t in (kept[update][0], *gradients))  # (N, t, in), (N, t, out)
         records.append(Record(update, x, gradients))
     return logits.detach().double(), records
+
+
+def _counts(x: torch.Tensor, mask: torch.Tensor | None, layers: list) -> torch.Tensor:
+    """Which positions (N, t) of a layer's inputs x (N, t, in) are no padding: by the attention mask where it is of
+    these positions, else all that some layer's gradient reaches."""
+    if mask is not None and mask.shape == x.shape[:2]:
+        return mask.bool()
+    gradients = [g for other, each in layers if other.shape[:2] == x.shape[:2] for g in each]
+    return torch.stack([g.abs().amax(-1) for g in gradients]).amax(0) > 0  # (N, t)
 
 
 def softmax_curvature_root(logits: torch.Tensor) -> torch.Tensor:
