@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused():
         adapted.model(inputs_embeds=torch.zeros(1, 4, 32))
     adapted.detach()
     both = peftlib.attach(adapted.model, peftlib.combine("pasta", "prompt_tuning"))
-    with pytest.raises(UnsupportedError, match=r"among 4 tokens, and the layers get 24"):
+    with pytest.raises(UnsupportedError, match=r"among 4 tokens, and the layers get 104"):
         both.model(input_ids=torch.tensor([[2, 5, 6, 3]]))
 
 
