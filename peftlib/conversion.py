@@ -25,9 +25,10 @@ from peftlib import backbones, saved, sources
 from peftlib.adapted import attach
 from peftlib.backbones import Backbone
 from peftlib.errors import ConfigError, DataError
+from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import MethodConfig, SavedAdapter, at_least
 from peftlib.methods.registry import resolve
-from peftlib.training import objectives, schedules
+from peftlib.training import objectives
 
 VERSION = 1
 """Raised whenever a conversion computes something else, so that no older cache is read."""
@@ -131,10 +132,11 @@ def _train(backbone: Backbone, config: MethodConfig, texts: Sequence[str], how: 
         adapted = attach(model, config, train_head=False, seed=how.seed)
         parameters = list(adapted.trainable().values())
         optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
-        scheduler = schedules.scheduler("linear", optimizer, round(0.06 * how.steps), how.steps)
+        life = adapted.lifecycle(how.steps)
+        scheduler = life.scheduler(optimizer, Schedule("linear", warmup=0.06))
         model.train(objective.dropout)
         batches = _batches([tokenizer(t, truncation=True, max_length=how.max_length)["input_ids"] for t in texts], how)
-        with adapted.lifecycle(how.steps) as life:
+        with life:
             for _ in range(how.steps):
                 life.step_start()
                 objective.loss(next(batches)).backward()
