@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftlib import backbones, methods, tasks
     from peftlib.adapted import Adapted, Count, attach, load
     from peftlib.bank import Bank
+    from peftlib.conversion import convert
     from peftlib.interchange import from_hf_peft, to_hf_peft
     from peftlib.mechanisms.schedules import Schedule, Stage
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
@@ -52,6 +53,7 @@ __all__ = [
     "card",
     "combine",
     "config",
+    "convert",
     "find",
     "fit",
     "from_hf_peft",
@@ -67,6 +69,7 @@ __all__ = [
 _PLACES = {
     "adapted": ("Adapted", "Count", "attach", "load"),
     "bank": ("Bank",),
+    "conversion": ("convert",),
     "interchange": ("from_hf_peft", "to_hf_peft"),
     "mechanisms.schedules": ("Schedule", "Stage"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),

@@ -194,6 +194,25 @@ def backbones(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from peftlib import convert as source
+    from peftlib import saved, tasks
+
+    texts = []
+    for name in args.texts:
+        file = Path(name)
+        texts += file.read_text().splitlines() if file.is_file() else tasks.texts(name)
+    given = {name: getattr(args, name) for name in ("steps", "objective", "seed") if getattr(args, name) is not None}
+    options = _options(args.option)
+    converted = source(args.backbone, args.method, [t for t in texts if t.strip()], **given, **options)
+    out.print(f"{args.method} for {args.backbone}: {converted.notes['conversion']['steps']} steps, in the cache")
+    if args.to:
+        out.print(f"Written: {saved.write(converted, args.to)}")
+    return 0
+
+
 def import_(args: argparse.Namespace) -> int:
     from peftlib import backbones, from_hf_peft
 
@@ -405,6 +424,21 @@ def parser() -> argparse.ArgumentParser:
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))
     sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")
+    sub = command(convert, "the phase on unlabelled text with which a method begins, once for a backbone")
+    sub.add_argument("method")
+    sub.add_argument("--backbone", default="minilm-l6", metavar="NAME", help="default: minilm-l6")
+    sub.add_argument(
+        "--texts",
+        nargs="+",
+        default=["sentences", "reviews"],
+        metavar="TEXT",
+        help="tasks whose training texts are read, or files with a text a line (default: sentences reviews)",
+    )
+    sub.add_argument("--steps", type=int, help="default: 1000")
+    sub.add_argument("--objective", help="masked, spans or states (default: as the backbone was trained, where it can)")
+    sub.add_argument("--seed", type=int, help="default: 0")
+    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of the method")
+    sub.add_argument("--to", metavar="FOLDER", help="also write it to a folder")
     command(backbones, "the backbones that need no network")
     for sub in (
         command(import_, "an adapter that another library saved, as one of peftlib's"),

@@ -41,6 +41,9 @@ class Profile:
     summary: str
     sources: tuple[str, ...] = ()
     """The tasks on which methods that build on other adapters have those trained."""
+    conversion: dict[str, Any] = field(default_factory=dict)
+    """Of methods with a phase on unlabelled text: the tasks whose training ``texts`` they read, for how many
+    ``steps``."""
 
 
 def _embedded(task: str, epochs: float, batch_size: int, max_length: int, **options) -> Track:
@@ -61,6 +64,7 @@ PROFILES: dict[str, Profile] = {
         {"smoke": Track("smoke", "tiny-bert", epochs=1, batch_size=8, max_length=32)},
         "tiny random models, seconds on any CPU: proves that everything runs, measures nothing",
         sources=("smoke", "smoke-pair"),
+        conversion={"texts": ["smoke"], "steps": 4},
     ),
     "embedded": Profile(
         "embedded",
@@ -73,6 +77,7 @@ PROFILES: dict[str, Profile] = {
         },
         "MiniLM-L6 and movie reviews, both inside installed packages: minutes on two CPU cores",
         sources=("reviews-fewshot", "acceptability-fewshot", "coherence-fewshot"),
+        conversion={"texts": ["sentences", "reviews"], "steps": 1000},
     ),
     "glue": Profile(
         "glue",
@@ -86,12 +91,14 @@ PROFILES: dict[str, Profile] = {
         },
         "RoBERTa-base on the five small GLUE tasks, from the hub or PEFTLIB_DATA: one GPU",
         sources=("glue/mrpc", "glue/cola", "glue/rte"),
+        conversion={"texts": ["glue/sst2", "glue/mrpc", "glue/rte"], "steps": 10_000},
     ),
     "paper": Profile(
         "paper",
         "roberta-large",
         {name: _glue(name, 10, "roberta-large") for name in GLUE},
         "the survey's own GLUE track on RoBERTa-large: a large GPU",
+        conversion={"texts": ["glue/sst2", "glue/mrpc", "glue/rte"], "steps": 10_000},
     ),
 }
 
@@ -168,10 +175,15 @@ def with_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def track_settings(profile_name: str, track_name: str, method: str) -> dict[str, Any]:
-    """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters."""
-    chosen = profile(profile_name)
+    """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters,
+    with ``conversion`` where it begins on unlabelled text."""
+    chosen, cls = profile(profile_name), find(method)
     settings = dataclasses.asdict(chosen.tracks[track_name])
-    return settings | ({"sources": list(chosen.sources)} if find(method).source_methods else {})
+    if cls.source_methods:
+        settings["sources"] = list(chosen.sources)
+    if cls.converts:
+        settings["conversion"] = chosen.conversion
+    return settings
 
 
 def source_specs(spec: RunSpec) -> list[RunSpec]:

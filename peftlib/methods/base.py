@@ -133,6 +133,9 @@ class Method:
     """Whether what begins to train later has the learning-rate schedule for itself (``TrainingState.rate_since``)."""
     calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
+    converts: bool = False
+    """Whether a phase on unlabelled text comes before the task, :func:`peftlib.convert`; its result is taken by
+    :meth:`start_from`."""
     clips: bool = False
     """Whether :meth:`on_gradients` clips the gradients, in the loop's place, by another norm than what trains has."""
     source_methods: tuple[str, ...] = ()
@@ -205,6 +208,10 @@ class Method:
 
         ``checkpoint``: the file where a calibration that takes long writes its state, and from which it goes on.
         """
+
+    def start_from(self, converted: SavedAdapter) -> None:
+        """Take what :func:`peftlib.convert` gave in the place of the start."""
+        raise ConfigError(f"{self.name} has no phase before the task, so there is nothing that it could start from")
 
     def pending(self) -> tuple[int, int, int]:
         """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""

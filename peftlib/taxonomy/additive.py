@@ -107,7 +107,7 @@ METHODS = (
         start_note="With k < n most tokens skip the layers; with k = n and gates of one it is a parallel adapter.",
         merge="no",
         merge_note="Routing depends on the input.",
-        life=("before training: a light phase converts the dense backbone to a routed one",),
+        life=("before training: a phase on unlabelled text converts the dense backbone to a routed one, convert()",),
         below_head="Two of three tokens skip every layer, and the run has no conversion phase: the paper first trains "
         "the routed network on unlabelled text, and 80 steps on 256 sentences cannot replace that.",
         exceptions={
@@ -592,7 +592,7 @@ METHODS = (
         equation=r"h_{\ell, t} \leftarrow h_{\ell, t} + e\bigl(v_{\ell, p(t)}\bigr)\quad "
         r"\text{where } t \text{ is special}",
         symbols=r"$v_{\ell, p} \in \mathbb{R}^{d}$: vector of layer $\ell$ for the $p$-th special token ([CLS], first "
-        r"and second [SEP]); $e$: dropout.",
+        r"[SEP] and so on); $e$: dropout.",
         sites=("layers",),
         form="vector",
         insertion="sequential",

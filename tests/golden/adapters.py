@@ -1,6 +1,6 @@
 """Makes ``adapters.safetensors``: what the library ``adapters`` computes on a small BERT, with its own weights.
 
-It needs an environment of its own, because ``adapters`` requires an older transformers than this library. (``-P``: this
+It needs an environment of its own, because ``adapters`` requires an older transformers than this library. (``-P``: the
 file has the name of what it imports.)
 
     python3.11 -m venv /tmp/adapters-env

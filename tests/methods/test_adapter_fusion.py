@@ -168,12 +168,14 @@ FACTS = Facts(
     Default("regularization", 0.01, f"{HUB}/model_mixin.py, get_fusion_regularization_loss"),
     Default("dropout", None, f"{HUB}/methods/bottleneck.py: attention_probs_dropout_prob of the backbone"),
     *(
-        Start(f"*.{names}", start, f"{HUB}/methods/modeling.py, BertFusion: init_bert_weights", attach=fused)
+        Start(
+            f"*.adapter_drop.{names}", start, f"{HUB}/methods/modeling.py, BertFusion: init_bert_weights", attach=fused
+        )
         for names, start in (
-            ("adapter_drop.query.weight", normal(0.02)),
-            ("adapter_drop.key.weight", normal(0.02)),
-            ("adapter_drop.query.bias", zeros()),
-            ("adapter_drop.key.bias", zeros()),
+            ("query.weight", normal(0.02)),
+            ("key.weight", normal(0.02)),
+            ("query.bias", zeros()),
+            ("key.bias", zeros()),
         )
     ),
     Holds("the value map starts near the identity", check_value_start, f"{HUB}/methods/modeling.py, BertFusion"),
