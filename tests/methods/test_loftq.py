@@ -14,7 +14,7 @@ import peftlib
 from peftlib import backbones, report
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from peftlib.mechanisms.quantized import NormalFloatWeight
+from peftlib.mechanisms.quantized import NormalFloatWeight, UniformWeight
 from peftlib.methods.reparameterized.lora.quantization.loftq import alternate, factors
 from tests.mechanisms import test_quantized as reference
 from tests.methods.helpers import backbone, inputs, perturb
@@ -36,6 +36,36 @@ def _weight(kind: str = "normal", rows: int = 96, columns: int = 128) -> torch.T
 def _alternate(weight, rank, bits=4, iterations=10, double=False, parts=None):
     quantize = partial(NormalFloatWeight, bits=bits, double=double)
     return alternate(weight, parts or {"": slice(None)}, rank, quantize, iterations)
+
+
+# Even levels
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_uniform_levels_are_the_originals(bits):
+    """yxli2123/LoftQ, glue/utils_qaunt.py, weight_quant_fn: cut at two standard deviations, then 2^bits even levels."""
+    weight = _weight("heavy-tailed").double()
+    cut = weight.clamp(weight.mean() - 2 * weight.std(), weight.mean() + 2 * weight.std())
+    unit = (cut - cut.min()) / (cut.max() - cut.min())
+    expected = (unit * (2**bits - 1)).round() / (2**bits - 1) * (cut.max() - cut.min()) + cut.min()
+    found = UniformWeight(weight, bits=bits)
+    torch.testing.assert_close(found(torch.float64), expected, atol=1e-7, rtol=1e-6)
+    assert len(found(torch.float64).unique()) == 2**bits
+    assert found.nbytes == weight.numel() * bits // 8 + 8
+
+
+def test_uniform_levels_start_nearer_than_plain_ones_and_load_again(tmp_path):
+    adapted = peftlib.attach(backbone("bert"), "loftq", rank=4, alpha=4.0, bits=2, quantizer="uniform")
+    assert all(min(errors[1:]) < errors[0] for errors in adapted.method.errors.values())
+    perturb(adapted)
+    with torch.no_grad():
+        expected = adapted.model(**inputs("bert")).logits
+        loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "a"))
+        assert torch.equal(loaded.model(**inputs("bert")).logits, expected)
+        torch.testing.assert_close(adapted.merge()(**inputs("bert")).logits, expected, atol=1e-5, rtol=1e-5)
+    for options in ({"quantizer": "int8"}, {"quantizer": "uniform", "double_quantization": True}):
+        with pytest.raises(PeftlibError, match="quantizer='int8'|a uniform quantizer has one scale"):
+            peftlib.config("loftq", **options)
 
 
 # The alternation
