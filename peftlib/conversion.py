@@ -41,7 +41,7 @@ class Conversion:
     steps: int = 1000
     batch_size: int = 16
     max_length: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     objective: str = "auto"
     seed: int = 0
 

@@ -216,16 +216,17 @@ def _insert(
     kwargs: Kwargs,
 ) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
-    ids, positions, types = (call.get(k) for k in ("input_ids", "position_ids", "token_type_ids"))
+    positions, types = call.get("position_ids"), call.get("token_type_ids")
     layout = _laid_out(child, call, module, template, limit, template.spots)
+    rows, tokens = layout.text.shape
     # A vector has the segment and the place of the token before which it goes.
-    at = layout.spots.clamp(max=ids.shape[1] - 1)  # (b, m)
+    at = layout.spots.clamp(max=tokens - 1)  # (b, m)
     if types is not None:
         call["token_type_ids"] = layout.merge(types, types.gather(1, at))  # (b, t + m)
     if positions is not None:
-        positions = positions.expand(ids.shape[0], -1)  # (b, t)
+        positions = positions.expand(rows, -1)  # (b, t)
         steps = layout.vectors - layout.spots  # (b, m)
-        shift = layout.text - torch.arange(ids.shape[1], device=ids.device)  # (b, t)
+        shift = layout.text - torch.arange(tokens, device=at.device)  # (b, t)
         call["position_ids"] = layout.merge(positions + shift, positions.gather(1, at) + steps)  # (b, t + m)
     return (), call
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -70,7 +70,8 @@ class Spans(Objective):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, tokenizer)
         names = [f"<extra_id_{number}>" for number in range(100)]
-        self.sentinels = [i for i in tokenizer.convert_tokens_to_ids(names) if i not in (None, tokenizer.unk_token_id)]
+        ids = cast("list[int]", tokenizer.convert_tokens_to_ids(names))
+        self.sentinels = [i for i in ids if i not in (None, tokenizer.unk_token_id)]
         if not self.sentinels:
             raise UnsupportedError(
                 f"the tokenizer of this {type(model).__name__} has no <extra_id_0> and so on, which stand for "

@@ -420,7 +420,7 @@ FACTS = Facts(
     Default("reduction", 3.0, "table 1: MNLI at 3.2 times the speed"),
     Default("iterations", 20, f"appendix C, as in {THIRD}"),
     Default("epsilon", 1.0, f"chosen here; 0.02 to 1 in {THIRD}"),
-    Default("attention", "k-to-k", "chosen here"),
+    Default("attention", "k-to-all", "chosen here"),
     Default("bottleneck", 64, "chosen here"),
     Default("activation", "relu", "chosen here"),
     Default("train_norms", True, "from memory of section 4, not confirmed"),

@@ -7,9 +7,9 @@ r"""CODA, conditional adapters: each frozen layer computes k of n tokens only, a
 Shapes: h (n, d), the layer's input with n tokens of hidden size d, and its norm's output \bar h; w (d,), the router;
 W_down (r, d), W_up (d, r). S are the k = n / ``reduction`` (rounded up) real tokens with the largest weights. All
 others skip the layer, whose computation falls to k/n, and lambda, in [0, 1], gates what it changes. Padding is never
-chosen, and k is taken of each row's own length. The chosen tokens attend to each other (``attention="k-to-k"``) or to
-all ("k-to-all", which computes keys and values of all). With k = n all gates are one and it is a bottleneck beside each
-layer.
+chosen, and k is taken of each row's own length. The chosen tokens attend to all (``attention="k-to-all"``, which
+computes keys and values of all) or to each other ("k-to-k"). With k = n all gates are one and it is a bottleneck beside
+each layer.
 
 Soft top-k: a = eps ln k - eps LSE((s + b) / eps), b = min(-s - a, 0), 20 times from b = 0; lambda = exp((s + a + b) /
 eps), with eps falling from 4 by 0.7 a step to ``epsilon``. W_up and the biases start at zero, W_down as in LoRA, w at
@@ -35,9 +35,9 @@ there it is always one of the k (``keep_first``). The paper's models, T5's kind,
 Source: Lei et al. 2023, arXiv:2304.04947. No code is known; the soft top-k is taken from a re-implementation, its
 schedule from another one's notes. Chosen here, because the text could not be read whole: the backbone stays frozen in
 the conversion, so that what it gives is an adapter of that backbone (theirs may train it); epsilon (theirs differs by
-task, 0.02 to 1), the start of w, the first token, k-to-k, decoders, and in families whose norms stand behind the blocks
-\bar h = h, the layer's own change being Layer(h) - h as a whole. Reduction 3 is that of their MNLI row (3.2 times as
-fast).
+task, 0.02 to 1), the start of w, the first token, decoders, k-to-all (with k-to-k the conversion leaves twice the error
+at [CLS]), and in families whose norms stand behind the blocks \bar h = h, the layer's own change being Layer(h) - h as
+a whole. Reduction 3 is that of their MNLI row (3.2 times as fast).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CODAConfig(MethodConfig):
     ``bottleneck`` r and ``activation`` (a name of transformers) of the adapter; ``train_norms`` of the layers."""
 
     reduction: float = 3.0
-    attention: Literal["k-to-k", "k-to-all"] = "k-to-k"
+    attention: Literal["k-to-k", "k-to-all"] = "k-to-all"
     keep_first: bool | None = None
     epsilon: float = 1.0
     iterations: int = 20
