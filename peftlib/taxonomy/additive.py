@@ -421,7 +421,7 @@ METHODS = (
             f"overfits on {family}": "A prompt acts through attention alone, which random weights spread evenly, and "
             "norms behind the blocks bound what is left: eight texts of a random backbone stay closer than it can pull "
             "them."
-            for family in ("roberta", "distilbert", "bart")
+            for family in ("bert", "roberta", "electra", "distilbert", "bart")
         },
     ),
     Entry(
