@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from peftlib import backbones, methods, tasks
     from peftlib.adapted import Adapted, Count, attach, load
     from peftlib.bank import Bank
+    from peftlib.conversion import convert
     from peftlib.interchange import from_hf_peft, to_hf_peft
+    from peftlib.mechanisms.schedules import Schedule, Stage
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
     from peftlib.methods.combination import combine
     from peftlib.methods.registry import config, find, register
@@ -42,6 +44,8 @@ __all__ = [
     "MethodConfig",
     "PeftlibError",
     "SavedAdapter",
+    "Schedule",
+    "Stage",
     "TrainingState",
     "add_vector",
     "attach",
@@ -49,6 +53,7 @@ __all__ = [
     "card",
     "combine",
     "config",
+    "convert",
     "find",
     "fit",
     "from_hf_peft",
@@ -64,7 +69,9 @@ __all__ = [
 _PLACES = {
     "adapted": ("Adapted", "Count", "attach", "load"),
     "bank": ("Bank",),
+    "conversion": ("convert",),
     "interchange": ("from_hf_peft", "to_hf_peft"),
+    "mechanisms.schedules": ("Schedule", "Stage"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
     "methods.combination": ("combine",),
     "methods.registry": ("config", "find", "register"),

@@ -145,13 +145,25 @@ class Adapted:
             self.model.train(mode)
         self.guard.calibrated = True
 
+    def start_from(self, converted: str | os.PathLike[str] | SavedAdapter) -> None:
+        """Start from what :func:`peftlib.convert` gave for this backbone, or from the folder that it was saved in.
+
+        Raises ConfigError for a method without such a phase, LoadError for another backbone or other shapes.
+        """
+        self._check_attached()
+        given = converted if isinstance(converted, SavedAdapter) else saved.read(converted)
+        # Under another head a backbone may lack its pooler; the method compares the shapes of what it takes.
+        shapes = (given.backbone or {}).get("shapes")
+        saved.check_backbone(given, self._identity | {"shapes": shapes})
+        self.method.start_from(given)
+
     # Training
 
-    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle:
+    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle:
         """The method's training hooks for a loop of your own; see :class:`peftlib.training.Lifecycle`. A resumed run
-        starts at another ``step`` than 0."""
+        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves."""
         self._check_attached()
-        return Lifecycle(self.guard, total_steps, step)
+        return Lifecycle(self.guard, total_steps, step, max_norm)
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0

@@ -82,14 +82,18 @@ def sweep(args: argparse.Namespace) -> int:
     store = experiments.Store(args.results)
     names = args.methods or taxonomy.methods()
     tracks = args.tracks or list(chosen.tracks)
-    specs = experiments.search_specs(args.profile, names) if args.search else []
-    for track in () if args.search else tracks:
-        for name in names:
-            rate = None if args.default_rates else _searched_rate(store, chosen, name)
-            specs += [
-                experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rate) for seed in args.seeds
-            ]
-    outcomes = experiments.sweep(specs, store, executor=args.executor, workers=args.workers)
+    settings = {"executor": args.executor, "workers": args.workers}
+    if args.search:
+        outcomes = experiments.search_rates(args.profile, names, store, **settings)
+    else:
+        rates = {name: None if args.default_rates else _searched_rate(store, chosen, name) for name in names}
+        specs = [
+            experiments.run_spec(args.profile, track, name, seed=seed, learning_rate=rates[name])
+            for track in tracks
+            for name in names
+            for seed in args.seeds
+        ]
+        outcomes = experiments.sweep(specs, store, **settings)
     out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
     return 1 if outcomes["failed"] else 0
 
@@ -187,6 +191,25 @@ def backbones(args: argparse.Namespace) -> int:
 
     out.print("\n".join(source.names()))
     out.print("[dim]and any model of a known family by its hub name or folder[/dim]")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from peftlib import convert as source
+    from peftlib import saved, tasks
+
+    texts = []
+    for name in args.texts:
+        file = Path(name)
+        texts += file.read_text().splitlines() if file.is_file() else tasks.texts(name)
+    given = {name: getattr(args, name) for name in ("steps", "objective", "seed") if getattr(args, name) is not None}
+    options = _options(args.option)
+    converted = source(args.backbone, args.method, [t for t in texts if t.strip()], **given, **options)
+    out.print(f"{args.method} for {args.backbone}: {converted.notes['conversion']['steps']} steps, in the cache")
+    if args.to:
+        out.print(f"Written: {saved.write(converted, args.to)}")
     return 0
 
 
@@ -288,7 +311,7 @@ def _metric(path) -> str:
 def _searched_rate(store, chosen, method: str) -> float | None:
     """The rate that the search on the profile's first track found; None where there was no search."""
     track = next(iter(chosen.tracks))
-    records = store.records(chosen.name, track, method)
+    records = store.searched(chosen.name, track, method)
     return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
 
 
@@ -401,6 +424,21 @@ def parser() -> argparse.ArgumentParser:
     sub = stored(command(results, "the stored results as tables"))
     sub.add_argument("--split", default="test", choices=("test", "validation"))
     sub.add_argument("--figure", metavar="FILE", help="also draw quality against parameters on the first track, as SVG")
+    sub = command(convert, "the phase on unlabelled text with which a method begins, once for a backbone")
+    sub.add_argument("method")
+    sub.add_argument("--backbone", default="minilm-l6", metavar="NAME", help="default: minilm-l6")
+    sub.add_argument(
+        "--texts",
+        nargs="+",
+        default=["sentences", "reviews"],
+        metavar="TEXT",
+        help="tasks whose training texts are read, or files with a text a line (default: sentences reviews)",
+    )
+    sub.add_argument("--steps", type=int, help="default: 1000")
+    sub.add_argument("--objective", help="masked, spans or states (default: as the backbone was trained, where it can)")
+    sub.add_argument("--seed", type=int, help="default: 0")
+    sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of the method")
+    sub.add_argument("--to", metavar="FOLDER", help="also write it to a folder")
     command(backbones, "the backbones that need no network")
     for sub in (
         command(import_, "an adapter that another library saved, as one of peftlib's"),

@@ -141,18 +141,20 @@ def train(
     steps: int = 3,
     *,
     total: int | None = None,
+    start: int = 0,
     rate: float = 0.02,
     weight_decay: float = 0.0,
     watch: Iterable = (),
 ) -> list[float]:
     """Steps of AdamW on one batch inside the lifecycle; gives the losses. ``watch`` are called with each step's number
-    between backward and update. Leaves the model in evaluation mode. Nothing happens where nothing trains."""
+    between backward and update; ``start`` is the number of the first in the lifecycle. Leaves the model in evaluation
+    mode. Nothing happens where nothing trains."""
     if not adapted.trainable():
         return []
     optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=rate, weight_decay=weight_decay)
     losses = []
     adapted.model.train()
-    with adapted.lifecycle(total or steps) as life:
+    with adapted.lifecycle(total or steps, start) as life:
         for step in range(steps):
             life.step_start()
             loss = adapted.model(**data).loss

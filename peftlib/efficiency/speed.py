@@ -29,7 +29,7 @@ from peftlib.methods.registry import config
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "adapter_drop": {f"k = {k}": {"dropped": k, "robust": False, "bottleneck": 48} for k in range(6)},
-    "coda": {f"n/k = {ratio}": {"reduction": float(ratio)} for ratio in (1, 2, 3, 5)},
+    "coda": {f"n/k = {ratio}": {"reduction": float(ratio), "attention": "k-to-k"} for ratio in (1, 2, 3, 5)},
 }
 """Methods with an option that is there to save time: options by label, the slowest first."""
 

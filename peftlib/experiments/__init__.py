@@ -12,13 +12,25 @@ from peftlib.experiments.search import (
     structure_search,
     structure_specs,
 )
-from peftlib.experiments.spec import PROFILES, SEARCH_RATES, Profile, RunSpec, Track, profile, run_spec, search_specs
+from peftlib.experiments.spec import (
+    PROFILES,
+    RATES,
+    SEARCH_RATES,
+    Profile,
+    RunSpec,
+    Track,
+    next_rate,
+    profile,
+    run_spec,
+    search_specs,
+)
 from peftlib.experiments.stale import Stale, stale
 from peftlib.experiments.store import TIE, Store, summarize
-from peftlib.experiments.sweep import sweep
+from peftlib.experiments.sweep import search_rates, sweep
 
 __all__ = [
     "PROFILES",
+    "RATES",
     "SEARCH_RATES",
     "TIE",
     "Log",
@@ -31,12 +43,14 @@ __all__ = [
     "Trained",
     "execute",
     "logs",
+    "next_rate",
     "profile",
     "read_costs",
     "read_log",
     "run",
     "run_spec",
     "search",
+    "search_rates",
     "search_specs",
     "search_structures",
     "stale",

@@ -13,6 +13,7 @@ from typing import Any
 
 from peftlib import backbones, sources, tasks
 from peftlib.adapted import Adapted, attach
+from peftlib.conversion import convert
 from peftlib.efficiency.measure import PeakMemory, folder_bytes
 from peftlib.experiments.provenance import provenance, revision
 from peftlib.experiments.spec import RunSpec, source_specs
@@ -45,6 +46,7 @@ def _tuned(
     task: tasks.Task,
     backbone: backbones.Backbone,
     built_on: Sequence[SavedAdapter] = (),
+    converted: SavedAdapter | None = None,
     progress: bool = False,
 ) -> tuple[Adapted, FitResult]:
     """The run's method on its backbone, trained and not evaluated. A calibration that was cut off goes on from the
@@ -57,6 +59,8 @@ def _tuned(
         seed=spec.seed,
         keep_original=False,
     )
+    if converted is not None:
+        adapted.start_from(converted)
     state = sources.cache_root() / "calibrations" / f"{spec.key}-{revision()}"
     result = fit(
         adapted,
@@ -90,8 +94,9 @@ def train(spec: RunSpec, progress: bool = False) -> Trained:
     s = spec.settings
     task, backbone = _build(spec)
     built_on = [_source(source) for source in source_specs(spec)]
+    converted = _converted(spec)
     with PeakMemory() as memory:
-        adapted, result = _tuned(spec, task, backbone, built_on, progress)
+        adapted, result = _tuned(spec, task, backbone, built_on, converted, progress)
     metrics = {}
     for split in ("validation", "test"):
         began = time.perf_counter()
@@ -139,6 +144,16 @@ def _source(spec: RunSpec) -> SavedAdapter:
 
     folder = sources.cached_folder(f"adapters/{spec.method}-{spec.key}-{revision()}", build)
     return read(next(folder.iterdir()))
+
+
+def _converted(spec: RunSpec) -> SavedAdapter | None:
+    """What the run's method has learned from unlabelled text, once for all runs on the backbone; None for a method
+    without such a phase."""
+    s = spec.settings.get("conversion")
+    if s is None:
+        return None
+    texts = [text for name in s["texts"] for text in tasks.texts(name)]
+    return convert(spec.settings["backbone"], method_config(spec.method, **spec.options), texts, steps=s["steps"])
 
 
 def execute(spec: RunSpec, progress: bool = False) -> dict[str, Any]:

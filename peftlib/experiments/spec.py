@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftlib import taxonomy
 from peftlib.errors import UnknownNameError
 from peftlib.methods.registry import config as method_config
 from peftlib.methods.registry import find
@@ -40,6 +41,9 @@ class Profile:
     summary: str
     sources: tuple[str, ...] = ()
     """The tasks on which methods that build on other adapters have those trained."""
+    conversion: dict[str, Any] = field(default_factory=dict)
+    """Of methods with a phase on unlabelled text: the tasks whose training ``texts`` they read, for how many
+    ``steps``."""
 
 
 def _embedded(task: str, epochs: float, batch_size: int, max_length: int, **options) -> Track:
@@ -60,6 +64,7 @@ PROFILES: dict[str, Profile] = {
         {"smoke": Track("smoke", "tiny-bert", epochs=1, batch_size=8, max_length=32)},
         "tiny random models, seconds on any CPU: proves that everything runs, measures nothing",
         sources=("smoke", "smoke-pair"),
+        conversion={"texts": ["smoke"], "steps": 4},
     ),
     "embedded": Profile(
         "embedded",
@@ -72,6 +77,7 @@ PROFILES: dict[str, Profile] = {
         },
         "MiniLM-L6 and movie reviews, both inside installed packages: minutes on two CPU cores",
         sources=("reviews-fewshot", "acceptability-fewshot", "coherence-fewshot"),
+        conversion={"texts": ["sentences", "reviews"], "steps": 1000},
     ),
     "glue": Profile(
         "glue",
@@ -85,12 +91,14 @@ PROFILES: dict[str, Profile] = {
         },
         "RoBERTa-base on the five small GLUE tasks, from the hub or PEFTLIB_DATA: one GPU",
         sources=("glue/mrpc", "glue/cola", "glue/rte"),
+        conversion={"texts": ["glue/sst2", "glue/mrpc", "glue/rte"], "steps": 10_000},
     ),
     "paper": Profile(
         "paper",
         "roberta-large",
         {name: _glue(name, 10, "roberta-large") for name in GLUE},
         "the survey's own GLUE track on RoBERTa-large: a large GPU",
+        conversion={"texts": ["glue/sst2", "glue/mrpc", "glue/rte"], "steps": 10_000},
     ),
 }
 
@@ -167,10 +175,15 @@ def with_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def track_settings(profile_name: str, track_name: str, method: str) -> dict[str, Any]:
-    """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters."""
-    chosen = profile(profile_name)
+    """The settings of a track as a run of this method has them: with ``sources`` where it builds on other adapters,
+    with ``conversion`` where it begins on unlabelled text."""
+    chosen, cls = profile(profile_name), find(method)
     settings = dataclasses.asdict(chosen.tracks[track_name])
-    return settings | ({"sources": list(chosen.sources)} if find(method).source_methods else {})
+    if cls.source_methods:
+        settings["sources"] = list(chosen.sources)
+    if cls.converts:
+        settings["conversion"] = chosen.conversion
+    return settings
 
 
 def source_specs(spec: RunSpec) -> list[RunSpec]:
@@ -193,15 +206,39 @@ def source_specs(spec: RunSpec) -> list[RunSpec]:
     ]
 
 
+def comparable(spec: dict[str, Any]) -> bool:
+    """Whether a stored run, by its specification with all options of its method, is one of a comparison: the method's
+    default options, the settings of its track."""
+    if spec["method"] not in taxonomy.methods() or spec["track"] not in profile(spec["profile"]).tracks:
+        return False
+    settings = track_settings(spec["profile"], spec["track"], spec["method"])
+    return spec["options"] == with_defaults(spec["method"], {}) and spec["settings"] == json.loads(json.dumps(settings))
+
+
 SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2)
-"""The learning rates that the search tries, the same for every method."""
+"""The learning rates that the search tries first, the same for every method."""
+RATES = (4e-6, 2e-5, *SEARCH_RATES, 5e-2, 0.2, 1.0)
+"""All that it may come to: where the best of those tried is the lowest or the highest, the next one is tried."""
 
 
 def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list[RunSpec]:
-    """The stated search: each rate of ``SEARCH_RATES`` once, at one seed and on the first track, for each method.
+    """How the stated search begins: each rate of ``SEARCH_RATES`` once, at one seed and on the first track, for each
+    method; :func:`next_rate` says how it goes on.
 
     The best rate is chosen on validation data by ``Store.best_rate``.
     """
     return [
         run_spec(profile_name, None, name, seed=seed, learning_rate=rate) for name in names for rate in SEARCH_RATES
     ]
+
+
+def next_rate(tried: Iterable[float], best: float) -> float | None:
+    """The rate that the search tries next: beyond the best of those tried, where that is the lowest or the highest of
+    them; None where the best is between others, or the end of ``RATES``."""
+    tried = set(tried)
+    known = [rate for rate in RATES if rate in tried]
+    for end, step in ((0, -1), (-1, 1)):
+        place = RATES.index(known[end]) + step
+        if best == known[end] and 0 <= place < len(RATES):
+            return RATES[place]
+    return None

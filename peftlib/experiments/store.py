@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from peftlib import taxonomy
 from peftlib.conformance import fingerprint
 from peftlib.errors import DataError
-from peftlib.experiments.spec import RunSpec, with_defaults
+from peftlib.experiments.spec import RATES, RunSpec, comparable, with_defaults
 from peftlib.sources import write_text
 
 RESULTS = Path("results")
@@ -105,13 +105,19 @@ class Store:
         found = [read(path) for path in sorted((self.root / profile).glob(pattern))]
         return [_completed(r) for r in found if method is None or r["spec"]["method"] == method]
 
+    def searched(self, profile: str, track: str, method: str, seed: int = 0) -> list[dict[str, Any]]:
+        """The comparable runs at one seed and at the rates of the search."""
+        found = [r for r in self.records(profile, track, method) if comparable(r["spec"])]
+        return [r for r in found if r["spec"]["seed"] == seed and r["spec"]["learning_rate"] in RATES]
+
     def best_rate(self, profile: str, track: str, method: str, metric: str, seed: int = 0) -> float | None:
-        """The learning rate with the best validation metric at one seed; None without runs.
+        """The learning rate with the best validation metric at one seed, of the runs that can be compared with other
+        methods' (default options, the track's settings); None without such runs.
 
         Values within ``TIE`` of the best are equally good: of these the run with the lowest validation loss decides,
         then the smaller rate.
         """
-        runs = [r for r in self.records(profile, track, method) if r["spec"]["seed"] == seed]
+        runs = self.searched(profile, track, method, seed)
         if not runs:
             return None
         best = max(r["metrics"]["validation"][metric] for r in runs)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.experiments.run import run
-from peftlib.experiments.spec import RunSpec
+from peftlib.experiments.spec import RunSpec, next_rate, profile, run_spec, search_specs
 from peftlib.experiments.store import Store
 from peftlib.methods.registry import outside
 
@@ -107,6 +107,32 @@ def sweep(
             if progress:
                 bar.console.print(f"{outcome:>6}  {spec.label}", style="red" if outcome == "failed" else None)
     return outcomes
+
+
+def search_rates(
+    profile_name: str, names: Iterable[str], store: Store | None = None, *, seed: int = 0, **settings
+) -> Counter:
+    """The stated search for each method's learning rate, on the profile's first track: the rates of ``SEARCH_RATES``,
+    and, where the best of those tried is the lowest or the highest of them, the next one of ``RATES`` until it is not.
+
+    ``settings`` are those of :func:`sweep`. Returns what it returns, summed; a method with failed runs goes no further.
+    """
+    store, names = store or Store(), list(names)
+    track = next(iter(profile(profile_name).tracks))
+    outcomes = sweep(search_specs(profile_name, names, seed), store, **settings)
+    while True:
+        further = []
+        for name in names:
+            tried = store.searched(profile_name, track, name, seed)
+            best = store.best_rate(profile_name, track, name, tried[0]["metric"], seed) if tried else None
+            rate = next_rate((r["spec"]["learning_rate"] for r in tried), best) if best else None
+            if rate is not None:
+                further.append(run_spec(profile_name, None, name, seed=seed, learning_rate=rate))
+        if not further:
+            return outcomes
+        done = sweep(further, store, **settings)
+        outcomes += done
+        names = [spec.method for spec in further if store.has(spec)]
 
 
 def _unique(specs: Iterable[RunSpec]) -> list[RunSpec]:

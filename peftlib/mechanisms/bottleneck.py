@@ -16,7 +16,7 @@ from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import Args, Kwargs, state_of, with_state
 from peftlib.mechanisms.precision import cast
 
-Init = Literal["lora", "normal"]
+Init = Literal["lora", "normal", "truncated"]
 
 
 def check_activation(name: str) -> None:
@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
 
     Args:
         init: "lora": W_down Kaiming-uniform with a = sqrt(5) and W_up zero, so that delta starts at zero; "normal":
-            both from a normal distribution with ``std``, cut off at two standard deviations.
+            both N(0, std^2); "truncated": that, cut off at two standard deviations.
         zero_up: start W_up at zero whatever ``init`` says.
         linear: ``linear(in, out)`` gives other maps, with a ``bias`` and a start of their own, in the place of both.
 
@@ -64,8 +64,10 @@ class Bottleneck(nn.Module):
             return
         if init == "lora":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        else:
-            for weight in (self.down.weight, self.up.weight):
+        for weight in (self.down.weight, self.up.weight):
+            if init == "normal":
+                nn.init.normal_(weight, std=std)
+            elif init == "truncated":
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         if init == "lora" or zero_up:
             nn.init.zeros_(self.up.weight)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,44 +40,66 @@ class GradientSums:
     """Inside ``with``, each backward pass adds ``weight * f(gradient)`` of the parameters to ``sums``.
 
     ``form`` says what f is: "square", "absolute" or "signed" (the gradient itself). ``max_norm`` first scales each
-    tensor's gradient down to that norm. The parameters require gradients inside only, and keep none.
+    tensor's gradient down to that norm, ``max_total_norm`` all of them together with those of ``beside``; the latter
+    takes a backward pass of its own. The parameters require gradients inside only, and keep none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], form: Form = "square", max_norm: float | None = None):
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        form: Form = "square",
+        max_norm: float | None = None,
+        max_total_norm: float | None = None,
+        beside: Iterable[nn.Parameter] = (),
+    ):
         self.parameters = list(parameters)
+        self.beside = list(beside)
         self.sums = [torch.zeros(p.shape, device=p.device) for p in self.parameters]
         self.form = _FORMS[form]
         self.max_norm = max_norm
+        self.max_total_norm = max_total_norm
         self.weight: float | torch.Tensor = 1.0
         self.passes = 0
+        self._squares: list[torch.Tensor] | None = None
+        self._scale: float | torch.Tensor = 1.0
 
     def __enter__(self) -> GradientSums:
-        self._flags = [p.requires_grad for p in self.parameters]
-        for parameter in self.parameters:
+        every = [*self.parameters, *self.beside]
+        self._flags = [p.requires_grad for p in every]
+        for parameter in every:
             parameter.requires_grad_(True)
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._add, total))
-            for p, total in zip(self.parameters, self.sums)
+            for p, total in zip(every, [*self.sums, *(None for _ in self.beside)])
         ]
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for parameter, flag in zip(self.parameters, self._flags):
+        for parameter, flag in zip([*self.parameters, *self.beside], self._flags):
             parameter.requires_grad_(flag)
 
     def backward(self, loss: torch.Tensor, again: bool = False) -> None:
         """One backward pass, into these parameters only; ``again`` keeps the graph for another one."""
+        if self.max_total_norm is not None:
+            self._squares = []
+            loss.backward(inputs=[*self.parameters, *self.beside], retain_graph=True)
+            norm = torch.stack(self._squares).sum().sqrt()
+            self._squares, self._scale = None, (self.max_total_norm / (norm + 1e-6)).clamp(max=1)
         loss.backward(inputs=self.parameters, retain_graph=again)
         self.passes += 1
 
-    def _add(self, total: torch.Tensor, parameter: nn.Parameter) -> None:
+    def _add(self, total: torch.Tensor | None, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs where one was accumulated
         gradient, parameter.grad = parameter.grad.float(), None
+        if self._squares is not None:
+            self._squares.append(gradient.square().sum())
+            return
+        assert total is not None, "the second pass is for the parameters alone"
         if self.max_norm is not None:
             gradient = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-        total.add_(self.weight * self.form(gradient))
+        total.add_(self.weight * self.form(self._scale * gradient))
 
 
 def per_example(
@@ -110,13 +133,13 @@ def per_batch(
     batches: Iterable[Batch],
     limit: int | None = None,
     form: Form = "square",
-    max_norm: float | None = None,
+    **clipping: Any,
 ) -> list[torch.Tensor]:
     """Means, over the batches (or the first ``limit``), of f(gradient of the batch's loss).
 
-    ``form`` and ``max_norm`` are those of :class:`GradientSums`. Returns and raises as :func:`per_example`.
+    ``form`` and ``clipping`` are those of :class:`GradientSums`. Returns and raises as :func:`per_example`.
     """
-    with GradientSums(parameters, form, max_norm) as sums:
+    with GradientSums(parameters, form, **clipping) as sums:
         for batch in _shown(islice(batches, limit), limit, "gradients, batch by batch"):
             sums.backward(loss(model, batch))
     return [total.div_(sums.passes) for total in _checked(sums)]
@@ -149,6 +172,33 @@ def _rows(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
     """The first rows of a stream of batches, each as a batch of one."""
     rows = ({k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"])))
     return islice(rows, limit)
+
+
+@contextmanager
+def in_training_mode(model: nn.Module, seed: int) -> Iterator[None]:
+    """Inside ``with``, the model drops out as in training, drawn from a seed; the global random state stays."""
+    mode, device = model.training, next(model.parameters()).device
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(mode)
+
+
+def first_rows(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+    """The batches, up to the first ``limit`` rows of them all (None: all); the last one may be cut."""
+    left = limit
+    for batch in batches:
+        if left is None:
+            yield batch
+            continue
+        size = len(batch["input_ids"])
+        yield batch if size <= left else {k: v[:left] for k, v in batch.items()}
+        left -= size
+        if left <= 0:
+            return
 
 
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -8,7 +8,7 @@ bit-identical, whatever weight decay or momentum an optimizer has; ``owned`` mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -21,10 +21,13 @@ from peftlib.mechanisms.host import Host
 
 
 class _Splice(torch.autograd.Function):
-    """The tensor with its chosen entries set to ``values``; the gradient of ``values`` is gathered from its own."""
+    """The tensor with its chosen entries set to ``values``; the gradient of ``values`` is gathered from its own. The
+    "gradient" of ``dropped``, a number, is the sum of the squares of the rest."""
 
     @staticmethod
-    def forward(values: torch.Tensor, tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def forward(
+        values: torch.Tensor, tensor: torch.Tensor, indices: torch.Tensor, dropped: torch.Tensor | None
+    ) -> torch.Tensor:
         # Through .data: a recomputation (gradient checkpointing) writes the same values again, which must not
         # invalidate what autograd saved of this tensor.
         tensor.data.view(-1)[indices.long()] = values.to(tensor.dtype)  # (k,) into the tensor's shape
@@ -32,14 +35,22 @@ class _Splice(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        values, _, indices = inputs
+        values, _, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.dtype = values.dtype
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
         (indices,) = ctx.saved_tensors
-        return gradient.reshape(-1)[indices.long()].to(ctx.dtype), None, None  # the tensor's shape -> (k,)
+        chosen = gradient.reshape(-1)[indices.long()].to(ctx.dtype)  # the tensor's shape -> (k,)
+        squares = None
+        if ctx.needs_input_grad[3]:
+            whole, part = (
+                torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+                for t in (gradient, chosen)
+            )
+            squares = (whole.square() - part.square()).clamp(min=0)  # ()
+        return chosen, None, None, squares
 
 
 class SparseValues(nn.Module):
@@ -48,10 +59,14 @@ class SparseValues(nn.Module):
     Shapes: ``indices`` (k,) of the flattened tensor, ascending, int32 where that suffices; ``values`` (k,) float32, the
     entries themselves, so the start is bit-identical. Do not step the optimizer between a forward and its backward:
     both read the same storage.
+
+    ``dropped``, where :func:`watch` made it: its ``grad`` sums up the squares of the gradient's other entries, pass by
+    pass.
     """
 
     indices: torch.Tensor
     original: torch.Tensor
+    dropped: torch.Tensor | None = None
 
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
         super().__init__()
@@ -64,7 +79,7 @@ class SparseValues(nn.Module):
         self.values = nn.Parameter(original.to(torch.promote_types(original.dtype, torch.float32), copy=True))
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _Splice.apply(self.values, tensor, self.indices)  # the tensor's shape
+        return _Splice.apply(self.values, tensor, self.indices, self.dropped)  # the tensor's shape
 
     @torch.no_grad()
     def add(self, tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -105,6 +120,37 @@ def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) ->
     host.on_remove(partial(_restore, child, parameter), restores=True)
     host.parametrize(parameter, child)
     return child
+
+
+def watch(children: Iterable[SparseValues]) -> None:
+    """From now on count what the children drop of their tensors' gradients."""
+    for child in children:
+        if child.dropped is None or child.dropped.device != child.values.device:
+            child.dropped = torch.zeros((), device=child.values.device, requires_grad=True)
+        child.dropped.grad = None
+
+
+@torch.no_grad()
+def clip_whole(parameters: Iterable[nn.Parameter], children: Iterable[SparseValues], max_norm: float) -> torch.Tensor:
+    """Scale the gradients of all trained parameters as if every entry of the children's tensors trained and the whole
+    gradient were clipped to ``max_norm``, since :func:`watch`. Gives the whole gradient's norm.
+
+    It is exact for one backward pass a step in which each tensor is used once. Those of several passes, uses or
+    processes are taken to be at right angles, so that no dense gradient has to be kept.
+    """
+    parameters = list(parameters)
+    squares = [c.dropped.grad for c in children if c.dropped is not None and c.dropped.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = nn.utils.get_total_norm(gradients).square()
+    if squares:
+        dropped = torch.stack([s.to(whole.device) for s in squares]).sum()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(dropped)
+            dropped /= torch.distributed.get_world_size() ** 2  # of the mean of the processes' gradients
+        whole = whole + dropped
+    norm = whole.sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def top_entries(scores: Sequence[torch.Tensor], k: int) -> list[torch.Tensor]:

@@ -17,6 +17,10 @@ from torch import nn
 from peftlib.errors import DataError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.importance import Batch
+from peftlib.mechanisms.schedules import Schedule
+
+DEFAULT = Schedule("linear", 0.06)
+"""A rise of the rate over the first 6 % of the steps, then a straight line down to 0."""
 
 
 def train(
@@ -26,7 +30,7 @@ def train(
     *,
     epochs: float,
     steps: int | None = None,
-    rise: float = 0.06,
+    schedule: Schedule = DEFAULT,
     max_norm: float = 1.0,
     seed: int = 0,
     what: str = "warm-up training",
@@ -36,10 +40,10 @@ def train(
     """AdamW on the groups' parameters, without weight decay; each group's gradient is cut to ``max_norm``.
 
     Args:
-        groups: optimizer groups, ``{"params": [...], "lr": rate}``.
+        groups: optimizer groups, ``{"params": [...], "lr": rate}``, with a ``"schedule"`` where that is another one.
         batches: with a length (a DataLoader): read anew each epoch; without: kept in memory.
         epochs: passes over the batches; ``steps`` overrides them.
-        rise: share of the steps in which the rates rise linearly from 0; they fall linearly to 0 afterwards.
+        schedule: of the learning rates.
         seed: of dropout and of every other draw meanwhile.
         what: title of the progress bar.
         loss: the loss of a batch, by default the model's own.
@@ -51,8 +55,8 @@ def train(
     if not len(batches):
         raise DataError("there is nothing to run the warm-up training on: the calibration batches are empty")
     total = steps if steps is not None else max(1, round(epochs * len(batches)))
-    rising = max(1, round(rise * total))
-    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [{"schedule": schedule, **group, "params": list(group["params"])} for group in groups]
+    factors = [group.pop("schedule").over(total) for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     flags = [p.requires_grad for p in parameters]
     mode, device = model.training, parameters[0].device
@@ -61,10 +65,7 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        # Not transformers' linear schedule, whose first step has the rate 0: a first phase may be a single step.
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
-        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for _, batch in zip(_shown(range(total), total, what), _forever(batches)):
@@ -73,7 +74,7 @@ def train(
                 for group in groups:
                     nn.utils.clip_grad_norm_(group["params"], max_norm)
                 optimizer.step()
-                schedule.step()
+                scheduler.step()
                 optimizer.zero_grad()
                 after_step()
         if not bool(value.isfinite()):

@@ -13,20 +13,45 @@ import torch
 from peftlib import taxonomy
 from peftlib.errors import ConfigError, MergeError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.schedules import Schedule, Stage, current, staged
 
 HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be."""
+    """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be; ``schedule``
+    is that of the learning rate and ``stages`` are the method's. ``max_norm``: the norm to which the method itself is
+    to clip gradients, where it does that (:attr:`Method.clips`)."""
 
     step: int
     total: int
+    schedule: Schedule = field(default_factory=Schedule)
+    stages: tuple[Stage, ...] = ()
+    max_norm: float | None = None
 
     @property
     def fraction(self) -> float:
         return self.step / max(1, self.total)
+
+    @property
+    def stage(self) -> str:
+        """The title of the stage that this step is in."""
+        return current(self.stages, self.step)[0].title
+
+    def rate(self) -> float:
+        """By which the schedule multiplies the learning rate at this step."""
+        return staged(self.schedule, self.stages or (Stage("", self.total),))(self.step)
+
+    def rate_since(self, start: int, warmup_steps: int | None = None) -> float:
+        """The same for what began to train at step ``start`` and has a schedule of its own from there to the end, with
+        as many steps of warm-up as the whole training has, or ``warmup_steps``."""
+        schedule, rising = self.schedule, warmup_steps
+        if rising is None:
+            rising = schedule.warmup_steps(self.total)
+        if schedule.name == "constant":  # it has no warm-up by itself
+            schedule = dataclasses.replace(schedule, name="constant_with_warmup")
+        return schedule.over(self.total - start, rising)(self.step - start)
 
 
 @dataclass(frozen=True)
@@ -104,8 +129,15 @@ class Method:
 
     Config: ClassVar[type[MethodConfig]]
     learning_rate: ClassVar[float] = 1e-3
+    restarts: ClassVar[bool] = False
+    """Whether what begins to train later has the learning-rate schedule for itself (``TrainingState.rate_since``)."""
     calibrates: bool = False
     """Whether training needs :meth:`calibrate` first."""
+    converts: bool = False
+    """Whether a phase on unlabelled text comes before the task, :func:`peftlib.convert`; its result is taken by
+    :meth:`start_from`."""
+    clips: bool = False
+    """Whether :meth:`on_gradients` clips the gradients, in the loop's place, by another norm than what trains has."""
     source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: int = 2
@@ -177,6 +209,10 @@ class Method:
         ``checkpoint``: the file where a calibration that takes long writes its state, and from which it goes on.
         """
 
+    def start_from(self, converted: SavedAdapter) -> None:
+        """Take what :func:`peftlib.convert` gave in the place of the start."""
+        raise ConfigError(f"{self.name} has no phase before the task, so there is nothing that it could start from")
+
     def pending(self) -> tuple[int, int, int]:
         """What :meth:`calibrate` will add to the counts: trained parameters, and stored numbers and bytes at most."""
         return 0, 0, 0
@@ -186,6 +222,10 @@ class Method:
         return 0
 
     # Training hooks
+
+    def stages(self, total: int) -> tuple[Stage, ...]:
+        """The parts of a training of ``total`` steps, in order; each has the learning-rate schedule for itself."""
+        return (Stage("training", total),)
 
     def on_step_start(self, training: TrainingState) -> None:
         """Before the first forward of an optimizer step."""

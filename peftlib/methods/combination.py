@@ -12,6 +12,7 @@ import torch
 
 from peftlib.errors import ConfigError, LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.schedules import Stage
 from peftlib.methods import registry
 from peftlib.methods.base import HOOKS, ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
 
@@ -51,6 +52,7 @@ class Combination(Method):
         super().__init__(config)
         self.parts = make_parts(self.part_configs())
         self.calibrates = any(part.calibrates for part in self.parts)
+        self.clips = any(part.clips for part in self.parts)
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
         self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 
@@ -102,6 +104,20 @@ class Combination(Method):
     def hooks(self) -> tuple[str, ...]:
         taken = {hook for part in self.parts for hook in part.hooks()}
         return tuple(m for m in HOOKS if m in taken)
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]  # of its parts, so not of the class
+        return any(part.restarts for part in self.parts)
+
+    def stages(self, total: int) -> tuple[Stage, ...]:
+        """Those of the parts, which must be the same where several parts have more than one."""
+        found = {part.name: stages for part in self.parts if len(stages := part.stages(total)) > 1}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"{' and '.join(found)} train in different stages and cannot be trained together: train one, merge it "
+                "or load it as it is, then attach the other"
+            )
+        return next(iter(found.values()), super().stages(total))
 
     def on_step_start(self, training: TrainingState) -> None:
         for part in self.parts:

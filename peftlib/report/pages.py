@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from peftlib import tasks, taxonomy
-from peftlib.experiments import PROFILES, SEARCH_RATES, TIE, Log, Store, logs, read_costs
+from peftlib.experiments import PROFILES, RATES, SEARCH_RATES, TIE, Log, Store, logs, read_costs
 from peftlib.report import cards, conformance, costs, figures, house, notebooks, searches
 from peftlib.report.counts import counts
 from peftlib.report.rendering import code, link, render
@@ -155,6 +155,7 @@ def leaderboard_page(standings: Standings) -> str:
         others=[Standings(standings.store, name) for name in others],
         methods=taxonomy.methods(),
         rates=SEARCH_RATES,
+        all_rates=RATES,
         tie=TIE,
         track_rows=_track_rows,
         run_rows=_run_rows,
@@ -224,7 +225,7 @@ def _search_rows(standings: Standings) -> list[dict[str, Any]]:
     return [
         {
             "method": name,
-            **{f"{r:g}": _marked(values[name].get(r), r == standings.rates[name]) for r in SEARCH_RATES},
+            **{f"{r:g}": _marked(values[name].get(r), r == standings.rates[name]) for r in standings.searched_rates},
         }
         for name in taxonomy.methods()
         if name in values

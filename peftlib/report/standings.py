@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import cached_property
 from typing import Any
 
 from peftlib import taxonomy
-from peftlib.experiments import SEARCH_RATES, Store, profile, summarize
-from peftlib.experiments.spec import track_settings, with_defaults
+from peftlib.experiments import RATES, Store, profile, summarize
+from peftlib.experiments.spec import comparable
 from peftlib.methods.registry import find
 
 Record = dict[str, Any]
@@ -30,23 +29,20 @@ class Standings:
     @cached_property
     def records(self) -> dict[str, list[Record]]:
         """Track -> its comparable runs, at every learning rate."""
-        defaults = {name: with_defaults(name, {}) for name in taxonomy.methods()}
         return {
-            track: [
-                r
-                for r in self.store.records(self.profile.name, track)
-                if r["spec"]["options"] == defaults.get(r["spec"]["method"])
-                and r["spec"]["settings"] == _json(track_settings(self.profile.name, track, r["spec"]["method"]))
-            ]
+            track: [r for r in self.store.records(self.profile.name, track) if comparable(r["spec"])]
             for track in self.profile.tracks
         }
 
     @cached_property
     def search(self) -> list[Record]:
-        """The runs of the learning-rate search: the stated rates at seed 0 on the first track."""
-        return [
-            r for r in self.records[self.first] if r["spec"]["seed"] == 0 and r["spec"]["learning_rate"] in SEARCH_RATES
-        ]
+        """The runs of the learning-rate search: its rates at seed 0 on the first track."""
+        return [r for r in self.records[self.first] if r["spec"]["seed"] == 0 and r["spec"]["learning_rate"] in RATES]
+
+    @cached_property
+    def searched_rates(self) -> list[float]:
+        """The rates that the search tried with any method, in ascending order."""
+        return sorted({r["spec"]["learning_rate"] for r in self.search})
 
     @cached_property
     def rates(self) -> dict[str, float]:
@@ -94,7 +90,3 @@ class Standings:
     def of(self, method: str) -> dict[str, dict[str, Any]]:
         """Track -> the row of one method, where it has runs."""
         return {track: row for track, rows in self.rows.items() for row in rows if row["method"] == method}
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))

@@ -6,8 +6,8 @@
 ('classification', 2, 'accuracy', {'train': 48, 'validation': 16, 'test': 16})
 """
 
-from peftlib.tasks.loading import custom, load, names
+from peftlib.tasks.loading import custom, load, names, texts
 from peftlib.tasks.mixing import mix
 from peftlib.tasks.task import Task
 
-__all__ = ["Task", "custom", "load", "mix", "names"]
+__all__ = ["Task", "custom", "load", "mix", "names", "texts"]

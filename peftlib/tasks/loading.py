@@ -12,6 +12,7 @@ from peftlib import sources
 from peftlib.errors import DataError, SourceError, UnknownNameError
 from peftlib.tasks import embedded, files, generation, glue, smoke
 from peftlib.tasks.task import Task
+from peftlib.tasks.text import normalized, sentences
 
 SOURCES = ("auto", "embedded", "generated", "folder", "hub")
 FEW_SHOT = "-fewshot"
@@ -82,6 +83,15 @@ def _find(name: str, source: str, root: str | os.PathLike | None, options: dict)
         where = f"{folder} does not have its files" if folder else "no folder is given"
         raise SourceError(f"the task {name!r} is not in a folder: {where}. Set root= or PEFTLIB_DATA.")
     return _from_hub(module, name, options)
+
+
+def texts(name: str, **options) -> list[str]:
+    """The sentences of a task's training texts, without labels, each once and in the order of the rows; ``options`` as
+    for :func:`load`."""
+    rows = load(name, **options).splits["train"]
+    columns = [column for column in ("text", "text_pair") if column in rows.column_names]
+    found = (sentence for row in rows for column in columns for sentence in sentences(row[column]))
+    return list(dict.fromkeys(sentence for sentence in found if normalized(sentence)))
 
 
 def _from_hub(module, name: str, options: dict) -> Task:

@@ -107,7 +107,7 @@ METHODS = (
         start_note="With k < n most tokens skip the layers; with k = n and gates of one it is a parallel adapter.",
         merge="no",
         merge_note="Routing depends on the input.",
-        life=("before training: a light phase converts the dense backbone to a routed one",),
+        life=("before training: a phase on unlabelled text converts the dense backbone to a routed one, convert()",),
         below_head="Two of three tokens skip every layer, and the run has no conversion phase: the paper first trains "
         "the routed network on unlabelled text, and 80 steps on 256 sentences cannot replace that.",
         exceptions={
@@ -121,10 +121,11 @@ METHODS = (
         title="Parallel adapter",
         cite="he2022unified",
         arxiv="2110.04366",
-        summary="A scaled bottleneck runs beside the feed-forward block and sees the same input.",
+        summary="A scaled bottleneck runs beside the feed-forward block and reads the hidden state in front of it.",
         equation=r"y = \mathrm{FFN}(x) + s\, W_{\mathrm{up}}\, \mathrm{ReLU}(W_{\mathrm{down}} x)",
-        symbols=r"$x \in \mathbb{R}^{d}$: input of the block; $W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, "
-        r"$W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained projections, with biases; $s$: fixed scale, 4.",
+        symbols=r"$x \in \mathbb{R}^{d}$: the hidden state in front of the block and of a norm that stands there; "
+        r"$W_{\mathrm{down}} \in \mathbb{R}^{r \times d}$, $W_{\mathrm{up}} \in \mathbb{R}^{d \times r}$: trained "
+        r"projections, with biases; $s$: fixed scale, 4.",
         sites=("ffn.up", "ffn.down"),
         form="bottleneck",
         insertion="parallel",
@@ -168,22 +169,27 @@ METHODS = (
         title="Tiny-attention adapter",
         cite="zhao2022tiny",
         arxiv="2211.01979",
-        summary="An attention with heads of size one over the whole context is added to the hidden state.",
-        equation=r"h_t \leftarrow h_t + \sum_{j} W_O^{(j)} \sum_{s} "
-        r"\operatorname{softmax}_s\bigl(q_t^{(j)} k_s^{(j)}\bigr)\, v_s^{(j)}",
-        symbols=r"$q^{(j)}, k^{(j)}, v^{(j)}$: query, key and value of tiny head $j$, each of size 1 by default; "
-        r"$W_O^{(j)} \in \mathbb{R}^{d \times 1}$; $s$ runs over all positions that are not padding.",
+        summary="An attention of size one over the whole context is added to the hidden state behind the attention.",
+        equation=r"h_t \leftarrow h_t + W_2\, W_O \sum_{s} \operatorname{softmax}_s\bigl(q_t k_s\bigr)\, v_s,\qquad "
+        r"(q, k, v) = W_{QKV}\, W_1 \operatorname{LN}(h)",
+        symbols=r"$q, k, v$: query, key and value of size 1; $W_1 \in \mathbb{R}^{3 \times d}$, "
+        r"$W_2 \in \mathbb{R}^{d \times 1}$; $W_{QKV}$, $W_O$: numbers; $s$ runs over all positions that are not "
+        r"padding.",
         sites=("attention.output",),
         form="attention",
         insertion="sequential",
         composition="added",
-        trains="The four projections of the tiny heads in every layer.",
-        count="L * (4 * d * heads * head_dim + 3 * heads * head_dim + d)",
-        start="identity",
-        start_note="The output projection starts at zero.",
+        trains="A norm, the maps into and out of the tiny attention, and its own four maps, in every layer.",
+        count="L * heads * (4 * d * head_dim + 3 * d + 4 * head_dim**2 + 7 * head_dim)",
+        start="near",
+        start_note="The last map starts at a hundredth of torch's usual start.",
         merge="no",
         merge_note="Its output depends on the context; heads can be averaged into one, which changes the output.",
-        life=("inference: the heads' weights may be averaged into one head",),
+        life=(
+            "before training: several heads may start from one that is trained",
+            "inference: the heads' parameters may be averaged into one head",
+        ),
+        original="cindermond/tiny-attn",
     ),
     Entry(
         name="adapter_fusion",
@@ -586,7 +592,7 @@ METHODS = (
         equation=r"h_{\ell, t} \leftarrow h_{\ell, t} + e\bigl(v_{\ell, p(t)}\bigr)\quad "
         r"\text{where } t \text{ is special}",
         symbols=r"$v_{\ell, p} \in \mathbb{R}^{d}$: vector of layer $\ell$ for the $p$-th special token ([CLS], first "
-        r"and second [SEP]); $e$: dropout.",
+        r"[SEP] and so on); $e$: dropout.",
         sites=("layers",),
         form="vector",
         insertion="sequential",
@@ -654,8 +660,11 @@ METHODS = (
         merge="exact",
         merge_note="Scale and shift fold into the output projection, which needs a bias for the shift; the norm is the "
         "backbone's own.",
-        life=("on_gradients: the head trains alone in the first stage, then vectors and norms without it",),
-        tiny={"head_stage": 0.0},  # half of three steps is too little to move the rest
+        life=(
+            "on_gradients: the head trains alone in the first stage, then vectors and norms without it",
+            "stages: each has the learning-rate schedule for itself",
+        ),
+        tiny={"head_stage": 0.34},  # one step of three: half of them leave too few for the rest
         tiny_rate=0.05,
         exceptions={
             f"merge on {family}": "The output projection has no bias for the shift; with shift=False it merges."

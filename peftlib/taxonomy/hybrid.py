@@ -92,7 +92,8 @@ METHODS = (
         form="bottleneck + tensors",
         insertion="sequential + in place",
         composition="added + replaced",
-        trains="The shared matrices, each adapter's factors and biases, and the layers' norms.",
+        trains="The shared matrices, each adapter's factors and biases, and the norms of the blocks and behind the "
+        "last layers.",
         count="L * (1 if plus_plus else 2) * (2 * (d + bottleneck) * rank + bottleneck + d) + divisions**3 "
         "+ 4 * L * d * train_norms",
         start="near",
@@ -144,16 +145,25 @@ METHODS = (
         form="attention + bottleneck",
         insertion="parallel + sequential",
         composition="gated + added",
-        trains="Serial adapter, parallel adapter and prefix of the layers that the structure switches on.",
+        trains="Serial and parallel adapters of the layers that the structure switches on, and an MLP that makes their "
+        "prefixes or those themselves.",
         count="(sum(layers) if layers else L) * (2 * d * (serial + parallel) + serial + parallel "
-        "+ d * ((serial > 0) + (parallel > 0)) + 2 * length * d)",
+        "+ d * ((serial > 0) + (parallel > 0))) + (length > 0) * (length * d + (d + 1) * hidden "
+        "+ 2 * (sum(layers) if layers else L) * d * (hidden + 1) if reparametrize "
+        "else 2 * (sum(layers) if layers else L) * length * d)",
         start="changed",
-        start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's.",
+        start_note="A structure with a prefix changes the output; one of adapters alone starts at the backbone's or "
+        "near it.",
         merge="no",
         merge_note="Adapters are nonlinear and a prefix depends on the query.",
         life=("before training: search the structures, each scored by a training run of its own",),
         original="cambridgeltl/autopeft",
-        tiny={"serial": 32, "parallel": 32, "length": 8},  # adapters wider than the whole backbone otherwise
+        tiny={
+            "serial": 32,
+            "parallel": 32,
+            "length": 8,
+            "hidden": 64,
+        },  # adapters wider than the whole backbone otherwise
     ),
     Entry(
         name="s3delta",
@@ -184,8 +194,8 @@ METHODS = (
         trains="While searching, all candidates (LoRA, low-rank adapter, biases, norms) and their gates; afterwards "
         "the chosen ones, at most the budget.",
         count="int(budget * total)",
-        start="identity",
-        start_note="Every candidate starts at zero change.",
+        start="changed",
+        start_note="LoRA, biases and norms start at zero change, adapters at random maps, as in the original.",
         merge="no",
         merge_note="A structure with adapters is nonlinear; LoRA, biases and norms alone would fold.",
         life=(

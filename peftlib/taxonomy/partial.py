@@ -46,7 +46,7 @@ METHODS = (
         insertion="in place",
         composition="replaced",
         trains="Every bias vector: of attention, feed-forward blocks and norms.",
-        count="L * (d + f) if queries_and_inner else L * (7 * d + f) + d + d * pooler",
+        count="(L * (d + f) if queries_and_inner else L * (7 * d + f) + d) + d * pooler",
         start="identity",
         start_note="Nothing is added.",
         merge="exact",
@@ -170,7 +170,7 @@ METHODS = (
         equation=r"\theta = \theta_0 + \phi,\quad \|\phi\|_0 = K;\qquad "
         r"\theta_{\mathrm{task} + \mathrm{lang}} = \theta_0 + \phi_{\mathrm{task}} + \phi_{\mathrm{lang}}",
         symbols=r"$\phi$: sparse difference with the $K$ entries that moved most in a first, full training.",
-        sites=("weights", "biases", "norms", "embeddings"),
+        sites=("weights", "biases", "embeddings"),
         form="entries",
         insertion="in place",
         composition="replaced",
@@ -182,7 +182,8 @@ METHODS = (
         merge="exact",
         merge_note="The values are the weights' own entries.",
         life=(
-            "calibrate: train everything, choose the entries that moved most, rewind all weights",
+            "calibrate: train everything but the norms, choose the entries that moved most, rewind all weights",
+            "penalty: the L1 distance to the start (option), in both trainings",
             "vectors of other tasks or languages are added to the trained one",
         ),
         original="cambridgeltl/composable-sft",

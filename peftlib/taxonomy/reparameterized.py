@@ -217,6 +217,7 @@ METHODS = (
             "penalty: orthogonality of the components",
             "on_gradients: importance of every matrix, smoothed",
             "on_step_end: give rank to the most important matrices, and drop the unused reserves at the budget",
+            "learning rate: what begins to train in a round has the schedule for itself, over the steps that are left",
         ),
         original="FeiyuZhang98/IncreLoRA",
         tiny_rate=0.01,
@@ -255,7 +256,7 @@ METHODS = (
         equation=r"\frac{\partial \mathcal{L}}{\partial W} \approx g_B A + B g_A - g_B g_A,\qquad "
         r"s = \Bigl|\widehat{\frac{\partial \mathcal{L}}{\partial W}} \odot (W + B A)\Bigr|",
         symbols=r"$g_A, g_B$: gradients of LoRA's factors $A, B$; $s$: importance of a weight, summed over a head or a "
-        r"channel, of unit norm a matrix, and smoothed over steps.",
+        r"channel, of unit norm a matrix (option: squares, without the norm), and smoothed over steps.",
         sites=("attention.heads", *_LINEARS),
         form="low-rank + entries",
         insertion="parallel + in place",
@@ -273,7 +274,8 @@ METHODS = (
             "on_train_end: cut them out of the weights",
         ),
         original="aim-uofa/LoRAPrune",
-        tiny={"interval": 1, "spare_last": 0},  # a few steps; of two layers, and of the only one when it compiles
+        # A few steps; of two layers, and of the only one when it compiles; two runs of the same steps are compared.
+        tiny={"interval": 1, "spare_last": 0, "dropout": 0.0},
         tiny_rate=0.01,
         exceptions=dict.fromkeys(
             ("merge on t5", "merge on mt5"),

@@ -57,7 +57,7 @@ METHODS = (
         summary="Adapters are pruned before training by a score such as SNIP, so that a wider bottleneck costs the "
         "same budget.",
         equation=r"h \leftarrow h + (M_{\mathrm{up}} \odot W_{\mathrm{up}})\, "
-        r"\sigma\bigl((M_{\mathrm{down}} \odot W_{\mathrm{down}}) h\bigr),\quad "
+        r"\sigma\bigl((M_{\mathrm{down}} \odot W_{\mathrm{down}})\, \mathrm{LN}(h)\bigr),\quad "
         r"M = \bigl[\,s \ge \tau\,\bigr],\ s_{\mathrm{SNIP}} = \Bigl|\tfrac{\partial \mathcal{L}}{\partial m}\Bigr|",
         symbols=r"$M$: binary masks, fixed before training; $s$: score of an entry; $\tau$: threshold that keeps the "
         r"wanted share of all entries.",
@@ -65,17 +65,19 @@ METHODS = (
         form="bottleneck",
         insertion="sequential",
         composition="added",
-        trains="The entries of the adapters that the mask keeps, and their biases.",
-        count="(lambda adapters, sizes: adapters * (bottleneck + d) + (int(density * sum(n * s for n, s in sizes)) "
-        "if scope == 'global' else sum(n * int(density * s) for n, s in sizes)))("
+        trains="The entries of the adapters that the mask keeps, their biases and the norms on their inputs.",
+        count="(lambda adapters, entries: adapters * (bottleneck + d + 2 * d * norm) + (int(density * sum("
+        "n * s for n, s in entries)) if scope == 'global' else sum(n * int(density * s) for n, s in entries)))("
         "{'adapter': 2 * L, 'lora': 0, 'mam': L}[form], {'adapter': [(4 * L, d * bottleneck)], "
-        "'lora': [(2 * L * len(targets), d * rank)], 'mam': [(2 * L, length * d), (2 * L, d * bottleneck)]}[form])",
+        "'lora': [(2 * L * len(targets), d * rank)], 'mam': [(2 * L, d * bottleneck)]}[form]) + "
+        "(length * d + (d + 1) * hidden + 2 * L * d * (hidden + 1) if form == 'mam' else 0)",
         start="near",
         start_note="Both projections start at N(0, 0.02): with a zero up-projection every SNIP score is zero.",
         merge="no",
         merge_note="A pruned adapter is still nonlinear, so it stays beside the backbone's weights.",
         life=("calibrate: score every entry on training batches, then fix the mask",),
         original="Shwai-He/SparseAdapter",
+        tiny={"dropout": 0.0},  # some checks compare two runs of the same steps
     ),
     Entry(
         name="propetl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from peftlib.errors import StateError
 from peftlib.mechanisms.outputs import Args, Kwargs
+from peftlib.mechanisms.schedules import Schedule, staged
 from peftlib.methods.base import ForwardPass, Method, TrainingState
 
 
@@ -67,23 +69,30 @@ class Guard:
 class Lifecycle:
     """Runs a method's hooks. :func:`peftlib.fit` and ``adapted.callback()`` use it; so can a loop of your own:
 
-    >>> with adapted.lifecycle(total_steps) as life:
+    >>> life = adapted.lifecycle(total_steps)
+    >>> scheduler = life.scheduler(optimizer, peftlib.Schedule("linear", warmup=0.1))
+    >>> with life:
     ...     for batch in batches:
     ...         life.step_start()
     ...         model(**batch).loss.backward()
     ...         life.gradients()
-    ...         optimizer.step(); optimizer.zero_grad()
+    ...         optimizer.step(); scheduler.step(); optimizer.zero_grad()
     ...         life.step_end()
 
     Inside it each training forward adds the method's penalty to ``output.loss``. Leaving it normally runs
-    ``on_train_end``; leaving it by an exception does not. ``step`` counts optimizer steps from 0; a run that resumes
-    starts at another one.
+    ``on_train_end``; leaving it by an exception does not. Without :meth:`scheduler` the rate counts as constant: a
+    schedule of your own knows nothing of a method's stages. ``step`` counts optimizer steps from 0; a run that resumes
+    starts at another one. A method that clips gradients itself (``adapted.method.clips``) cuts them to ``max_norm``,
+    where one is given; the loop leaves them as they are.
     """
 
-    def __init__(self, guard: Guard, total_steps: int, step: int = 0):
+    def __init__(self, guard: Guard, total_steps: int, step: int = 0, max_norm: float | None = None):
         self.guard = guard
         self.total = total_steps
         self.step = step
+        self.max_norm = max_norm
+        self.schedule = Schedule()
+        self.stages = guard.method.stages(total_steps)
 
     @property
     def method(self) -> Method:
@@ -91,7 +100,13 @@ class Lifecycle:
 
     @property
     def training(self) -> TrainingState:
-        return TrainingState(self.step, self.total)
+        return TrainingState(self.step, self.total, self.schedule, self.stages, self.max_norm)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> torch.optim.lr_scheduler.LambdaLR:
+        """A scheduler for the optimizer, to be stepped after it: ``schedule`` over all steps, or, where the method's
+        training has stages, over each of them. Methods whose parts begin to train later follow it too."""
+        self.schedule = dataclasses.replace(schedule, rate=optimizer.defaults["lr"])
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, staged(self.schedule, self.stages))
 
     def __enter__(self) -> Lifecycle:
         if not self.guard.calibrated:

@@ -19,8 +19,8 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from peftlib.errors import StateError, UnsupportedError
+from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import at_least
-from peftlib.training import schedules
 from peftlib.training.evaluation import Precision, Task, Tuned, check_labels, evaluate_task
 from peftlib.training.lifecycle import Lifecycle
 
@@ -47,7 +47,7 @@ class Trainable(Tuned, Protocol):
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]: ...
 
-    def lifecycle(self, total_steps: int, step: int = 0) -> Lifecycle: ...
+    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle: ...
 
 
 @dataclass
@@ -101,9 +101,10 @@ def fit(
         batch_size: rows a forward, on each process.
         learning_rate: default: the method's own, found by a stated search.
         head_learning_rate: the task head's; default: the same as ``learning_rate``.
-        warmup: share of the steps in which the rate rises linearly from 0.
+        warmup: share of the steps in which the rate rises linearly from 0; from 1 on, their number.
         schedule: a scheduler name of transformers' ``get_scheduler``; ``schedule_options`` are what it takes beside
-            the numbers of steps, such as ``{"num_cycles": 2}`` of "cosine_with_restarts".
+            the numbers of steps, such as ``{"num_cycles": 2}`` of "cosine_with_restarts". A method whose training has
+            stages goes through it once in each, unless the stage has another.
         precision: autocast: "no", "bf16" or "fp16"; trained parameters stay in their own dtype.
         group_by_length: make batches of rows of similar length, in random order: less padding, faster steps.
         evaluate_on: split to evaluate on at the end (and every ``evaluate_every`` steps); None: never.
@@ -120,7 +121,8 @@ def fit(
     at_least("batch_size", batch_size, 1)
     at_least("gradient_accumulation", gradient_accumulation, 1)
     _check_task(adapted, task)
-    schedules.check(schedule, schedule_options)
+    course = Schedule(schedule, warmup, schedule_options)
+    course.check()
     set_seed(seed)
     accelerator = _accelerator(precision, gradient_accumulation)
     adapted.model.to(accelerator.device)
@@ -154,11 +156,15 @@ def fit(
         with _prepared(accelerator, adapted.model, optimizer, loader) as (model, optimizer, batches):
             total = steps if steps is not None else max(1, round(epochs * len(batches) / gradient_accumulation))
             at_least("steps", total, 1)
-            scheduler = schedules.scheduler(schedule, optimizer, round(warmup * total), total, schedule_options)
-            step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), max_grad_norm)
+            # With fp16 the loss is scaled, and what the method sees of the gradients beside it.
+            own = max_grad_norm if adapted.method.clips and precision != "fp16" else None
+            life = adapted.lifecycle(total, max_norm=own)
+            scheduler = life.scheduler(optimizer, course)
+            clip = max_grad_norm if own is None else 0.0
+            step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), clip)
             title = f"{adapted.name} on {task.name}"
             bar, stream = _bar(title, total, progress and accelerator.is_main_process), _forever(batches)
-            with bar as advance, adapted.lifecycle(total) as life:
+            with bar as advance, life:
                 for number in range(1, total + 1):
                     result.seconds_per_step += step(life, stream, gradient_accumulation) / total
                     advance()

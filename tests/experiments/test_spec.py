@@ -51,3 +51,12 @@ def test_methods_that_build_on_adapters_name_the_tasks_of_these_in_their_runs(mo
     ]
     assert {s.learning_rate for s in sources} == {find("prompt_tuning").learning_rate}
     assert all("sources" not in s.settings for s in sources)
+
+
+def test_the_search_goes_on_where_its_best_rate_is_the_lowest_or_the_highest():
+    tried = [2e-3, 1e-4, 5e-4, 1e-2]
+    assert experiments.next_rate(tried, 1e-2) == 5e-2
+    assert experiments.next_rate(tried, 1e-4) == 2e-5
+    assert experiments.next_rate(tried, 5e-4) is None
+    assert experiments.next_rate([*tried, 5e-2], 1e-2) is None
+    assert experiments.next_rate([*tried, 5e-2, 0.2, 1.0], 1.0) is None  # there is none beyond

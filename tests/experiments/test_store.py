@@ -81,15 +81,18 @@ def test_a_damaged_record_is_named(store):
 def test_best_rate_is_chosen_on_validation_data(store):
     for rate, validation, loss, test in (
         (1e-4, 0.7, 0.5, 0.9),
-        (1e-3, 0.78, 1.0, 0.1),
+        (5e-4, 0.78, 1.0, 0.1),
         (2e-3, 0.78, 1.0, 0.1),
         (1e-2, 0.8, 2.0, 0.1),
+        (3e-3, 0.9, 0.1, 0.1),
     ):
         s = spec(learning_rate=rate)
         r = record(s, test)
         r["metrics"]["validation"] = {"accuracy": validation, "loss": loss}
         store.write(s, r)
-    assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 1e-3
+    other = spec(learning_rate=2e-3, options={"rank": 2})
+    store.write(other, record(other, 1.0, 0.0))
+    assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 5e-4  # 3e-3 is no rate of the search
     assert store.best_rate("smoke", "smoke", "head", "accuracy") is None
 
 

@@ -1,6 +1,7 @@
 """Sweeps: real runs on the smoke profile, killed for real, and going on."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from peftlib import experiments, sources
 from peftlib.errors import UnknownNameError
+from peftlib.experiments.sweep import EXECUTORS
 from peftlib.mechanisms import importance
 from tests.methods.helpers import interrupt, slow_clock
 
@@ -125,3 +127,24 @@ def test_a_killed_sweep_goes_on_without_loss_or_double_runs(tmp_path):
     for path in _runs(results):
         if path.name in survived:
             assert (path.stat().st_mtime_ns, path.read_bytes()) == survived[path.name]
+
+
+def test_a_search_goes_on_past_an_end_until_the_best_rate_is_inside(tmp_path, monkeypatch):
+    store, losses = experiments.Store(tmp_path), {"lora": 2e-5, "head": 5e-4}
+
+    def learned(specs, store, workers=1):
+        for spec in specs:
+            value = abs(math.log(spec.learning_rate / losses[spec.method]))
+            metrics = {split: {"accuracy": -value, "loss": value} for split in ("validation", "test")}
+            store.write(spec, {"spec": vars(spec), "metrics": metrics, "metric": "accuracy"})
+            yield spec, "done"
+
+    monkeypatch.setitem(EXECUTORS, "local", learned)
+    outcomes = experiments.search_rates("smoke", METHODS, store, progress=False)
+    tried = {m: sorted(r["spec"]["learning_rate"] for r in store.searched("smoke", "smoke", m)) for m in METHODS}
+    assert tried["head"] == sorted(experiments.SEARCH_RATES)
+    assert tried["lora"] == sorted([4e-6, 2e-5, *experiments.SEARCH_RATES])
+    assert outcomes["done"] == 10
+    assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 2e-5
+    again = experiments.search_rates("smoke", METHODS, store, progress=False)
+    assert again["done"] == 0 and again["there"] == 8

@@ -143,14 +143,14 @@ class Start:
         values, wanted, count = [], DRAWS if self.distribution.unit is not None else 1, 0
         for seed in range(400):
             torch.manual_seed(seed)
-            adapted = self.attach() if self.attach else tiny(method, self.family, **self.options)
+            adapted = self.attach() if self.attach else tiny(method, self.family, seed, **self.options)
             model = adapted.model
             tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             found = [t.detach() for n, t in tensors.items() if fnmatch(n, self.names) and t.is_floating_point()]
             assert found, f"no tensor of {method} matches {self.names!r}"
             values += [self.distribution.of(t) for t in found]
             count += sum(t.numel() for t in found)
-            if count >= wanted:
+            if count >= wanted or self.attach:  # which draws the same numbers again
                 break
         drawn = torch.cat(values)
         where = f"{method}: {self.names} should start {self.distribution.name} ({self.source})"
@@ -167,8 +167,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Trains:
-    """What trains beside the task head: each trained parameter matches one of ``names``, and each of ``names`` a trained
-    parameter."""
+    """What trains beside the task head: each trained parameter matches one of ``names``, and each of ``names`` matches
+    a trained parameter."""
 
     names: tuple[str, ...]
     source: str
@@ -211,7 +211,7 @@ class Count:
         assert own == self.trained, f"{method} trains {own:,} on {self.backbone}; {self.source} has {self.trained:,}"
         if self.percent:
             digits = len(self.percent.partition(".")[2])
-            share = 100 * own / (found["total"] - own - found["head"])
+            share = 100 * own / (found["total"] - found["head"])
             assert f"{share:.{digits}f}" == self.percent, f"{share} % on {self.backbone}, not {self.percent} %"
 
 
@@ -247,8 +247,8 @@ class Facts:
         return pytest.mark.parametrize("fact", checks)(function)
 
 
-def tiny(method: str, family: str = "bert", **options) -> peftlib.Adapted:
-    """The method on a fresh tiny model, with its options for such a model."""
+def tiny(method: str, family: str = "bert", seed: int = 0, **options) -> peftlib.Adapted:
+    """The method on a fresh tiny model, with its options for such a model. ``seed`` draws its start."""
     model = backbones.load(f"tiny-{family}", head="classification", dropout=0.0).model
     chosen = taxonomy.entry(method).tiny | options
-    return peftlib.attach(model, method, sources=registry.stand_ins(method), **chosen)
+    return peftlib.attach(model, method, sources=registry.stand_ins(method), seed=seed, **chosen)

@@ -13,7 +13,48 @@ from peftlib.conformance.checks import CHECKS
 from peftlib.errors import MergeError, TargetError, UnknownNameError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.unified.adamix import Experts
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+
+SOUP = "microsoft/AdaMix, src/transformers/models/expert_soup.py"
+GLUE = "microsoft/AdaMix, bert_base_mnli_expert_soup.sh"
+NLG = "microsoft/AdaMix, NLG/run_train_e2e.sh"
+
+
+def _defaults_of_the_lora_form():
+    c = peftlib.config("adamix", form="lora")
+    assert (c.rank, c.alpha, c.dropout, c.experts) == (4, 32.0, 0.1, 8)
+    assert c.consistency == 100, "NLG/src/model.py, GPT2LMModel.forward: the consistency loss times 100"
+
+
+FACTS = Facts(
+    "adamix",
+    Start("*.adamix.down.weight", normal(0.02), "BertPreTrainedModel._init_weights, of each expert by itself"),
+    Start("*.adamix.up.weight", normal(0.02), "BertPreTrainedModel._init_weights"),
+    Start("*.adamix.down.bias", zeros(), "BertPreTrainedModel._init_weights"),
+    Start("*.adamix.B", zeros(), "microsoft/AdaMix, NLG/loralib/layers.py, reset_parameters", {"form": "lora"}),
+    Trains(("*.output.dense.adamix.*",), "modeling_bert.py, BertOutput: ExpertSoup behind the feed-forward block"),
+    Default("experts", 4, f"{GLUE}: --num_experts 4"),
+    Default("bottleneck", 48, f"{GLUE}: --adapter_size 48"),
+    Default("activation", "gelu", "modeling_bert.py, BertOutput: ExpertSoup(..., 'gelu')"),
+    Default("consistency", 1.0, f"{GLUE}: --use_consistency_loss 1"),
+    Default("dropout", 0.0, f"{SOUP}, ExpertSoup: none inside"),
+    Holds("the defaults of the LoRA form", _defaults_of_the_lora_form, NLG),
+    Count("roberta-base", 12 * (5 * 768 * 48 + 4 * 48 + 768), "--sharing_up 1, --sharing_down 0: 4 down, 1 up"),
+    Count("t5-base", 24 * (5 * 768 * 48 + 4 * 48 + 768), "as on RoBERTa, 24 layers"),
+    Count("llama-7b", 32 * (5 * 4096 * 48 + 4 * 48 + 4096), "as on RoBERTa, 32 layers of 4,096"),
+    Count(
+        "roberta-base",
+        12 * 2 * 9 * 768 * 4,
+        f"{NLG}: lora_dim 4, 8 experts, share_B; query and value",
+        {"form": "lora"},
+    ),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def sequential_adapter(y, W_down, b_down, W_up, b_up, activation="gelu"):
@@ -160,7 +201,7 @@ def test_the_lora_form_starts_as_the_identity_and_merges_to_the_mean(family):
     assert torch.equal(start.model(**inputs(family)).logits, plain(**inputs(family)).logits)
     adapted = attached(family, form="lora", alpha=6.0)
     d = adapted.host.anatomy.d
-    assert adapted.count().method == 2 * 2 * (4 + 1) * d * 4
+    assert adapted.count().method == 2 * 2 * (8 + 1) * d * 4
     site = adapted.host.anatomy.sites(("attention.value",))[0]
     child = next(c for s, c in adapted.method.updates.items() if str(s) == str(site))
     weight = site.weight.detach() + 6.0 / 4 * child.B.detach() @ child.experts.weight.detach().mean(0)
@@ -170,11 +211,52 @@ def test_the_lora_form_starts_as_the_identity_and_merges_to_the_mean(family):
     torch.testing.assert_close(merged(**inputs(family)).logits, before, atol=1e-5, rtol=1e-4)
 
 
+def test_the_lora_form_starts_from_copies_of_one_matrix():
+    for child in peftlib.attach(backbone("bert"), "adamix", form="lora").method.updates.values():
+        assert float(child.experts.weight.std()) > 0.05
+        assert all(torch.equal(A, child.experts.weight[0]) for A in child.experts.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "blocks"), [("gpt2", "causal_lm", 2), ("bert", "masked_lm", 2), ("t5", "seq2seq", 6)]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_query_and_value_of_an_attention_share_a_draw(family, head, blocks, checkpointing):
+    """One AdamixMergedLinear makes query and value in the authors' code. Which expert had a gradient shows the draw."""
+    adapted = peftlib.attach(backbone(family, head), "adamix", form="lora", consistency=0.0)
+    perturb(adapted)
+    if checkpointing:
+        adapted.model.gradient_checkpointing_enable()
+    adapted.model.train()
+    children = {str(site): child for site, child in adapted.method.updates.items()}
+    drawn = []
+    for _ in range(12):
+        with adapted.lifecycle(1):
+            adapted.method.on_train_end = lambda: None
+            adapted.model(**batch(family, head)).loss.backward()
+        used = {}
+        for name, child in children.items():
+            hit = child.experts.weight.grad.abs().sum((1, 2)).nonzero().flatten().tolist()
+            assert len(hit) == 1, "each map draws one expert for the whole batch"
+            used.setdefault(name.rpartition(".")[0], set()).update(hit)
+            child.experts.weight.grad = None
+        assert len(used) == blocks
+        assert all(len(experts) == 1 for experts in used.values()), "query and value differ"
+        drawn.append([next(iter(experts)) for experts in used.values()])
+    assert len({tuple(d) for d in drawn}) > 1
+    assert any(len(set(d)) > 1 for d in drawn), "two attentions always draw the same"
+
+
+def test_maps_that_are_no_query_key_or_value_draw_for_themselves():
+    adapted = attached(form="lora", targets=("attention.query", "attention.output", "ffn.up"))
+    assert [child.experts.shared for child in adapted.method.updates.values()] == [None] * 6
+
+
 @dataclass(frozen=True)
 class LoRAForm(Case):
     @property
     def config(self):
-        return peftlib.config("adamix", form="lora")
+        return peftlib.config("adamix", form="lora", dropout=0.0)  # two runs of the same steps are compared
 
 
 @pytest.mark.parametrize("name", ["moves", "gradients", "save_load", "bf16_backbone", "checkpointing", "deepcopy"])

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import peftlib
+from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.methods.base import ConfigError
 from peftlib.methods.registry import resolve
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, zeros
 from tests.methods.helpers import perturb
 
 KINDS = {
@@ -122,3 +124,72 @@ def test_what_cannot_stand_side_by_side_is_refused():
         peftlib.attach(backbone("bert"), "adapter_fusion", sources=normed)
     with pytest.raises(ConfigError, match="at least 2 saved adapters of adapter_drop or"):
         peftlib.attach(backbone("bert"), "adapter_fusion", sources=mixed[:1])
+
+
+# The published facts
+
+HUB = "adapter-hub/adapters, src/adapters"
+
+
+def check_penalty():
+    adapted, _ = attached()
+    data = batch("bert")
+    with torch.no_grad():
+        for fused in adapted.method.fused:
+            fused.value.weight.copy_(3.0 * torch.eye(32))
+    plain = adapted.model.eval()(**data).loss
+    adapted.model.train()
+    with adapted.lifecycle(1):
+        loss = adapted.model(**data).loss
+    torch.testing.assert_close(loss - plain, torch.tensor(0.01 * 2 * 32 * 2.0**2), atol=1e-4, rtol=0)
+
+
+def check_value_start():
+    adapted, _ = attached()
+    for fused in adapted.method.fused:
+        wanted = torch.full((32, 32), 1e-6).fill_diagonal_(1.0)
+        assert torch.equal(fused.value.weight, wanted) and fused.value.bias is None
+
+
+def check_dropout():
+    model = backbones.load("tiny-bert").model  # with the config's dropout
+    sources = [adapter(seed) for seed in range(2)]
+    fused = peftlib.attach(model, "adapter_fusion", sources=sources).method.fused
+    assert model.config.attention_probs_dropout_prob > 0
+    assert {f.dropout.p for f in fused} == {model.config.attention_probs_dropout_prob}
+
+
+def fused():
+    return attached()[0]
+
+
+FACTS = Facts(
+    "adapter_fusion",
+    Default("regularization", 0.01, f"{HUB}/model_mixin.py, get_fusion_regularization_loss"),
+    Default("dropout", None, f"{HUB}/methods/bottleneck.py: attention_probs_dropout_prob of the backbone"),
+    *(
+        Start(
+            f"*.adapter_drop.{names}", start, f"{HUB}/methods/modeling.py, BertFusion: init_bert_weights", attach=fused
+        )
+        for names, start in (
+            ("query.weight", normal(0.02)),
+            ("key.weight", normal(0.02)),
+            ("query.bias", zeros()),
+            ("key.bias", zeros()),
+        )
+    ),
+    Holds("the value map starts near the identity", check_value_start, f"{HUB}/methods/modeling.py, BertFusion"),
+    Holds("the value map is kept near the identity", check_penalty, f"{HUB}/trainer.py, on_step_end"),
+    Holds("the scores have the dropout of the backbone", check_dropout, f"{HUB}/methods/bottleneck.py"),
+    Trains(
+        ("*.adapter_drop.query.*", "*.adapter_drop.key.*", "*.adapter_drop.value.weight"),
+        "section 3.2: the second stage trains Q, K and V",
+    ),
+    Count("roberta-base", 12 * (3 * 768**2 + 2 * 768), "section 3.2, with the library's biases of Q and K"),
+    Count("llama-7b", 32 * (3 * 4096**2 + 2 * 4096), "section 3.2"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -11,6 +11,7 @@ from peftlib.conformance.case import backbone, inputs, logits
 from peftlib.errors import DataError, UnknownNameError
 from peftlib.methods.additive.adapters.adapter_soup import nearest
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Default, Facts, Holds, Trains
 from tests.methods.helpers import perturb
 
 DOMAINS = {
@@ -59,6 +60,13 @@ def test_heads_are_the_models_own_or_averaged_and_come_back():
         peftlib.attach(wide, "adapter_soup", sources=sources, heads="average")
 
 
+def test_a_domain_below_the_least_similarity_is_left_out():
+    text = torch.tensor([[1.0, 0.0]])
+    domains = {"near": torch.tensor([[1.0, 0.5]]), "far": torch.tensor([[0.1, 1.0]])}
+    assert nearest(text, domains) == ("near", "far")
+    assert nearest(text, domains, least=0.5) == ("near",)
+
+
 @pytest.mark.parametrize("by", ["similarity", "clusters"])
 def test_the_sentence_encoder_finds_the_related_domain(by):
     vectors = {name: backbones.embed(texts) for name, texts in DOMAINS.items()}
@@ -98,3 +106,28 @@ def test_what_does_not_fit_is_named():
         peftlib.config("adapter_soup", chosen=("a", "a"))
     with pytest.raises(UnknownNameError, match="way to choose 'hope'"):
         nearest(torch.ones(1, 2), {"a": torch.ones(1, 2)}, by="hope")
+
+
+# The published facts
+
+
+def check_average():
+    sources = [adapter(seed) for seed in range(3)]
+    adapted = peftlib.attach(backbone("bert"), "adapter_soup", sources=sources)
+    for name, parameter in adapted.host.trained().items():
+        if name not in adapted.head_names:
+            torch.testing.assert_close(parameter, torch.stack([s.state[name] for s in sources]).mean(0))
+
+
+FACTS = Facts(
+    "adapter_soup",
+    Default("chosen", (), "section 2.2: which ones, nearest() says"),
+    Default("heads", "keep", "chosen here; the paper's domains have no heads"),
+    Holds("the soup is the average with equal weights", check_average, "section 2.2"),
+    Trains(("*.residual_adapter.*",), "section 2.1: the adapter of Bapna and Firat"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

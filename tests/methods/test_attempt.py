@@ -10,6 +10,7 @@ import peftlib
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform
 from tests.methods.helpers import perturb
 
 
@@ -101,3 +102,37 @@ def test_what_cannot_be_is_refused():
         peftlib.config("attempt", temperature=0)
     with pytest.raises(ConfigError, match="tasks=0"):
         peftlib.config("attempt", tasks=0)
+
+
+# The published facts
+
+ASAI = "AkariAsai/ATTEMPT, attempt/third_party/models/t5/modeling_t5.py, T5Stack"
+
+
+def check_start_and_norm():
+    _, mixture, sources = attached()
+    assert torch.equal(mixture.targets[0], sources[0])
+    assert not [n for n, _ in mixture.named_parameters() if "norm" in n]
+    assert mixture.temperature == pytest.approx(math.e * 32)
+
+
+FACTS = Facts(
+    "attempt",
+    Default("bottleneck", 100, f"{ASAI}: attn_W_down"),
+    Default("temperature", None, "attempt/configs: 2000 or e exp(1) = 2087 on T5-base"),
+    Start("*.prompt.down.weight", kaiming_uniform(), f"{ASAI}: nn.Linear"),
+    Start("*.prompt.up.weight", kaiming_uniform(), f"{ASAI}: nn.Linear"),
+    Holds("the target starts from the first source and the norm is frozen", check_start_and_norm, "run_seq2seq.py"),
+    Trains(
+        ("*.prompt.targets", "*.prompt.down.weight", "*.prompt.up.weight"),
+        "AkariAsai/ATTEMPT, attempt/utils/utils.py, freeze_model_params: attn_W_down, attn_W_up, prefix_shared",
+    ),
+    # 231,936, which is told of the paper, would be with the norm's 2 e.
+    Count("t5-base", 100 * 768 + 2 * 768 * 100, "freeze_model_params: 230,400"),
+    Count("roberta-base", 100 * 768 + 2 * 768 * 100, "freeze_model_params"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

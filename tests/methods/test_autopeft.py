@@ -12,6 +12,7 @@ from peftlib import backbones, taxonomy
 from peftlib.errors import MergeError, TargetError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.automatic.autopeft.search import AutoPEFTSearch, Space, hypervolume, pareto
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 MODULES = {"serial": "sequential_adapter", "parallel": "parallel_adapter", "length": "prefix"}
@@ -39,6 +40,51 @@ def test_no_layers_named_are_all_layers():
     assert some.trainable().keys() == every.trainable().keys()
 
 
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("parallel", [0, 7])
+@torch.no_grad()
+def test_both_adapters_read_what_the_original_gives_them(family, parallel):
+    """cambridgeltl/autopeft, adapters/modeling_sappa.py (Adapter.pre_forward, forward, post_forward) and
+    layer.py (adapter_stack): for the block's input x and output y, the serial adapter reads LN(x + y), the parallel one
+    x, and the layer gives LN(x + y + A_serial(LN(x + y)) + 4 A_parallel(x)). That is for BERT; where the norms stand
+    before the blocks, there is none behind the sums."""
+    adapted = peftlib.attach(backbone(family), "autopeft", serial=5, parallel=parallel, length=0, train_head=False)
+    perturb(adapted)
+    adapted.model.double().eval()
+    layer, seen = adapted.host.anatomy.layers[0], {}
+    first = layer.norms["ffn"] if layer.pre_norm else layer.sites["ffn.up"].module
+    first.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
+    layer.sites["ffn.down"].module.register_forward_hook(lambda m, args, out: seen.update(y=out))
+    layer.module.register_forward_hook(lambda m, args, out: seen.update(out=out if torch.is_tensor(out) else out[0]))
+    adapted.model(**inputs(family))
+    x, y = seen["x"], seen["y"]
+
+    def network(a, z):
+        return torch.relu(z @ a.down.weight.T + a.down.bias) @ a.up.weight.T + a.up.bias
+
+    norm = torch.nn.Identity()
+    if not layer.pre_norm:
+        norm = torch.nn.LayerNorm(x.shape[-1], eps=layer.norms["ffn"].eps).double()
+        norm.load_state_dict(layer.norms["ffn"].state_dict(), strict=False)
+    modules = {n.rpartition(".")[2]: m for n, m in layer.module.named_modules()}
+    total = x + y + network(modules["sequential_adapter"], norm(x + y))
+    if parallel:
+        total = total + 4 * network(modules["parallel_adapter"], x)
+    torch.testing.assert_close(seen["out"], norm(total), atol=1e-12, rtol=1e-10)
+
+
+def test_the_prefix_trains_through_an_mlp_and_is_stored_without_it():
+    """adapterhub/nas_search.py: PrefixTuningConfig(bottleneck_size=800); its tanh and one MLP for all layers are
+    adapters/prefix_tuning.py's."""
+    options = {"serial": 0, "parallel": 0, "length": 3, "layers": (1, 0)}
+    adapted = peftlib.attach(backbone("bert"), "autopeft", train_head=False, **options)
+    d, h = 32, 800
+    assert adapted.count().method == 3 * d + (d + 1) * h + 2 * d * (h + 1)
+    assert adapted.count().stored == 2 * 3 * d
+    plain = peftlib.attach(backbone("bert"), "autopeft", reparametrize=False, train_head=False, **options)
+    assert plain.count().method == plain.count().stored == 2 * 3 * d
+
+
 @pytest.mark.parametrize(
     ("options", "one"),
     [
@@ -48,16 +94,20 @@ def test_no_layers_named_are_all_layers():
 )
 def test_count_on_bert_base(options, one):
     layers = (0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0)
-    adapted = peftlib.attach(backbones.shapes("bert-base-uncased"), "autopeft", layers=layers, **options)
+    shapes = backbones.shapes("bert-base-uncased")
+    adapted = peftlib.attach(shapes, "autopeft", layers=layers, reparametrize=False, **options)
     assert adapted.count().method == 6 * one
 
 
 @torch.no_grad()
-def test_adapters_alone_start_at_the_backbone_and_a_prefix_does_not():
+def test_adapters_alone_start_at_or_near_the_backbone_and_a_prefix_does_not():
     plain = backbone("bert")(**inputs("bert")).logits
+    parallel = peftlib.attach(backbone("bert"), "autopeft", serial=0, length=0)
     adapters = peftlib.attach(backbone("bert"), "autopeft", length=0)
     prefix = peftlib.attach(backbone("bert"), "autopeft", serial=0, parallel=0, length=3)
-    assert torch.equal(adapters.model(**inputs("bert")).logits, plain)
+    assert torch.equal(parallel.model(**inputs("bert")).logits, plain)
+    difference = (adapters.model(**inputs("bert")).logits - plain).abs().max()
+    assert 0 < difference < 0.01
     assert not torch.equal(prefix.model(**inputs("bert")).logits, plain)
 
 
@@ -95,7 +145,7 @@ def points(space, count, seed=0):
 
 def parameters(options):
     """By the card's formula."""
-    return taxonomy.entry("autopeft").trained(L=2, d=32, **options)
+    return taxonomy.entry("autopeft").trained(L=2, d=32, reparametrize=False, hidden=800, **options)
 
 
 def test_sizes_halve_from_the_width_to_one_and_none():
@@ -103,11 +153,11 @@ def test_sizes_halve_from_the_width_to_one_and_none():
     assert Space(384, 6).sizes == (384, 192, 96, 48, 24, 12, 6, 3, 1, 0)
 
 
-def test_parameters_are_those_of_the_attached_structure():
+def test_parameters_are_those_that_the_attached_structure_stores():
     shapes = backbones.load("tiny-bert", head="classification").model
     for point in points(TINY, 6):
-        adapted = peftlib.attach(shapes, "autopeft", **TINY.options(point))
-        assert adapted.count().method == TINY.parameters(torch.tensor(point)) == parameters(TINY.options(point))
+        adapted = peftlib.attach(shapes, "autopeft", train_head=False, **TINY.options(point))
+        assert adapted.count().stored == TINY.parameters(torch.tensor(point)) == parameters(TINY.options(point))
         adapted.detach()
 
 
@@ -209,3 +259,34 @@ def test_the_search_is_the_original_s():
     assert Space(768, 12).sizes == (*(768 >> k for k in range(9)), 1, 0), (
         "log2 reductions of 0 to 10, the last for none"
     )
+
+
+CODE = "cambridgeltl/autopeft"
+SAPPA = f"{CODE}, adapters/modeling_sappa.py, Adapter"
+FACTS = Facts(
+    "autopeft",
+    Default("serial", 48, "chosen here: a structure is what the search finds"),
+    Default("parallel", 48, "chosen here: a structure is what the search finds"),
+    Default("length", 3, "chosen here: a structure is what the search finds"),
+    Default("reparametrize", True, f"{CODE}, adapters/configuration.py, PrefixTuningConfig: flat=False"),
+    Default("hidden", 800, f"{CODE}, adapterhub/nas_search.py: bottleneck_size=800"),
+    Start("*.sequential_adapter.down.weight", normal(0.02), f"{SAPPA}: init_bert_weights"),
+    Start("*.sequential_adapter.up.weight", normal(0.02), f"{SAPPA}: init_bert_weights"),
+    Start("*.parallel_adapter.down.weight", kaiming_uniform(), f"{SAPPA}: kaiming_uniform_, a=sqrt(5)"),
+    Start("*.parallel_adapter.up.weight", zeros(), f"{SAPPA}: adapter_up_pa"),
+    Trains(("*.prefix.maker.*", "*.sequential_adapter.*", "*.parallel_adapter.*"), f"{CODE}: adapter parameters alone"),
+    Count(
+        "bert-base-uncased",
+        12 * (2 * 768 * 48 + 48 + 768),
+        f"{CODE}, adapterhub/nas_search.py: Pfeiffer alone",
+        {"parallel": 0, "length": 0},
+    ),
+    Count("roberta-base", 17_170_592, "its formula at the defaults"),
+    Count("t5-base", 49_722_720, "its formula; the original is on encoders"),
+    Count("llama-7b", 238_698_272, "its formula; the original is on encoders"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

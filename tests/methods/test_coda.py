@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import peftlib
-from peftlib import anatomy, backbones
+from peftlib import anatomy, backbones, conversion, sources
 from peftlib.efficiency.speed import count_flops
-from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
+from peftlib.errors import DataError, LoadError, UnknownNameError, UnsupportedError
 from peftlib.methods.additive.adapters.coda.layer import Temperature, soft_top_k
 from peftlib.methods.additive.adapters.parallel_adapter import Parallel
 from peftlib.methods.base import ConfigError
+from peftlib.training import objectives
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert", "t5", "bart")
@@ -75,13 +77,19 @@ def falling(last, steps=20, first=4.0, decay=0.7):
     return [max(last, first * decay**step) for step in range(steps)]
 
 
-def conditional_layer(h, h_bar, w, adapter, layer, reduction, epsilons):
+def conditional_layer(h, h_bar, w, adapter, layer, reduction, epsilons, keep_first):
     """h + adapter(h_bar) + lambda (Layer(h_S) - h_S) for one row h (n, d), and S. ``layer(S)`` gives the frozen layer's
     output (k, d) for the chosen positions, ``adapter`` is a function of the normed states."""
     n = len(h)
     k = math.ceil(n / reduction)
     scores = [float(state @ w) for state in h_bar]
-    weights = coordinate_ascent(scores, k, epsilons) if k < n else [1.0] * n
+    if k == n:
+        weights = [1.0] * n
+    elif not keep_first:
+        weights = coordinate_ascent(scores, k, epsilons)
+    else:
+        weights = [1.0, *(coordinate_ascent(scores[1:], k - 1, epsilons) if k > 1 else [0.0] * (n - 1))]
+        scores[0] = math.inf
     chosen = sorted(sorted(range(n), key=lambda i: -scores[i])[:k])
     y = h + adapter(h_bar)
     for i, out in zip(chosen, layer(chosen)):
@@ -133,9 +141,10 @@ def test_soft_top_k_has_gradients_and_a_small_epsilon_is_hard():
 
 
 @pytest.mark.parametrize("attention", ["k-to-k", "k-to-all"])
-@pytest.mark.parametrize("family", ENCODERS)
-def test_a_layer_is_the_frozen_one_on_the_chosen_tokens_alone(family, attention):
-    adapted = attached(family, attention=attention, reduction=2.5, train_norms=False)
+@pytest.mark.parametrize(("family", "keep_first"), [(f, None) for f in ENCODERS] + [("bert", False), ("t5", True)])
+def test_a_layer_is_the_frozen_one_on_the_chosen_tokens_alone(family, keep_first, attention):
+    adapted = attached(family, attention=attention, reduction=2.5, train_norms=False, keep_first=keep_first)
+    keep_first = family not in ("t5", "bart") if keep_first is None else keep_first
     adapted.model.double()
     data, parts = inputs(family, 3), adapted.host.anatomy
     plain = anatomy.of(backbone(family).double())
@@ -162,8 +171,9 @@ def test_a_layer_is_the_frozen_one_on_the_chosen_tokens_alone(family, attention)
             with torch.no_grad():
                 normed = own if not layer.pre_norm else plain.layers[place].norms["attention"](own)
                 expected, chosen = conditional_layer(
-                    own, normed, child.router, child.adapter.delta, run, 2.5, falling(1.0)
+                    own, normed, child.router, child.adapter.delta, run, 2.5, falling(1.0), keep_first
                 )
+            assert not keep_first or chosen[0] == 0
             assert 0 < len(chosen) < n
             torch.testing.assert_close(y[row, real], expected, atol=1e-12, rtol=1e-12)
 
@@ -246,7 +256,7 @@ def test_decoders_of_two_stacks_have_the_adapter_alone(family):
 def test_the_router_learns_which_token_matters():
     """One token of each text carries the label and stands anywhere: its score rises above the others'."""
     torch.manual_seed(0)
-    adapted = peftlib.attach(backbone("bert"), "coda", reduction=4, bottleneck=4)
+    adapted = peftlib.attach(backbone("bert"), "coda", reduction=4, bottleneck=4, keep_first=False)
     child = adapted.host.anatomy.layers[0].module.coda
     d = adapted.host.anatomy.d
     mark = torch.randn(d)
@@ -284,6 +294,89 @@ def test_a_task_starts_from_what_the_conversion_phase_gave(family, head, tmp_pat
     assert all(torch.equal(task.trainable()[n], start[n]) for n in task.head_names)
 
 
+TEXTS = ["a dull film with a weak plot", "the cast was great", "so good", "it was the boring one and so was the end"]
+
+
+def converted(name, tmp_path, monkeypatch, steps=4, **options):
+    monkeypatch.setattr(sources, "cache_root", lambda: tmp_path)
+    return peftlib.convert(name, "coda", TEXTS, steps=steps, batch_size=2, **({"bottleneck": 4} | options))
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-roberta"])
+def test_a_backbone_is_converted_once_and_a_task_starts_from_it(name, tmp_path, monkeypatch):
+    first = converted(name, tmp_path, monkeypatch)
+    facts = first.notes["conversion"]
+    assert facts["objective"] == "states" and facts["steps"] == 4
+    (folder,) = (tmp_path / "conversions").iterdir()
+    monkeypatch.setattr(conversion, "_train", None)  # what is in the cache is not made again
+    again = converted(name, tmp_path, monkeypatch)
+    assert again.name == first.name and folder.name == f"coda-{first.name}"
+    assert all(torch.equal(t, again.state[n]) for n, t in first.state.items())
+    task = peftlib.attach(backbones.load(name, head="classification").model, "coda", bottleneck=4)
+    head = {n: task.trainable()[n].detach().clone() for n in task.head_names}
+    task.start_from(again)
+    mine = {n.partition(".")[2]: p for n, p in task.trainable().items() if n not in head}
+    assert mine.keys() == again.state.keys()
+    assert all(torch.equal(p, again.state[n]) for n, p in mine.items())
+    assert all(torch.equal(p, task.trainable()[n]) for n, p in head.items())
+    assert task.snapshot().notes["conversion"] == facts
+
+
+def test_a_conversion_is_repeatable_and_is_another_with_other_settings(tmp_path, monkeypatch):
+    one, two = converted("tiny-bert", tmp_path / "a", monkeypatch), converted("tiny-bert", tmp_path / "b", monkeypatch)
+    assert all(torch.equal(t, two.state[n]) for n, t in one.state.items())
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    other = converted("tiny-bert", tmp_path / "a", monkeypatch, reduction=2)
+    assert other.name != one.name and converted("tiny-bert", tmp_path / "a", monkeypatch, steps=5).name != one.name
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_converted_backbone_is_nearer_to_itself(tmp_path, monkeypatch):
+    """The states that the routed network gives come nearer to the backbone's."""
+    start, end = (converted("tiny-bert", tmp_path, monkeypatch, steps=steps, learning_rate=1e-2) for steps in (1, 60))
+
+    def distance(adapter):
+        loaded = backbones.load("tiny-bert", head="base", dropout=0.0)
+        goal = objectives.States(loaded.model, loaded.tokenizer)
+        peftlib.attach(loaded.model, "coda", bottleneck=4).start_from(adapter)
+        with torch.no_grad():
+            return float(goal.loss([loaded.tokenizer(t)["input_ids"] for t in TEXTS]))
+
+    assert distance(end) < 0.8 * distance(start)
+
+
+def test_a_backbone_with_its_head_goes_on_with_its_own_objective(tmp_path, monkeypatch):
+    bert = backbones.load("tiny-bert", head="masked_lm")
+    before = {n: p.clone() for n, p in bert.model.named_parameters()}
+    found = converted(bert, tmp_path, monkeypatch)
+    assert found.notes["conversion"]["objective"] == "masked"
+    assert all(torch.equal(p, before[n]) for n, p in bert.model.named_parameters())
+    task = peftlib.attach(backbone("bert"), "coda", bottleneck=4)
+    task.start_from(found)
+    t5 = backbones.load("tiny-t5", head="seq2seq")
+    with pytest.raises(UnsupportedError, match="no <extra_id_0>"):
+        converted(t5, tmp_path, monkeypatch)
+    t5.tokenizer.add_tokens([f"<extra_id_{i}>" for i in range(4)])
+    t5.model.resize_token_embeddings(len(t5.tokenizer))
+    assert converted(t5, tmp_path, monkeypatch).notes["conversion"]["objective"] == "spans"
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="lora has no phase before the task"):
+        peftlib.convert("tiny-bert", "lora", TEXTS)
+    with pytest.raises(DataError, match="no text"):
+        peftlib.convert("tiny-bert", "coda", [])
+    with pytest.raises(UnknownNameError, match="'spam'"):
+        converted("tiny-bert", tmp_path, monkeypatch, objective="spam")
+    with pytest.raises(ConfigError, match="needs a backbone with head='seq2seq'"):
+        converted(backbones.load("tiny-bert", head="base"), tmp_path, monkeypatch, objective="spans")
+    with pytest.raises(ConfigError, match="lora has no phase before the task, so there is nothing"):
+        peftlib.attach(backbone("bert"), "lora").start_from(converted("tiny-bert", tmp_path, monkeypatch))
+    with pytest.raises(LoadError, match="roberta"):
+        peftlib.attach(backbone("roberta"), "coda").start_from(converted("tiny-bert", tmp_path, monkeypatch))
+
+
 def test_a_start_that_does_not_fit_is_refused():
     lm = attached("bert", "masked_lm")
     before = lm.snapshot()
@@ -316,3 +409,30 @@ def test_bad_options():
             peftlib.config("coda", **{option: value})
     with pytest.raises(UnknownNameError, match=r"'k-to-n'.*Known: k-to-k, k-to-all"):
         peftlib.config("coda", attention="k-to-n")
+
+
+# The published facts
+
+THIRD = "re-implementations; no code of the authors is known"
+
+FACTS = Facts(
+    "coda",
+    Default("reduction", 3.0, "table 1: MNLI at 3.2 times the speed"),
+    Default("iterations", 20, f"appendix C, as in {THIRD}"),
+    Default("epsilon", 1.0, f"chosen here; 0.02 to 1 in {THIRD}"),
+    Default("attention", "k-to-all", "chosen here"),
+    Default("bottleneck", 64, "chosen here"),
+    Default("activation", "relu", "chosen here"),
+    Default("train_norms", True, "from memory of section 4, not confirmed"),
+    Start("*.coda.router", normal(lambda fan_in: fan_in**-0.5), "chosen here: scores of unit variance"),
+    Start("*.coda.adapter.down.weight", kaiming_uniform(), "chosen here"),
+    Start("*.coda.adapter.up.*", zeros(), "chosen here"),
+    Start("*.coda.adapter.down.bias", zeros(), "chosen here"),
+    Trains(("*.coda.router", "*.coda.adapter.*", "*LayerNorm*"), "section 3: router, adapter, norms"),
+    Count("roberta-base", 12 * (768 + 2 * 768 * 64 + 64 + 768 + 4 * 768), "chosen here: r = 64"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -7,7 +7,29 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import MergeError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, ones, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+
+FACTS = Facts(
+    "hadamard_adapter",
+    Start("*.hadamard_adapter.scale", ones(), "arXiv:2407.11033, section 4: the start is the identity"),
+    Start("*.hadamard_adapter.shift", zeros(), "arXiv:2407.11033, section 4: the start is the identity"),
+    Trains(
+        ("*.hadamard_adapter.scale", "*.hadamard_adapter.shift", "*.attention.output.LayerNorm.*"),
+        "arXiv:2407.11033, abstract: 0.033 % of BERT-base is two vectors and one norm a layer",
+    ),
+    Default("head_stage", 0.5, "the paper trains the classifier first (figure 3); how long is chosen here"),
+    Count("bert-base-uncased", 36_864, "arXiv:2407.11033, abstract: 0.033 % of 110 M", percent="0.034"),
+    Count("roberta-base", 36_864, "as on BERT-base: 12 layers of 768"),
+    Count("t5-base", 55_296, "24 layers of scale, shift and a norm without bias, 3 x 768"),
+    Count("llama-7b", 393_216, "32 layers of scale, shift and a norm without bias, 3 x 4096"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 FAMILIES = list(backbones.tiny.FAMILIES)
 WITHOUT_BIAS = ("llama", "mistral", "qwen2", "t5", "mt5")
@@ -90,12 +112,29 @@ def test_the_head_trains_first_then_everything_else():
     assert changes == [head, head, rest, rest]
 
 
+def test_each_stage_has_the_schedule_for_itself():
+    """The paper trains twice (section 3: the classifier, then adapter and norm): no stage is left with the end of the
+    other's decay."""
+    adapted = peftlib.attach(backbone("bert"), "hadamard_adapter", head_stage=0.4)
+    optimizer = torch.optim.SGD(adapted.trainable().values(), lr=2.0)
+    life = adapted.lifecycle(10)
+    assert [(s.title, s.steps) for s in life.stages] == [("task head", 4), ("adapter and norms", 6)]
+    scheduler, rates = life.scheduler(optimizer, peftlib.Schedule("linear", warmup=0.25)), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    first, second = [0, 1, 2 / 3, 1 / 3], [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]
+    assert rates == pytest.approx([2 * factor for factor in first + second])
+
+
 def test_without_a_head_there_is_one_stage():
     model = backbone("gpt2", head="causal_lm")
     adapted = peftlib.attach(model, "hadamard_adapter", head_stage=0.5)
     data = inputs("gpt2")
     model.train()
     with adapted.lifecycle(4) as life:
+        assert [stage.title for stage in life.stages] == ["adapter and norms"]
         life.step_start()
         model(**data, labels=data["input_ids"]).loss.backward()
         life.gradients()

@@ -9,6 +9,7 @@ import torch
 import peftlib
 from peftlib import backbones
 from peftlib.errors import TargetError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, ones
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 # What HF peft adapts by default (bert, t5, llama), or what does the same as the paper.
@@ -126,3 +127,25 @@ def test_merge_is_exact(family):
 def test_a_target_that_matches_nothing():
     with pytest.raises(TargetError, match=r"'attention\.keys'.*attention\.key"):
         peftlib.attach(backbone("bert"), "ia3", outputs=("attention.keys",))
+
+
+# The published facts
+
+T_FEW = "r-three/t-few, configs/ia3.json"
+
+FACTS = Facts(
+    "ia3",
+    Default("outputs", ("*attention.key", "*attention.value"), f"{T_FEW}: k, v of both attentions"),
+    Default("inputs", ("ffn.down",), f"{T_FEW}: the output of wi_1, which multiplies the input of wo alike"),
+    Start("*.ia3.scale", ones(), "r-three/t-few, src/models/lora.py: multi_lora_b"),
+    Trains(("*.key.ia3.scale", "*.value.ia3.scale", "*.output.dense.ia3.scale"), "section 3.3"),
+    # Section 3.3: L_enc (d_k + d_v + d_ff) + L_dec (2 d_k + 2 d_v + d_ff).
+    Count("t5-base", 12 * (2 * 768 + 3072) + 12 * (4 * 768 + 3072), "section 3.3"),
+    Count("roberta-base", 12 * (2 * 768 + 3072), "section 3.3"),
+    Count("llama-7b", 32 * (2 * 4096 + 11_008), "section 3.3"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

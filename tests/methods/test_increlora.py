@@ -6,8 +6,57 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
-from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal
 from tests.methods.helpers import Spy, backbone, inputs
+
+CODE = "FeiyuZhang98/IncreLoRA, "
+LAYER, SCRIPTS = CODE + "loralib/loralib/increlora.py, ", CODE + "NLU/scripts/rank=2"
+
+FACTS = Facts(
+    "increlora",
+    Default("target_rank", 2, SCRIPTS),
+    Default("alpha", 32.0, SCRIPTS + "/run_cola.sh (16 on MNLI, QQP and SST-2)"),
+    Default("targets", "all-linear", SCRIPTS + ": --lora_module with six kinds of maps"),
+    Default("grow", 1, LAYER + "RankAllocator.__init__: 1 for an average target rank of 2"),
+    Default("top", 12, SCRIPTS + "/run_qnli.sh"),
+    Default("beta1", 0.85, SCRIPTS),
+    Default("beta2", 0.85, SCRIPTS),
+    Default("orthogonality", 0.1, SCRIPTS),
+    Default("dropout", 0.0, CODE + "NLU/examples/text-classification/run_glue.py, ModelArguments.lora_dropout"),
+    Default("part_warmup", None, CODE + "NLU/src/transformers/optimization.py, Multi_LambdaLR.check_new_params"),
+    Default("initial_warmup", 0.03, SCRIPTS + ": 100 to 1000 steps, 1 to 3 % of them"),
+    Default("growth_end", 0.5, SCRIPTS + ": between 20 and 65 % of the steps; this share is chosen here"),
+    Start("*.increlora.P", normal(0.02), LAYER + "SVDLinear.reset_parameters", attach=lambda: whole("P")),
+    Start("*.increlora.Q", normal(0.02), LAYER + "SVDLinear.reset_parameters", attach=lambda: whole("Q")),
+    Holds(
+        "the active value starts at 0 and the reserve's at 1e-5", lambda: values_start(), LAYER + "add_reserve_param"
+    ),
+    Trains(("*.increlora.P", "*.increlora.Q", "*.increlora.singular"), LAYER + "SVDLinear.__init__"),
+    # Six rounds for the budget of 72 matrices, twelve in each: room for seven components in a matrix.
+    Count("roberta-base", 1_161_720, "7 * 12 * (8 * 768 + 2 * (768 + 3072) + 6)"),
+    Count("t5-base", 6_896_832, "192 matrices, room for 17 in each: 17 * 12 * (13,830 + 19,978)"),
+    Count("llama-7b", 49_975_680, "224 matrices, room for 20 in each: 20 * 32 * 78,087"),
+)
+
+
+def whole(name: str) -> peftlib.Adapted:
+    """With the components that wait, which are zero, cut away from P or Q."""
+    adapted = peftlib.attach(backbone("bert"), "increlora")
+    for update in adapted.method.updates.values():
+        parameter = getattr(update, name)
+        parameter.data = parameter.data[:, update.kept] if name == "P" else parameter.data[update.kept]
+    return adapted
+
+
+def values_start() -> None:
+    for update in peftlib.attach(backbone("bert"), "increlora").method.updates.values():
+        assert update.singular[update.active].tolist() == [0.0]
+        assert update.singular[update.reserve].tolist() == [pytest.approx(1e-5)]
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def adalora(x, weight, bias, p, singular, q, alpha, rank):
@@ -114,38 +163,40 @@ def test_only_components_in_use_have_gradients_and_those_that_wait_stay_zero():
     train(adapted, batch("bert"), steps=3, total=40, weight_decay=0.1, watch=[look])
 
 
-def test_a_part_that_begins_later_has_its_own_warmup():
-    """With a part's warm-up of four steps its k-th step is k quarters of what the optimizer does, also its decay."""
-    adapted = peftlib.attach(backbone("bert"), "increlora", target_rank=2, top=12, part_warmup=0.4, growth_end=0.1)
+@pytest.mark.parametrize(("part_warmup", "rising"), [(None, 2), (0.4, 4)])
+def test_a_part_that_begins_later_has_the_schedule_for_itself(part_warmup, rising):
+    """The authors' code (NLU/src/transformers/optimization.py, Multi_LambdaLR) gives the group of a round at step t a
+    linear schedule over the T - t steps that are left, with the warm-up steps of the whole training."""
+    total, begins = 10, 1  # growth_end: everything grows after the first step
+    adapted = peftlib.attach(
+        backbone("bert"), "increlora", target_rank=2, top=12, part_warmup=part_warmup, growth_end=0.1
+    )
     update = next(iter(adapted.method.updates.values()))
-    sizes = {"active": [], "grown": []}
-    step_end = adapted.method.on_step_end
-    before = []
-
-    def gradients_seen(step: int) -> None:
-        before[:] = [update.singular.detach().clone()]
-
-    def look(training: TrainingState) -> None:
-        step_end(training)
-        moved = (update.singular.detach() - before[0]).abs()
-        sizes["active"].append(float(moved[0]))
-        sizes["grown"].append(float(moved[1]))
-
-    adapted.method.on_step_end = look
-    # Signs of gradients instead of Adam's history, so that every full step is equally long.
+    # Signs of gradients instead of Adam's history, so that a step is as long as the learning rate.
     model = adapted.model.train()
     optimizer = torch.optim.Adam(adapted.trainable().values(), lr=0.01, betas=(0.0, 0.0))
-    with adapted.lifecycle(10) as life:
-        for step in range(7):
+    life = adapted.lifecycle(total)
+    scheduler = life.scheduler(optimizer, peftlib.Schedule("linear", warmup=2))
+    moved = []
+    with life:
+        for _ in range(total):
             life.step_start()
             model(**batch("bert")).loss.backward()
             life.gradients()
-            gradients_seen(step)
+            before = update.singular.detach().clone()
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             life.step_end()
-    assert sizes["active"] == pytest.approx([0.01] * 7, rel=1e-3)
-    assert sizes["grown"][1:] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rel=1e-2)
+            moved.append((update.singular.detach() - before).abs()[:2].tolist())
+
+    def linear(step: int, rising: int, steps: int) -> float:
+        return step / rising if step < rising else (steps - step) / (steps - rising)
+
+    first, grown = zip(*moved)
+    assert first[2:] == pytest.approx([0.01 * linear(t, 2, total) for t in range(2, total)], rel=1e-3)
+    expected = [0.01 * linear(t - begins, rising, total - begins) for t in range(begins, total)]
+    assert grown[begins:] == pytest.approx(expected, rel=2e-2, abs=1e-7)
 
 
 def test_stored_are_the_active_components_alone(tmp_path):

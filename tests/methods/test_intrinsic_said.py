@@ -6,9 +6,30 @@ from scipy.linalg import hadamard
 
 import peftlib
 from peftlib.efficiency.memory import LiveTensors
-from peftlib.errors import TargetError, UnknownNameError
+from peftlib.errors import ConfigError, TargetError, UnknownNameError
 from peftlib.methods.reparameterized.low_rank.intrinsic_said import Point, Projected, draw, walsh_hadamard
+from tests.methods.facts import Count, Default, Facts, Start, Trains, ones, zeros
 from tests.methods.helpers import backbone, inputs, perturb
+
+CODE = "rabeehk/compacter, seq2seq/projections/intrinsic.py (the authors' code), IntrinsicDimensionLight"
+
+FACTS = Facts(
+    "intrinsic_said",
+    Start("*.intrinsic.z", zeros(), f"{CODE}: intrinsic_parameter"),
+    Start("*.intrinsic.scales", ones(), f"{CODE}: intrinsic_parameter_said"),
+    Trains(("*.intrinsic.z", "*.intrinsic.scales"), f"{CODE}: all other parameters are frozen"),
+    Default("groups", "tensor", f"{CODE}: one scale a parameter"),
+    Default("dimension", 1000, "chosen here: arXiv:2012.13255 varies it, configs/intrinsic_said.json has 20,000"),
+    Default("gradient", "true", "chosen here: the code's, 1 / N of it for a tensor, is an option"),
+    Count("roberta-base", 1_000, "the scales are taken from the dimension, as in the code"),
+    Count("t5-base", 20_000, "rabeehk/compacter, seq2seq/configs/intrinsic_said.json", {"dimension": 20_000}),
+    Count("llama-7b", 1_000, "the dimension"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def fastfood(n, signs, order, normal):
@@ -55,6 +76,31 @@ def test_the_projection_is_the_dense_one(shape, d):
     (gradient,) = torch.autograd.grad(child.projection().sum(), point.z)
     torch.testing.assert_close(gradient[: len(z)].double(), P.sum(0), atol=1e-5, rtol=1e-4)
     assert not gradient[len(z) :].any()
+
+
+@pytest.mark.parametrize(("shape", "padded"), [((7, 9), 64), ((5,), 8), ((3, 100), 512)])
+def test_the_codes_gradient_is_a_part_of_the_true_one_that_differs_by_tensor(shape, padded):
+    """FastWalshHadamard.backward in the authors' code divides by sqrt(N), and a projection is two of them."""
+    point, tensor = Point(8, 1), torch.randn(shape)
+    torch.nn.init.normal_(point.z)
+    true, code = (Projected(tensor, point, 0, seed=5, gradient=g) for g in ("true", "code"))
+    assert torch.equal(true(tensor), code(tensor))
+    direction = torch.randn(shape)
+    for parameter, factor in ((point.z, padded), (point.scales, 1)):
+        expected, found = (torch.autograd.grad(c(tensor), parameter, direction)[0] for c in (true, code))
+        torch.testing.assert_close(factor * found, expected)
+
+
+def test_the_codes_gradient_points_elsewhere_in_a_model():
+    gradients = []
+    for kind in ("true", "code"):
+        torch.manual_seed(0)
+        adapted = peftlib.attach(backbone("bert"), "intrinsic_said", dimension=300, gradient=kind)
+        adapted.model(**inputs("bert"), labels=torch.tensor([0, 1, 1])).loss.backward()
+        gradients.append(adapted.method.point.z.grad)
+    assert 0.3 < float(torch.cosine_similarity(*gradients, dim=0)) < 0.9
+    with pytest.raises(ConfigError, match="gradient='exact' is not known"):
+        peftlib.config("intrinsic_said", gradient="exact")
 
 
 def test_memory_grows_with_the_tensor_and_not_with_tensor_times_point():

@@ -11,11 +11,42 @@ from transformers import AutoModelForCausalLM
 import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError, TargetError, UnsupportedError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
+
+CODE = "aim-uofa/LoRAPrune, prune.py, train"
+
+FACTS = Facts(
+    "lora_prune",
+    Start("*.lora.A", kaiming_uniform(), "aim-uofa/LoRAPrune, loraprune/lora.py, reset_parameters"),
+    Start("*.lora.B", zeros(), "aim-uofa/LoRAPrune, loraprune/lora.py, reset_parameters"),
+    Trains(("*.lora.A", "*.lora.B"), "aim-uofa/LoRAPrune, script/prune.sh: all seven maps"),
+    Default("ratio", 0.5, f"{CODE}: ratio"),
+    Default("criterion", "absolute", "aim-uofa/LoRAPrune, loraprune/utils.py, compute_sensitivity"),
+    Default("rank", 8, f"{CODE}: lora_r"),
+    Default("alpha", 16.0, f"{CODE}: lora_alpha"),
+    Default("dropout", 0.05, f"{CODE}: lora_dropout"),
+    Default("warmup", 0.1, f"{CODE}: warmup_iters"),
+    Default("cooldown", 0.1, f"{CODE}: cooldown_iters"),
+    Default("interval", 10, f"{CODE}: prune_freq"),
+    Default("beta", 0.9, "aim-uofa/LoRAPrune, loraprune/utils.py, update_sensitivity_dict"),
+    Default("spare_first", 0.1, "aim-uofa/LoRAPrune, loraprune/utils.py, freeze"),
+    Default("spare_last", 1, "aim-uofa/LoRAPrune, loraprune/utils.py, freeze"),
+    Count("roberta-base", 1_327_104, "12 x 8 x (8 x 768 + 2 x (768 + 3,072))"),
+    Count("t5-base", 3_244_032, "8 x (12 x 13,824 + 12 x 19,968): 4 or 8 maps of 768 x 768, 2 of 768 x 3,072"),
+    Count("llama-7b", 19_988_480, "32 x 8 x (8 x 4,096 + 3 x (4,096 + 11,008))"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def _attached(family: str, head: str = "classification", **options) -> peftlib.Adapted:
-    adapted = peftlib.attach(backbone(family, head), "lora_prune", **{"spare_last": 0, "interval": 1, **options})
+    adapted = peftlib.attach(
+        backbone(family, head), "lora_prune", **{"spare_last": 0, "interval": 1, "dropout": 0.0, **options}
+    )
     perturb(adapted, std=0.1)
     return adapted
 
@@ -35,17 +66,21 @@ def _logits(model: torch.nn.Module, family: str) -> torch.Tensor:
     return model(**inputs(family)).logits
 
 
-def _score(method, block) -> torch.Tensor:
-    """s of each unit of one block, unit by unit, in float64."""
+def _score(method, block, criterion: str) -> torch.Tensor:
+    """s of each unit of one block, unit by unit, in float64: of the code (compute_sensitivity in loraprune/utils.py)
+    absolute values with a norm of one for each map, of the paper squares."""
     s = torch.zeros(len(block.kept), dtype=torch.float64)
     for site in (*block.into, block.out):
         u = method.updates[site]
         W, A, B, g_A, g_B = (t.detach().double() for t in (site.weight, u.A, u.B, u.A.grad, u.B.grad))
         G = g_B @ A + B @ g_A - g_B @ g_A
-        product = (G * (W + u.scale * B @ A)).abs()
+        product = G * (W + u.scale * B @ A)
         of_units = product.chunk(len(s), dim=int(site is block.out))
-        importance = torch.stack([entries.sum() for entries in of_units])
-        s += importance / importance.norm()
+        if criterion == "squared":
+            s += torch.stack([(entries**2).sum() for entries in of_units])
+        else:
+            importance = torch.stack([entries.abs().sum() for entries in of_units])
+            s += importance / importance.norm()
     return s
 
 
@@ -59,17 +94,18 @@ def _share(step, total, ratio, warmup, cooldown):
     return ratio - ratio * left**3
 
 
+@pytest.mark.parametrize("criterion", ["absolute", "squared"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_scores_are_those_of_the_paper(family):
+def test_scores_are_those_of_the_code_or_of_the_paper(family, criterion):
     """With packed and transposed maps, and with queries that share a head of keys and values, too."""
-    adapted = _attached(family, rank=2)
+    adapted = _attached(family, rank=2, criterion=criterion)
     method, found = adapted.method, []
     adapted.model.train()
     with adapted.lifecycle(30) as life:
         for _ in range(2):
             life.step_start()
             adapted.model(**batch(family)).loss.backward()
-            found.append({block.name: _score(method, block) for block in method.blocks})
+            found.append({block.name: _score(method, block, criterion) for block in method.blocks})
             life.gradients()
             perturb(adapted, std=0.05, seed=3)
             life.step_end()
@@ -79,6 +115,17 @@ def test_scores_are_those_of_the_paper(family):
             assert len(first) == units
             expected = 0.09 * first + 0.1 * second
             torch.testing.assert_close(method.scores[block.name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_two_criteria_prune_other_units():
+    gone = {}
+    for criterion in ("absolute", "squared"):
+        adapted = _attached("bert", criterion=criterion)
+        train(adapted, batch("bert"), 3, rate=1e-3)
+        gone[criterion] = adapted.method.gone()
+    assert gone["absolute"] != gone["squared"]
+    common = [len({*gone["absolute"][n]} & {*gone["squared"][n]}) / len(gone["absolute"][n]) for n in gone["absolute"]]
+    assert sum(common) / len(common) > 0.5, "they do not differ in everything"
 
 
 def test_schedule_and_exact_target():
@@ -249,6 +296,7 @@ def test_a_merged_model_that_a_config_cannot_describe_keeps_its_config():
         (PeftlibError, "ratio=0 is out of range", {"ratio": 0}),
         (PeftlibError, "ratio=1 leaves nothing of a layer", {"ratio": 1}),
         (PeftlibError, "warmup=0.5 and cooldown=0.5 leave no steps to prune in", {"warmup": 0.5, "cooldown": 0.5}),
+        (PeftlibError, "criterion='l1' is not known", {"criterion": "l1"}),
         (PeftlibError, "beta=1 lets no step count", {"beta": 1}),
         (PeftlibError, "interval=0 is too small", {"interval": 0}),
         (TargetError, "ratio=0.01.* remove nothing from 2 layers of 4 heads and 64 channels", {"ratio": 0.01}),

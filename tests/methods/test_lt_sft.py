@@ -9,6 +9,31 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import ConfigError, DataError, LoadError, StateError, TargetError
+from tests.methods.facts import Count, Default, Facts, Trains
+
+SCRIPT = "cambridgeltl/composable-sft, examples/token-classification/train_pos_tagging.sh"
+
+FACTS = Facts(
+    "lt_sft",
+    Default("freeze_norms", True, f"{SCRIPT}: --freeze_layer_norm; every script has it"),
+    Default("density", 0.08, f"{SCRIPT}: --ft_params_num 14155776, of 177,853,440 of multilingual BERT"),
+    Default("l1", 0.0, f"{SCRIPT}: none; examples/language-modeling/train_mlm.sh has 0.1 in both trainings"),
+    Default("first_rate", 5e-5, f"{SCRIPT}: --learning_rate 5e-5"),
+    Default("epochs", 3.0, f"{SCRIPT}: --full_ft_max_epochs_per_iteration 3"),
+    Trains(
+        ("*.parametrizations.weight.0.values", "*.parametrizations.bias.0.values"),
+        "cambridgeltl/composable-sft, src/sft/trainer.py: masked gradients of the maskable parameters",
+        attach=lambda: attached("bert"),
+    ),
+    Count("roberta-base", int(0.08 * 124_055_040), "8 % of the parameters below the head"),
+    Count("t5-base", int(0.08 * 222_903_552), "8 % of the parameters"),
+    Count("llama-7b", int(0.08 * 6_607_343_616), "8 % of the parameters below the output map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def halves(family: str = "bert") -> list[dict]:
@@ -29,22 +54,34 @@ def dense(adapted: peftlib.Adapted) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in adapted.method.candidates.items()}
 
 
-def fully_trained(epochs: int, rate: float):
-    """A plain full fine-tuning: AdamW, linear warm-up over one step and decay, gradients clipped to norm 1."""
+def is_norm(name: str) -> bool:
+    return "LayerNorm" in name
+
+
+def fully_trained(epochs: int, rate: float, l1: float = 0.0, norms: bool = False):
+    """A plain full fine-tuning: AdamW, linear decay to 0 (composable-sft gives each phase a Trainer's own, without
+    warm-up), gradients clipped to norm 1."""
     model, batches = backbone("bert").train(), halves() * epochs
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    trained = {n: p for n, p in model.named_parameters() if norms or not is_norm(n)}
+    start = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0)
     for step, part in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate * min(step + 1, (len(batches) - step) / (len(batches) - 1))
-        model(**part).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate * (len(batches) - step) / len(batches)
+        far = sum((p - start[n]).abs().sum() for n, p in trained.items()) / sum(p.numel() for p in model.parameters())
+        (model(**part).loss + l1 * far).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        for p in model.parameters():
+            p.grad = None
     return model
 
 
-def test_the_entries_are_those_that_a_full_fine_tuning_moves_most():
-    adapted = attached(epochs=2, first_rate=1e-3)
-    start, end = dict(backbone("bert").named_parameters()), fully_trained(2, 1e-3)
+@pytest.mark.parametrize(("l1", "norms"), [(0.0, False), (0.0, True), (200.0, False)])
+def test_the_entries_are_those_that_a_full_fine_tuning_moves_most(l1, norms):
+    adapted = attached(epochs=2, first_rate=1e-3, l1=l1, freeze_norms=not norms)
+    start, end = dict(backbone("bert").named_parameters()), fully_trained(2, 1e-3, l1, norms)
+    assert norms == any(is_norm(n) for n in adapted.method.children)
     names = list(adapted.method.candidates)
     assert names == [n for n, _ in end.named_parameters() if n.startswith("bert.")]
     moved = torch.cat([(end.get_parameter(n) - start[n]).abs().flatten() for n in names])
@@ -61,6 +98,38 @@ def _mask(adapted: peftlib.Adapted, name: str) -> torch.Tensor:
     child = adapted.method.children.get(name)
     shape = adapted.method.candidates[name].shape
     return torch.zeros(shape, dtype=torch.bool) if child is None else child.owned
+
+
+def test_l1_changes_what_is_chosen_and_draws_the_main_training_to_the_start():
+    plain, drawn = attached(epochs=5, first_rate=1e-2), attached(epochs=5, first_rate=1e-2, l1=500.0)
+    assert any(not torch.equal(_mask(plain, n), _mask(drawn, n)) for n in plain.method.candidates)
+    adapted = attached(l1=7.0)
+    train(adapted, batch("bert"), steps=2)
+    given, total = batch("bert"), sum(p.numel() for p in backbone("bert").parameters())
+    adapted.model.train()
+    with adapted.lifecycle(2) as life:
+        life.step_start()
+        start = {n: p.detach().clone() for n, p in adapted.method.trained_head().items()}
+        with torch.no_grad():
+            for p in adapted.trainable().values():
+                p.add_(0.1)
+        loss = adapted.model(**given).loss
+        plain_loss = torch.nn.functional.cross_entropy(adapted.model(**given).logits, given["labels"])
+    far = sum((c.values - c.original).abs().sum() for c in adapted.method.children.values())
+    far = far + sum((p - start[n]).abs().sum() for n, p in adapted.method.trained_head().items())
+    assert float((loss - plain_loss).detach()) == pytest.approx(7.0 * float(far.detach()) / total, rel=1e-4)
+    assert float(loss.detach()) > float(plain_loss.detach())
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama", "gpt2"])
+def test_norms_are_frozen_in_both_trainings(family):
+    adapted, plain = attached(family, density=0.3, first_rate=1e-2), backbone(family)
+    train(adapted, batch(family))
+    norms = [n for n in adapted.method.candidates if "norm" in n.lower() or ".ln_" in n]
+    assert norms
+    for name in norms:
+        assert name not in adapted.method.children
+        assert torch.equal(adapted.model.get_parameter(name), plain.get_parameter(name))
 
 
 def test_everything_is_rewound_the_head_too_and_the_random_state_is_left_alone():
@@ -204,7 +273,9 @@ def test_what_cannot_be_added_is_refused(folders, tmp_path):
 
 
 def test_bad_settings_and_data():
-    for options in ({"density": 0.0}, {"epochs": 0}, {"steps": 0}, {"first_rate": -1.0}):
+    with pytest.raises(TargetError, match="are not of norms"):
+        attached(density=1.0)
+    for options in ({"density": 0.0}, {"l1": -1.0}, {"epochs": 0}, {"steps": 0}, {"first_rate": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             attached(**options)
     with pytest.raises(TargetError, match=r"density=1e-07 of \S+ entries is 0"):

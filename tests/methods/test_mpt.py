@@ -7,9 +7,12 @@ import torch
 from peft import MultitaskPromptTuningConfig, get_peft_model
 
 import peftlib
+from peftlib import anatomy
 from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import UnknownNameError
+from peftlib.mechanisms.outputs import state_of
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal
 from tests.methods.helpers import perturb
 
 IDS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
@@ -94,7 +97,63 @@ def test_each_row_learns_from_its_tasks_teacher_with_its_head():
     penalty = 0.9 * (torch.cat(expected).mean() + squares / positions)
     torch.testing.assert_close(loss - plain.loss, penalty, atol=1e-5, rtol=1e-4)
     assert all(p.grad is not None for p in (prompt.shared, prompt.u, prompt.v))
-    assert prompt.distillation.state is None
+    assert not prompt.distillation.states
+
+
+def test_the_distributions_are_compared_at_a_temperature():
+    teachers = [teacher(1), teacher(2)]
+    penalties = {}
+    for T in (1.0, 3.0):
+        ours, _ = student(teachers, temperature=T)
+        plain = ours.model.eval()(**batch("bert"), task_ids=IDS)
+        ours.model.train()
+        with ours.lifecycle(1):
+            loss = ours.model(**batch("bert"), task_ids=IDS).loss
+        kl = 0.0
+        for task, adapter in enumerate(teachers):
+            rows = (task == IDS).nonzero().flatten()
+            p, log_q = (alone(adapter, rows)[0] / T).softmax(-1), (plain.logits[rows] / T).log_softmax(-1)
+            kl += float((p * (p.log() - log_q)).sum())
+        penalties[T] = float(loss - plain.loss) - 0.9 * kl / len(IDS)
+    # What is left is the distance of the states, which has no temperature.
+    assert penalties[1.0] == pytest.approx(penalties[3.0], abs=1e-5)
+
+
+def test_two_stacks_are_compared_in_both():
+    def prompted(seed):
+        adapted = peftlib.attach(backbone("t5", "seq2seq"), "prompt_tuning", length=5, seed=seed)
+        perturb(adapted, seed=seed)
+        return replace(adapted.snapshot(), name=f"teacher{seed}")
+
+    taught = prompted(1)
+    ours, _ = student([taught], family="t5", head="seq2seq")
+    data = batch("t5", "seq2seq")
+
+    def states(model):
+        """The last states of both stacks, and the model's output."""
+        seen, handles = {}, []
+        for stack in ("encoder", "decoder"):
+            last = [layer for layer in anatomy.of(model).layers if layer.stack == stack][-1].module
+            keep = lambda m, a, out, stack=stack: seen.update({stack: state_of(out)})  # noqa: E731
+            handles.append(last.register_forward_hook(keep))
+        with torch.no_grad():
+            output = model.eval()(**data)
+        for handle in handles:
+            handle.remove()
+        return output, seen
+
+    theirs, h = states(peftlib.load(backbone("t5", "seq2seq"), taught).model)
+    plain, mine = states(ours.model)
+    ours.model.train()
+    with ours.lifecycle(1):
+        loss = ours.model(**data).loss
+    labelled = data["labels"] != -100
+    real = torch.nn.functional.pad(data["attention_mask"], (5, 0), value=1).bool()
+    p, log_q = theirs.logits.softmax(-1), plain.logits.log_softmax(-1)
+    expected = (p * (p.log() - log_q)).sum(-1)[labelled].mean()
+    expected += (mine["encoder"] - h["encoder"]).square().mean(-1)[real].mean()
+    expected += (mine["decoder"] - h["decoder"]).square().mean(-1)[labelled].mean()
+    torch.testing.assert_close(loss - plain.loss, 0.9 * expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
@@ -131,6 +190,9 @@ def test_the_student_goes_without_its_teachers_and_starts_a_target(tmp_path):
         assert torch.equal(made.shared, prompt.shared)
         assert made.u.shape[0] == 1
         torch.testing.assert_close(made.u[0], u)
+        rates = set(target.method.learning_rates().values())
+        assert rates == {4 / 3} and len(target.method.learning_rates()) == 2
+    assert not ours.method.learning_rates()
     made = peftlib.attach(backbone("bert"), "mpt", sources=[folder], length=5, start="shared").method.child
     assert torch.equal(made.shared, prompt.shared)
     assert made.u.abs().max() < 0.2
@@ -142,7 +204,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     model = backbone("bert")
     with pytest.raises(ConfigError, match="tasks=3 and 2 teachers"):
         peftlib.attach(model, "mpt", sources=[teacher(1), teacher(2)], tasks=3, length=5)
-    with pytest.raises(ConfigError, match="length=20, and the sources have 5"):
+    with pytest.raises(ConfigError, match="length=100, and the sources have 5"):
         peftlib.attach(model, "mpt", sources=[teacher(1), teacher(2)])
     learned = student(tasks=2)[0].snapshot()
     with pytest.raises(ConfigError, match="starts from one saved mpt"):
@@ -156,3 +218,40 @@ def test_what_does_not_fit_is_named(tmp_path):
         peftlib.attach(wide, "mpt", sources=[teacher(1), teacher(2)], length=5)
     with pytest.raises(UnknownNameError, match="start 'median'"):
         peftlib.config("mpt", start="median")
+
+
+# The published facts
+
+PEFT = "huggingface/peft, tuners/multitask_prompt_tuning/model.py"
+
+
+def check_shared_start():
+    model = backbone("bert")
+    table = anatomy.of(model).embeddings.weight.detach()
+    shared = peftlib.attach(model, "mpt", length=20, common=40).method.child.shared
+    assert all((table[:40] == vector).all(1).any() for vector in shared)
+    assert shared.abs().max() > 0
+
+
+FACTS = Facts(
+    "mpt",
+    Default("length", 100, "section 4.1: prompts of 100 vectors"),
+    Default("rank", 1, "section 3.2"),
+    Default("distill", 0.9, "from memory of section 3.3, not confirmed"),
+    Default("task_rate", 4 / 3, "from memory of the appendix, not confirmed: 0.4 for the factors, 0.3 for the prompt"),
+    Default("temperature", 1.0, "chosen here; section 3.3 tunes it"),
+    Default("start", "mean", "section 3.4"),
+    Start("*.prompt.u", normal(0.02), PEFT, {"tasks": 3}),
+    Start("*.prompt.v", normal(0.02), PEFT, {"tasks": 3}),
+    Holds("the shared prompt starts from embeddings", check_shared_start, f"{PEFT}: a PromptEmbedding"),
+    Trains(("*.prompt.shared", "*.prompt.u", "*.prompt.v"), "section 3.2"),
+    # 0.035 % of T5-base's parameters a target task, in the abstract: 76,800 + 868 of 222.9 million.
+    Count("t5-base", 100 * 768 + 100 + 768, "the abstract's 0.035 %", percent="0.035"),
+    Count("roberta-base", 100 * 768 + 100 + 768, "section 3.2"),
+    Count("llama-7b", 100 * 4096 + 100 + 4096, "section 3.2"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

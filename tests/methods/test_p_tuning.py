@@ -7,14 +7,16 @@ from peft import PromptEncoderConfig, get_peft_model
 import peftlib
 from peftlib import anatomy, backbones
 from peftlib.conformance.case import batch, train
-from peftlib.errors import LoadError, UnknownNameError, UnsupportedError
+from peftlib.errors import LoadError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms.template import Layout, Template
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, uniform
 from tests.methods.helpers import backbone, inputs
 
 
 def attached(model, **options):
-    adapted = peftlib.attach(model, "p_tuning", **({"length": 5} | options))
+    """All vectors in front, as HF peft has them, unless ``after`` says otherwise."""
+    adapted = peftlib.attach(model, "p_tuning", **({"length": 5, "after": 0} | options))
     return adapted, adapted.method.prompt
 
 
@@ -161,6 +163,112 @@ def test_vectors_that_are_words_read_as_a_text_with_these_words(family):
     torch.testing.assert_close(again[real], theirs[real], atol=1e-5, rtol=0)
 
 
+DECODERS = ("gpt2", "llama", "opt")
+
+
+def decoder(family, head="causal_lm"):
+    loaded = backbones.load(f"tiny-{family}", head=head, dropout=0.0)
+    ids = [loaded.tokenizer.convert_tokens_to_ids(word) for word in ("great", "film", "and", "so")]
+    return loaded.model, loaded.tokenizer, ids
+
+
+def rows(tokenizer, lists, side="right"):
+    """Rows of ids, padded."""
+    tokenizer.padding_side = side
+    return dict(tokenizer.pad({"input_ids": lists}, return_tensors="pt"))
+
+
+def with_words(model, ids):
+    """P-tuning whose four vectors are words, two before the text and two behind it."""
+    adapted, prompt = attached(model, length=4, after=2)
+    prompt.keep()
+    with torch.no_grad():
+        prompt.vectors.copy_(anatomy.of(model).embeddings.weight[ids])
+    return adapted
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_generates_as_from_the_text_with_these_words_around_it(family):
+    model, tokenizer, words = decoder(family)
+    texts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("good cast", "a weak plot and dull music")]
+    short = rows(tokenizer, texts, "left")
+    long = rows(tokenizer, [[*words[:2], *text, *words[2:]] for text in texts], "left")
+    ways = ({}, {"num_beams": 3}, {"use_cache": False})
+    common = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    expected = [model.generate(**long, **way, **common)[:, long["input_ids"].shape[1] :] for way in ways]
+    with_words(model, words)
+    for way, wanted in zip(ways, expected):
+        assert torch.equal(model.generate(**short, **way, **common)[:, short["input_ids"].shape[1] :], wanted)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_learns_an_answer_from_the_last_vector(family):
+    model, tokenizer, words = decoder(family)
+    texts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("good cast", "a weak plot and dull music")]
+    answer = [tokenizer.convert_tokens_to_ids(word) for word in ("the", "movie")]
+
+    def labelled(texts):
+        data = rows(tokenizer, [text + answer for text in texts])
+        labels = data["input_ids"].clone()
+        for row, text in zip(labels, texts):
+            row[: len(text)] = -100
+            row[len(text) + len(answer) :] = -100
+        return data | {"labels": labels}
+
+    with torch.no_grad():
+        expected = model.eval()(**labelled([[*words[:2], *text, *words[2:]] for text in texts])).loss
+        adapted = with_words(model, words)
+        torch.testing.assert_close(model(**labelled(texts)).loss, expected, atol=1e-6, rtol=0)
+        # What is an answer as a whole has no text to stand behind.
+        whole = rows(tokenizer, texts)
+        got = model(**whole, labels=whole["input_ids"]).logits
+        adapted.detach()
+        front = rows(tokenizer, [words + text for text in texts])
+        torch.testing.assert_close(got[0, :2], model(**front).logits[0, 4:6], atol=1e-5, rtol=0)
+
+
+def test_a_decoders_classification_head_reads_the_last_vector():
+    model, tokenizer, words = decoder("gpt2", "classification")
+    texts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("good cast", "a weak plot and dull music")]
+    expected = logits(model, **rows(tokenizer, [[*words[:2], *text, *words[2:]] for text in texts]))
+    with_words(model, words)
+    torch.testing.assert_close(logits(model, **rows(tokenizer, texts)), expected, atol=1e-6, rtol=0)
+
+
+def test_a_masked_language_model_answers_at_the_mask_with_words():
+    loaded = backbones.load("tiny-bert", head="masked_lm", dropout=0.0)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    words = tokenizer.convert_tokens_to_ids(["great", "film", "and", "so"])
+    answers = tuple(tokenizer.convert_tokens_to_ids(["good", "weak"]))
+    texts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("good cast", "a weak plot and dull music")]
+    cls, sep, mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+    written = [[cls, *words[:2], mask, words[2], *text, words[3], sep] for text in texts]
+    expected = logits(model, **rows(tokenizer, written))[:, 3][:, list(answers)]
+    adapted, prompt = attached(model, length=4, after=1, mask_at=2, answer_token_ids=answers)
+    prompt.keep()
+    with torch.no_grad():
+        prompt.vectors.copy_(anatomy.of(model).embeddings.weight[words])
+        out = model.eval()(**rows(tokenizer, [[cls, *t, sep] for t in texts]), labels=torch.tensor([1, 0]))
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(expected, torch.tensor([1, 0])))
+    assert adapted.method.classifies and not adapted.head_names
+
+
+def test_by_default_three_vectors_stand_behind_the_text():
+    for family, head in (("bert", "classification"), ("gpt2", "causal_lm"), ("t5", "seq2seq")):
+        model = backbone(family, head)
+        seen = []
+        stack = anatomy.of(model).stack_inputs(anatomy.of(model).stacks[0])
+        adapted = peftlib.attach(model, "p_tuning")
+        stack.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["inputs_embeds"]), with_kwargs=True)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        given = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+        logits(model, **given)
+        vectors = adapted.method.prompt.current().detach()
+        behind = {"bert": 3, "gpt2": 3, "t5": 0}[family]
+        torch.testing.assert_close(seen[0][0, 13 - behind :], vectors[9 - behind :])
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="hidden=0"):
         peftlib.config("p_tuning", hidden=0)
@@ -168,11 +276,16 @@ def test_what_cannot_be_is_refused():
         peftlib.config("p_tuning", length=5, between=3, after=3)
     with pytest.raises(UnknownNameError, match="'front'"):
         peftlib.config("p_tuning", position="frnt")
-    for family in ("gpt2", "t5"):
-        model = backbone(family)
-        model.config.sep_token_id = 3
-        with pytest.raises(UnsupportedError, match=r"no encoder\. Put all of them in front"):
-            attached(model, after=1)
+    with pytest.raises(UnsupportedError, match=r"one stack.*Put all of them in front"):
+        attached(backbone("t5"), after=1)
+    with pytest.raises(UnsupportedError, match=r"between=1 .* is a decoder, whose rows are one text"):
+        attached(backbone("gpt2"), between=1)
+    with pytest.raises(ConfigError, match=r"mask_at=4 vectors stand before the \[MASK\].* only 3"):
+        peftlib.config("p_tuning", length=6, mask_at=4, answer_token_ids=(5, 6))
+    with pytest.raises(UnsupportedError, match="BertForSequenceClassification has none"):
+        attached(backbone("bert"), answer_token_ids=(5, 6))
+    with pytest.raises(TargetError, match=r"one id below .* for each of the model's 2 labels"):
+        attached(backbone("bert", "masked_lm"), answer_token_ids=(5, 6, 7))
     model = backbone("bert")
     del model.config.sep_token_id
     with pytest.raises(UnsupportedError, match=r"model\.config\.sep_token_id"):
@@ -182,3 +295,32 @@ def test_what_cannot_be_is_refused():
         logits(ours.model, inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(UnsupportedError, match=r"252 tokens and 5 trained positions need 257.*has 256"):
         logits(ours.model, input_ids=torch.full((1, 252), 9))
+
+
+# The published facts
+
+LAMA = "THUDM/P-tuning, LAMA/p_tuning/prompt_encoder.py, PromptEncoder"
+H = 16  # half of the tiny models' width
+
+FACTS = Facts(
+    "p_tuning",
+    Default("length", 9, "THUDM/P-tuning, LAMA/cli.py: template (3, 3, 3)"),
+    Default("mask_at", 3, "THUDM/P-tuning, LAMA/cli.py: template (3, 3, 3)"),
+    Default("dropout", 0.0, "THUDM/P-tuning, LAMA/cli.py: lstm_dropout"),
+    Start("*.maker.embedding", normal(1.0), f"{LAMA}: nn.Embedding"),
+    Start("*.maker.lstm.*", uniform(H**-0.5), f"{LAMA}: nn.LSTM"),
+    Start("*.maker.mlp.*.weight", kaiming_uniform(), f"{LAMA}: nn.Linear"),
+    Trains(("*.maker.embedding", "*.maker.lstm.*", "*.maker.mlp.*"), f"{LAMA}; the backbone is frozen"),
+    # Embeddings; two layers of an LSTM each way with h = 384; two maps of 768.
+    Count(
+        "roberta-base",
+        9 * 768 + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 769 * 768,
+        LAMA,
+    ),
+    Count("llama-7b", 9 * 4096 + 4 * 4 * 2048 * (4096 + 2048 + 2) + 2 * 4097 * 4096, LAMA),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -9,6 +9,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import UnknownNameError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 FAMILIES = list(backbones.tiny.FAMILIES)
@@ -48,9 +49,30 @@ def _check_formula(adapted, family, first, last, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adds_the_scaled_bottleneck_of_the_blocks_input_to_its_output(family):
+def test_adds_the_scaled_bottleneck_of_the_stream_to_the_sum(family):
     adapted = peftlib.attach(backbone(family), "parallel_adapter", bottleneck=5)
-    _check_formula(adapted, family, "ffn.up", "ffn.down", adapted.config)
+    perturb(adapted)
+    adapted.model.double()
+    layers = adapted.host.anatomy.layers
+    first = {layer: layer.norms["ffn"] if layer.pre_norm else layer.sites["ffn.up"].module for layer in layers}
+    spy, ends = Spy(*(m for layer in layers for m in (first[layer], layer.sites["ffn.down"].module))), {}
+    for layer in layers:
+        end = layer.module if layer.pre_norm else layer.norms["ffn"]
+        look = lambda m, args, out, layer=layer: ends.update({layer: (args[0], out)})  # noqa: E731
+        end.register_forward_hook(look)
+    with torch.no_grad():
+        adapted.model(**inputs(family, 2))
+    for layer in layers:
+        a, d = layer.sites["ffn.down"].module.parallel_adapter, adapted.host.anatomy.d
+        x = spy[first[layer]][0].reshape(-1, d)
+        inner, output = spy[layer.sites["ffn.down"].module]
+        own = linear(layer.sites["ffn.down"], inner).reshape(-1, d)
+        torch.testing.assert_close(output.reshape(-1, d), own)
+        weights = (a.down.weight, a.down.bias, a.up.weight, a.up.bias)
+        expected = x + parallel_adapter(x, own, *weights, adapted.config.scale, adapted.config.activation)
+        before, after = ends[layer]
+        total = (after if torch.is_tensor(after) else after[0]) if layer.pre_norm else before
+        torch.testing.assert_close(total.reshape(-1, d), expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +80,7 @@ def test_adds_the_scaled_bottleneck_of_the_blocks_input_to_its_output(family):
     [(f, "attention") for f in ("bert", "distilbert", "gpt2", "t5")] + [("t5", "cross_attention")],
 )
 def test_beside_the_attention(family, block):
+    """Behind the block's norm, as in MBartAttention.forward of He et al.'s code."""
     model = backbone(family)
     adapted = peftlib.attach(model, "parallel_adapter", place="attention", bottleneck=3, scale=2.0, activation="gelu")
     _check_formula(adapted, family, f"{block}.query", f"{block}.output", adapted.config)
@@ -86,3 +109,27 @@ def test_bad_options():
         peftlib.config("parallel_adapter", place="feedforward")
     with pytest.raises(UnknownNameError, match=r"'rleu'.*'relu'"):
         peftlib.config("parallel_adapter", activation="rleu")
+
+
+CODE = "jxhe/unify-parameter-efficient-tuning"
+FACTS = Facts(
+    "parallel_adapter",
+    Default("bottleneck", 512, f"{CODE}, exps/run_xsum.sh: FFN scaled parallel adapter, ffn_bn=512"),
+    Default("scale", 4.0, f"{CODE}, exps/run_xsum.sh: ffn_adapter_scalar=4"),
+    Default("place", "ffn", f"{CODE}, exps/run_xsum.sh: attn_mode=none"),
+    Default("activation", "relu", f"{CODE}, petl/petl_factory.py, Adapter_Layer"),
+    Default("dropout", 0.1, f"{CODE}, modeling_mbart.py: the model's dropout; run_en_ro.sh and BART: 0.1"),
+    Start("*.down.weight", kaiming_uniform(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.up.weight", zeros(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.parallel_adapter.*.bias", zeros(), f"{CODE}, petl_factory.py, init_option lora"),
+    Trains(("*.parallel_adapter.down.*", "*.parallel_adapter.up.*"), f"{CODE}: unfreeze_params=ef_, no norm"),
+    Count("roberta-base", 12 * (2 * 768 * 16 + 16 + 768), f"{CODE}, exps/run_glue.sh: ffn_bn=16", {"bottleneck": 16}),
+    Count("roberta-base", 9_452_544, "its formula at 512"),
+    Count("t5-base", 18_905_088, "its formula at 512"),
+    Count("llama-7b", 134_365_184, "its formula at 512"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

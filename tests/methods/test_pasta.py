@@ -7,6 +7,7 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.errors import TargetError, UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, normal
 from tests.methods.helpers import backbone, inputs, perturb
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert", "bart")
@@ -108,12 +109,6 @@ def test_the_start_is_normal_or_at_the_backbone():
     assert torch.equal(model(**data).logits, before)
 
 
-@pytest.mark.parametrize("name", ["bert-large-uncased", "roberta-base"])
-def test_count_on_published_shapes(name):
-    size = {"bert-large-uncased": 24 * 1024 * 3, "roberta-base": 12 * 768 * 3}[name]
-    assert peftlib.attach(backbones.shapes(name), "pasta").count().method == size
-
-
 def test_the_pooler_is_frozen_as_in_the_reference_code():
     adapted = peftlib.attach(backbone("bert"), "pasta")
     assert not any("pooler" in name for name in adapted.trainable())
@@ -160,5 +155,27 @@ def test_what_cannot_be_is_refused():
         adapted.model(inputs_embeds=torch.zeros(1, 4, 32))
     adapted.detach()
     both = peftlib.attach(adapted.model, peftlib.combine("pasta", "prompt_tuning"))
-    with pytest.raises(UnsupportedError, match=r"among 4 tokens, and the layers get 24"):
+    with pytest.raises(UnsupportedError, match=r"among 4 tokens, and the layers get 104"):
         both.model(input_ids=torch.tensor([[2, 5, 6, 3]]))
+
+
+# The published facts
+
+LUKA = "luka-group/PASTA"
+
+FACTS = Facts(
+    "pasta",
+    Default("dropout", 0.1, f"{LUKA}, PASTA_modeling.py, BertPastaLayer: hidden_dropout_prob of BERT"),
+    Default("std", 0.02, f"{LUKA}, PASTA_modeling.py: nn.Embedding under BERT's initializer_range"),
+    Default("tokens", 4, "the paper's 0.029 %; the code has as many as a task's rows have, 3 or 2 on BERT"),
+    Start("*.pasta.vectors", normal(0.02), f"{LUKA}, PASTA_modeling.py"),
+    Trains(("*.pasta.vectors",), f"{LUKA}, main_glue.py: special_token_embedding"),
+    Count("bert-large-uncased", 24 * 4 * 1024, "the abstract's 0.029 %", percent="0.029"),
+    Count("bert-large-uncased", 24 * 3 * 1024, f"{LUKA}, main_glue.py, task_to_special_tokens: pairs", {"tokens": 3}),
+    Count("roberta-base", 12 * 4 * 768, "four special tokens"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -10,6 +10,7 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.errors import LoadError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal
 from tests.methods.helpers import backbone, inputs, perturb
 
 CAUSAL = ("gpt2", "opt", "llama", "mistral", "qwen2")
@@ -248,3 +249,33 @@ def test_what_cannot_be_is_refused():
         attached(backbone("bert"), relative_bias=True)
     with pytest.raises(TargetError, match=r"attentions=\('cross',\) finds no relative position bias"):
         attached(backbone("t5"), attentions=("cross",), relative_bias=True)
+
+
+# The published facts
+
+LI = "XiangLi1999/PrefixTuning, gpt2/train_control.py, PrefixTuning"
+
+FACTS = Facts(
+    "prefix_tuning",
+    Default("reparametrize", True, "section 4.3: the MLP"),
+    Default("hidden", 512, f"{LI}: mid_dim"),
+    Default("length", 20, "chosen here; theirs is 5 or 10 for table-to-text and 200 for summarization"),
+    Default("shift_positions", True, f"{LI}: past_key_values, before which the text does not begin"),
+    Default("attentions", ("encoder", "decoder", "cross"), "section 4.2 and seq2seq/prefixTuning.py"),
+    Start("*.trunk.embedding", normal(1.0), f"{LI}: nn.Embedding"),
+    Start("*.trunk.linear.weight", kaiming_uniform(), f"{LI}: nn.Linear"),
+    Start("*.maker.linear.weight", kaiming_uniform(), f"{LI}: nn.Linear"),
+    Start("*.prefix.key", normal(0.02), "He et al. 2022; theirs is N(0, 1)", {"reparametrize": False}),
+    Start("*.prefix.value", normal(0.02), "He et al. 2022; theirs is N(0, 1)", {"reparametrize": False}),
+    Trains(("*.maker.trunk.*", "*.prefix.maker.linear.*"), "section 4.3"),
+    Trains(("*.prefix.key", "*.prefix.value"), "section 4.3, without the MLP", {"reparametrize": False}),
+    # E_P, W and b; then W_l and b_l of each layer for keys and values.
+    Count("roberta-base", 20 * 768 + 769 * 512 + 2 * 12 * 768 * 513, "section 4.3"),
+    Count("t5-base", 3 * (20 * 768 + 769 * 512 + 2 * 12 * 768 * 513), "section 4.2: three kinds of attention"),
+    Count("roberta-base", 2 * 12 * 20 * 768, "what is stored", {"reparametrize": False}),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

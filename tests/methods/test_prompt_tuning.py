@@ -8,6 +8,7 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.errors import TargetError, UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, uniform
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 CAUSAL = ("gpt2", "opt", "llama", "mistral", "qwen2")
@@ -184,3 +185,38 @@ def test_what_cannot_be_is_refused():
     ours, _ = attached(backbone("llama", "causal_lm"))
     with pytest.raises(UnsupportedError, match="mask of shape"):
         ours.model(input_ids=torch.full((1, 4), 9), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+# The published facts
+
+GOOGLE = "google-research/prompt-tuning"
+
+
+def check_vocabulary_start():
+    model = backbones.load("tiny-bert", dropout=0.0).model
+    table = anatomy.of(model).embeddings.weight.detach()
+    common = 40
+    adapted = peftlib.attach(model, "prompt_tuning", length=20, common=common)
+    vectors = adapted.host.trained()["bert.prompt.vectors"]
+    rows = [int((table[:common] == vector).all(1).nonzero()) for vector in vectors]
+    assert len(set(rows)) == 20
+
+
+FACTS = Facts(
+    "prompt_tuning",
+    Default("length", 100, f"{GOOGLE}, configs/models/t5_1_1_prompt.gin, PROMPT_LENGTH"),
+    Default("init", "vocabulary", "section 3.2: sampled vocabulary; its class labels need a task's words"),
+    Default("common", 5000, "section 3.2: the 5,000 most common tokens"),
+    Holds("the prompt starts from different tokens' embeddings", check_vocabulary_start, "section 3.2"),
+    Start("*.prompt.vectors", uniform(0.5), f"{GOOGLE}, t5_1_1_prompt.gin, scale = 0.5", {"init": "random"}),
+    Trains(("bert.prompt.vectors",), "section 2"),
+    Trains(("*encoder.prompt.vectors",), "section 2: in front of the encoder's input", family="t5"),
+    Count("t5-base", 100 * 768, "section 2: m e numbers"),
+    Count("roberta-base", 100 * 768, "section 2"),
+    Count("llama-7b", 100 * 4096, "section 2"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -10,6 +10,7 @@ from peftlib.conformance.case import backbone, logits, train
 from peftlib.errors import UnknownNameError
 from peftlib.methods.additive.soft_prompts.spot import similarity
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Trains
 
 
 def task(number: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -20,8 +21,8 @@ def task(number: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def prompt(data, steps=80, seed=0, **options):
-    adapted = peftlib.attach(backbone("bert"), "prompt_tuning", seed=seed, **options)
+def prompt(data, steps=80, seed=0, length=20):
+    adapted = peftlib.attach(backbone("bert"), "prompt_tuning", seed=seed, length=length)
     train(adapted, data, steps=steps, rate=0.02)
     return adapted.snapshot()
 
@@ -48,7 +49,7 @@ def test_the_related_source_is_found_among_unrelated_ones(library):
 
 def test_nothing_is_left_of_the_probe(library):
     adapted = peftlib.attach(backbone("bert"), "spot", sources=library, probe_steps=3)
-    plain = peftlib.attach(backbone("bert"), "prompt_tuning")
+    plain = peftlib.attach(backbone("bert"), "prompt_tuning", length=20)
     assert all(torch.equal(p, plain.trainable()[n]) for n, p in adapted.trainable().items())
     adapted.calibrate([task(0)])
     heads = {n: p for n, p in adapted.trainable().items() if n in adapted.head_names}
@@ -99,3 +100,64 @@ def test_what_does_not_fit_is_named(library):
         peftlib.attach(model, "spot", sources=[library[0], library[0]], source="task0")
     with pytest.raises(UnknownNameError, match="similarity 'cosine'"):
         peftlib.config("spot", similarity="cosine")
+
+
+# The published facts
+
+
+def placed(vectors, name):
+    """A saved prompt of these vectors."""
+    adapted = peftlib.attach(backbone("bert"), "prompt_tuning", length=len(vectors))
+    with torch.no_grad():
+        adapted.host.trained()["bert.prompt.vectors"].copy_(vectors)
+    return replace(adapted.snapshot(), name=name)
+
+
+def ranked(sources, probe, **options):
+    """What is found for a probe of these vectors, and the start."""
+    adapted = peftlib.attach(backbone("bert"), "spot", sources=sources, **options)
+    adapted.method._probe = lambda batches: probe
+    adapted.calibrate([])
+    return dict(adapted.method.ranking), adapted.host.trained()["bert.prompt.vectors"].detach()
+
+
+def check_opposite_is_far():
+    torch.manual_seed(0)
+    probe, aside = torch.randn(4, 32), torch.randn(4, 32)
+    near, start = ranked([placed(-probe, "opposite"), placed(aside, "aside")], probe)
+    assert list(near) == ["aside", "opposite"]
+    assert near["opposite"] == pytest.approx(-1, abs=1e-6)
+    assert torch.equal(start, aside)
+    _, start = ranked([placed(-probe, "opposite"), placed(probe + aside, "near")], probe, top=2)
+    assert torch.allclose(start, probe + aside)
+
+
+def check_early_prompts():
+    torch.manual_seed(0)
+    probe, other = torch.randn(4, 32), torch.randn(4, 32)
+    late = [placed(other, "a"), placed(probe, "b")]
+    early = [placed(probe, "a early"), placed(other, "b early")]
+    near, start = ranked([*late, *early], probe, early=("a early", "b early"))
+    assert list(near) == ["a", "b"]
+    assert torch.equal(start, other)
+
+
+FACTS = Facts(
+    "spot",
+    Default("similarity", "mean", "section 4.1: cosine similarity of average tokens"),
+    Default("top", 1, "section 4.2: best of top-k; weighted average with more"),
+    Default("early", (), "chosen here; theirs compares prompts of step 10,000, for which early ones must be saved"),
+    Default("probe_steps", 100, "chosen here"),
+    Default("probe_rate", 1e-2, "chosen here"),
+    Holds("the opposite of a prompt is the farthest from it", check_opposite_is_far, "section 4.1: cosine"),
+    Holds("prompts are compared early in training", check_early_prompts, "section 4.1: the 10,000th step"),
+    Trains(("bert.prompt.vectors",), "section 3: prompt tuning from another start"),
+    Count("t5-base", 100 * 768, "section 3: prompts of 100 vectors"),
+    Count("roberta-base", 100 * 768, "section 3"),
+    Count("llama-7b", 100 * 4096, "section 3"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

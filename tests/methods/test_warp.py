@@ -9,6 +9,7 @@ from peftlib import anatomy, backbones, tasks
 from peftlib.conformance.case import batch, train
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Holds, Trains
 from tests.methods.helpers import backbone, inputs, perturb
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
@@ -218,3 +219,39 @@ def test_the_scorer_is_the_heads_last_linear_map(family):
     handle = anatomy.of(model).scorer.register_forward_hook(lambda module, args, output: seen.append(output))
     assert model(**inputs(family)).logits is seen[0]
     handle.remove()
+
+
+# The published facts
+
+YEREVANN = "YerevaNN/WARP"
+
+
+def check_start():
+    model = backbone("bert", "masked_lm")
+    mask = anatomy.of(model).embeddings.weight.detach()[model.config.mask_token_id]
+    vectors = peftlib.attach(model, "warp").host.trained()["bert.prompt.vectors"]
+    assert all(torch.equal(vector, mask) for vector in vectors)
+
+
+def check_no_dropout():
+    model = backbones.load("tiny-bert", head="masked_lm").model
+    peftlib.attach(model, "warp")
+    assert not any(m.p for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+FACTS = Facts(
+    "warp",
+    Default("template", (5, 5, 5, 5), "section 4: 20 prompts in groups"),
+    Default("init", "mask", f"{YEREVANN}, arp/injector.py: prompt_better_init"),
+    Holds("the vectors start as the mask's embedding", check_start, "section 3.2"),
+    Holds("there is no dropout", check_no_dropout, f"{YEREVANN}, configs/warp.jsonnet: eval_mode"),
+    Trains(("bert.prompt.vectors",), "section 3.2: only_prompts; the class vectors are the head"),
+    # With three class vectors of MNLI 23,555, the abstract's "up to 25K".
+    Count("roberta-large", 20 * 1024, "section 4"),
+    Count("roberta-base", 20 * 768, "section 4"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -73,6 +73,7 @@ def test_methods_do_not_import_methods():
 
 ASPECTS = {
     "helpers.py",
+    "facts.py",
     "conftest.py",
     "__init__.py",
     "stored.py",

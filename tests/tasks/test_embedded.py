@@ -72,7 +72,7 @@ def _originals(rows_of_reviews):
     homes = {}
     for split, rows in rows_of_reviews.items():
         for text in rows["text"]:
-            for sentence in embedded._sentences(text):
+            for sentence in embedded.sentences(text):
                 homes.setdefault(normalized(sentence), set()).add(split)
     return homes
 
@@ -102,7 +102,7 @@ def test_acceptability_swaps_two_inner_words(loaded):
     written = {
         " ".join(sentence.lower().split())
         for text in loaded["reviews"].splits["test"]["text"]
-        for sentence in embedded._sentences(text)
+        for sentence in embedded.sentences(text)
     }
     for text, label in zip(task.splits["test"]["text"], task.splits["test"]["label"]):
         words = text.split()
@@ -171,7 +171,7 @@ def test_coherence_passes_second_halves_round(loaded):
     written = {
         " ".join(sentence.split())
         for text in loaded["reviews"].splits["test"]["text"]
-        for sentence in embedded._sentences(text)
+        for sentence in embedded.sentences(text)
     }
     rows = loaded["coherence"].splits["test"]
     real = np.array([f"{a} {b}" in written for a, b in zip(rows["text"], rows["text_pair"])])

@@ -8,7 +8,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftlib
 from peftlib.conformance.case import Case, backbone, batch, train
-from peftlib.errors import StateError
+from peftlib.errors import StateError, UnsupportedError
+from peftlib.taxonomy import entry
 
 
 def rows(family: str = "bert") -> list[dict[str, torch.Tensor]]:
@@ -46,15 +47,16 @@ def trained(method: str, folder, family: str = "bert", callbacks=(), resume=None
     return adapted
 
 
-def by_hand(method: str, steps: int = 6) -> peftlib.Adapted:
+def by_hand(method: str, steps: int = 6, warmup: int = 0) -> peftlib.Adapted:
     """The same steps in a loop of one's own: batches of four in order, AdamW, linear decay, clipping at 1."""
     adapted = Case(method, "bert").attach()
     parameters = adapted.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    life = adapted.lifecycle(steps)
+    schedule = life.scheduler(optimizer, peftlib.Schedule("linear", warmup))
     data = rows()
     adapted.model.train()
-    with adapted.lifecycle(steps) as life:
+    with life:
         for step in range(steps):
             life.step_start()
             part = data[:4] if step % 2 == 0 else data[4:]
@@ -83,6 +85,65 @@ def test_trainer_and_a_loop_of_ones_own_give_the_same_weights(method, tmp_path):
     done = trained(method, tmp_path)
     assert_close(done, by_hand(method))
     assert any(not torch.equal(p, start.trainable()[n]) for n, p in done.trainable().items())
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """Hadamard adapters, on the tiny models too, in two stages; IncreLoRA grows in their first."""
+    tiny = {"hadamard_adapter": {"head_stage": 0.5}, "increlora": {"growth_end": 0.5}}
+    for method, options in tiny.items():
+        monkeypatch.setitem(entry(method).tiny, *next(iter(options.items())))
+
+
+@pytest.mark.parametrize("method", ["hadamard_adapter", "increlora"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_trainer_starts_the_schedule_anew_where_the_method_does(method, warmup, tmp_path, staged):
+    done = trained(method, tmp_path, warmup_steps=warmup)
+    assert_close(done, by_hand(method, warmup=warmup))
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_trainer_s_rate_in_stages(tmp_path, staged):
+    rates = Rates()
+    trained("hadamard_adapter", tmp_path, callbacks=[rates], max_steps=8)
+    assert rates.seen == pytest.approx([0.01, 0.0075, 0.005, 0.0025] * 2)
+
+
+@pytest.mark.parametrize("method", ["hadamard_adapter", "increlora"])
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_a_run_in_stages_resumes_in_any_of_them(method, step, tmp_path, staged):
+    """Interrupted after a step and resumed from the checkpoint of the one before: before, at and after the border."""
+    whole = trained(method, tmp_path / "whole")
+    options = {"save_strategy": "steps", "save_steps": step - 1}
+    with pytest.raises(KeyboardInterrupt):
+        trained(method, tmp_path / "run", callbacks=[Stop(step)], **options)
+    rates = Rates()
+    resumed = trained(method, tmp_path / "run", callbacks=[rates], resume=True, **options)
+    assert_close(whole, resumed)
+    assert len(rates.seen) == 7 - step
+
+
+@pytest.mark.parametrize("method", ["hadamard_adapter", "increlora"])
+def test_a_schedule_of_ones_own_cannot_be_started_anew(method, tmp_path, staged):
+    adapted = Case(method, "bert").attach()
+    optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=1e-2)
+    own = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    run = Trainer(
+        adapted.model,
+        arguments(tmp_path),
+        train_dataset=rows(),
+        callbacks=[adapted.callback()],
+        optimizers=(optimizer, own),
+    )
+    with pytest.raises(UnsupportedError, match=r"starts the learning-rate schedule anew.*lr_scheduler_type"):
+        run.train()
 
 
 def test_the_projects_loop_and_trainer_give_the_same_weights(tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from peftlib.errors import TargetError
 from peftlib.mechanisms import sparse
 from peftlib.mechanisms.host import Host
-from peftlib.methods.base import Method, MethodConfig
+from peftlib.methods.base import Method, MethodConfig, TrainingState
 
 
 class Budgeted:
@@ -107,3 +107,18 @@ class ChosenEntries(Budgeted, Method):
             if name not in self.children:
                 self.children[name] = sparse.train_entries(self.host, self.candidates[name], indices[:0])
             self.children[name].add(self.candidates[name], indices, values)
+
+
+class MaskedGradients(ChosenEntries):
+    """Chosen entries whose original clips the whole gradient, of all entries, and then masks it. So it is here: what
+    trains is scaled by the norm of the whole gradient, though most of that is dropped in the backward pass."""
+
+    clips = True
+
+    def on_step_start(self, training: TrainingState) -> None:
+        if training.max_norm:
+            sparse.watch(self.children.values())
+
+    def on_gradients(self, training: TrainingState) -> None:
+        if training.max_norm:
+            sparse.clip_whole(self.host.root.trained().values(), self.children.values(), training.max_norm)

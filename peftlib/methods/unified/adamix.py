@@ -12,11 +12,13 @@ A single output has no divergence. Trained: M (d r + r) + r d + d a layer. After
 there is one adapter, of the mean weights; it costs what one adapter costs, and trains on as one. Both projections start
 at N(0, 0.02^2), near the identity. No merge: the nonlinearity stands between them.
 
-``form="lora"`` has M matrices A and one B of LoRA on ``targets``, :math:`y = W x + \frac{\alpha}{r} B A^{(i)} x`: B
-starts at zero, the identity, and the mean update merges exactly.
+``form="lora"`` has M matrices A and one B of LoRA on ``targets``, :math:`y = W x + \frac{\alpha}{r} B A^{(i)} x`. The
+maps of one attention that take query, key and value share their i; the M matrices of a map start as copies of one, B at
+zero: the identity. The mean update merges exactly.
 
 Source: Wang et al. 2022, arXiv:2205.12410, and its code: M = 4, w = 1, GELU, the up-projection shared, r = 48 with BERT
-(16 with RoBERTa-large). Their LoRA runs on text generation have r = 4, M = 8 and w = 100.
+(16 with RoBERTa-large). Its LoRA runs, on text generation, have r = 4, alpha = 32, M = 8, w = 100 and dropout 0.1: the
+defaults of that form.
 """
 
 from __future__ import annotations
@@ -34,33 +36,41 @@ from peftlib.errors import UnknownNameError
 from peftlib.mechanisms.bottleneck import Sequential, check_activation
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, update
+from peftlib.mechanisms.outputs import Args, Kwargs
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ForwardPass, MethodConfig, at_least, between
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 FORMS = ("adapter", "lora")
+DEFAULTS: dict[str, dict[str, float]] = {
+    "adapter": {"experts": 4, "consistency": 1.0, "dropout": 0.0},
+    "lora": {"experts": 8, "consistency": 100.0, "dropout": 0.1},
+}
 
 
 @dataclass(frozen=True)
 class AdaMixConfig(MethodConfig):
     """``form``: "adapter" (``bottleneck`` r, ``activation``, ``std`` of the start) or "lora" (``rank``, ``alpha``,
     ``targets``); ``experts`` M; ``consistency`` w (0: one pass only); ``dropout`` of the inner activation (adapter) or
-    the update's input (LoRA)."""
+    the update's input (LoRA). Where these three are None, they are 4, 1 and 0 (adapter) or 8, 100 and 0.1 (LoRA)."""
 
     form: Literal["adapter", "lora"] = "adapter"
-    experts: int = 4
-    consistency: float = 1.0
+    experts: int | None = None
+    consistency: float | None = None
     bottleneck: int = 48
     activation: str = "gelu"
     std: float = 0.02
     rank: int = 4
     alpha: float = 32.0
     targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
-    dropout: float = 0.0
+    dropout: float | None = None
 
     def __post_init__(self):
         if self.form not in FORMS:
             raise UnknownNameError("form of adamix", self.form, FORMS)
+        for name, value in DEFAULTS[self.form].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         at_least("experts", self.experts, 2)
         at_least("consistency", self.consistency, 0)
         between("std", self.std, 0, float("inf"))
@@ -69,23 +79,39 @@ class AdaMixConfig(MethodConfig):
         check_activation(self.activation)
 
 
+class Draw:
+    """The i that several maps use in a pass; whoever runs before them sets it."""
+
+    i: torch.Tensor | None = None
+
+    def new(self, count: int, device: torch.device) -> torch.Tensor:
+        # As a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.
+        self.i = torch.randint(count, (1,), device=device)  # (1,)
+        return self.i
+
+
 class Experts(nn.Module):
-    """``forward(x) = W_i x + b_i``: training draws i uniformly for the whole batch; otherwise W and b are the means.
+    """``forward(x) = W_i x + b_i``: training draws i uniformly for the whole batch, or uses that of a ``shared`` draw;
+    otherwise W and b are the means.
 
     Shapes: x (..., in); ``weight`` (M, out, in), ``bias`` (M, out) or None; (out, in) and (out) after :meth:`keep`.
-    Weights start N(0, std^2) or, without ``std``, Kaiming-uniform with a = sqrt(5) each; biases at zero.
+    Weights start N(0, std^2) or, without ``std``, as copies of one that is Kaiming-uniform with a = sqrt(5); biases at
+    zero.
     """
+
+    shared: Draw | None = None
 
     def __init__(self, in_features: int, out_features: int, count: int, std: float | None = None, bias: bool = True):
         super().__init__()
         self.count = count
         self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(count, out_features)) if bias else None
-        for weight in self.weight:
+        with torch.no_grad():
             if std is None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                self.weight[1:] = nn.init.kaiming_uniform_(self.weight[0], a=math.sqrt(5))
             else:
-                nn.init.normal_(weight, std=std)
+                for weight in self.weight:
+                    nn.init.normal_(weight, std=std)
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The mean weight (out, in) and bias (out)."""
@@ -104,8 +130,7 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.count == 1:
             return F.linear(x, *self.mean())  # (..., in) -> (..., out)
-        # Drawn as a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.
-        i = torch.randint(self.count, (1,), device=x.device)  # (1,)
+        i = Draw().new(self.count, x.device) if self.shared is None else self.shared.i  # (1,)
         W = self.weight.index_select(0, i)[0]  # (M, out, in) -> (out, in)
         b = None if self.bias is None else self.bias.index_select(0, i)[0]  # (M, out) -> (out,)
         return F.linear(x, W, b)  # (..., in) -> (..., out)
@@ -139,9 +164,22 @@ class AdaMix(LowRankUpdates):
         if self.config.form == "lora":
             super().attach(host)
             self.experts = [update.experts for update in self.updates.values()]
+            self._share_draws(host)
         else:
             adapters = [host.after(site, self.child, self.adapter(site)) for site in host.anatomy.sites(("ffn.down",))]
             self.experts = [adapter.down for adapter in adapters]
+
+    def _share_draws(self, host: Host) -> None:
+        """One draw for the maps of an attention that make its query, keys and values."""
+        for layer in host.anatomy.layers:
+            for block, module in (("attention", layer.attention), ("cross_attention", layer.cross_attention)):
+                sites = (layer.sites.get(f"{block}.{name}") for name in ("query", "key", "value"))
+                experts = [self.updates[site].experts for site in sites if site in self.updates]
+                if len(experts) > 1:
+                    draw = Draw()
+                    for one in experts:
+                        one.shared = draw
+                    host.hook(module, _draw, draw, experts[0], before=True)
 
     def update(self, site: Site) -> MixedLowRank:
         c = self.config
@@ -195,3 +233,8 @@ class AdaMix(LowRankUpdates):
     def check_mergeable(self) -> None:
         if self.config.form != "lora":
             super().check_mergeable()
+
+
+def _draw(draw: Draw, experts: Experts, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    if experts.training and experts.count > 1:
+        draw.new(experts.count, experts.weight.device)

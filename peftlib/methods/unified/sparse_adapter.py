@@ -1,7 +1,7 @@
 r"""SparseAdapter: adapters are pruned before they train, by a score of their untrained entries (unified).
 
-.. math:: h \leftarrow h + (M_{up} \odot W_{up})\, \sigma((M_{down} \odot W_{down}) h + b_{down}) + b_{up}, \qquad
-          M = \operatorname{top}_k(s)
+.. math:: h \leftarrow h + (M_{up} \odot W_{up})\, \sigma((M_{down} \odot W_{down}) \mathrm{LN}(h) + b_{down}) + b_{up},
+          \qquad M = \operatorname{top}_k(s)
 
 =========  ==============================================================================================
 score      s of an entry w
@@ -14,18 +14,23 @@ random     uniform
 =========  ==============================================================================================
 
 Shapes: h (b, t, d) of b rows, t tokens and hidden size d; W_down (r, d), W_up (d, r); M and s have the shape of each
-matrix; biases are not pruned. k = int(density times entries) of all matrices together, or with ``scope="local"`` of
-each by itself; ties by position. :meth:`Adapted.calibrate` fixes the mask; then k values train from their start and the
-others stay zero. All matrices start at N(0, 0.02^2), near the identity: with a zero W_up every snip score would be
-zero. Stored: k values with their indices, or bits. Large-sparse: twice the ``bottleneck`` at half the ``density`` has
-the same budget. No merge, except for LoRA.
+matrix. The norm LN (its own in each adapter) and the biases train and are not pruned. k = int(density times entries) of
+all matrices together, or with ``scope="local"`` of each by itself; ties by position. :meth:`Adapted.calibrate` fixes
+the mask; then k values train from their start and the others stay zero. Both matrices start at N(0, 0.02^2), the norm
+as the identity, biases at zero: near the identity, since with a zero W_up every snip score would be zero. Stored: k
+values with their indices, or bits, and what is not pruned. Large-sparse: twice the ``bottleneck`` at half the
+``density`` has the same budget. No merge, except for LoRA.
 
-``form``: "adapter" prunes the sequential adapters behind both blocks, "lora" A and B, "mam" the parallel adapters and
-the prefixes' keys and values, which act from the first step on.
+``form``: "adapter" has sequential adapters behind both blocks, "lora" A and B, both started at N(0, 0.02^2), and "mam"
+parallel adapters with the norm, beside the prefixes of He et al. 2022, which are not pruned and made by an MLP.
 
-Source: He et al. 2022, arXiv:2210.04284, and its code, whose ``sparsity`` is the share that is kept. It multiplies
-dense weights by masks; here k values train. Its synflow runs the adapter itself on absolute weights; the linear form
-here is SynFlow's own (Tanaka et al. 2020, arXiv:2006.05467). A prefix's table is no product: its score there is \|w\|.
+Source: He et al. 2022, arXiv:2210.04284 (SNIP, 40 % pruned), and its code, whose ``sparsity`` is the share that is kept
+and which scores 320 rows, in evaluation mode. It multiplies dense weights by masks; here k values train. Its adapter
+behind the feed-forward block stands behind the dropout, ours before it, which is the same outside training. Its LoRA on
+attention starts as here (RoBERTa, BART), that on feed-forward maps of BART at B = 0, where no snip score is above zero.
+Its synflow runs the adapter itself on ones, which its norm turns into zeros, so that no score is above zero; the linear
+form here is SynFlow's own (Tanaka et al. 2020, arXiv:2006.05467). The settings of its MAM runs are not public: the
+prefix is that of ``mam_adapter``, the adapters' ``scale`` the default of its code.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ from peftlib.mechanisms import importance, pruned
 from peftlib.mechanisms.bottleneck import Bottleneck
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.prefix import Prefix
 from peftlib.methods.base import Method, MethodConfig, at_least, between
 from peftlib.methods.bases.pruned import PrunedCombination
 
@@ -55,21 +61,28 @@ SCORES = ("snip", "grasp", "magnitude", "synflow", "random")
 @dataclass(frozen=True)
 class SparseAdapterConfig(MethodConfig):
     """``form``: "adapter" (``bottleneck`` r, ``activation``), "lora" (``rank``, ``alpha``, ``targets``) or "mam"
-    (``length`` m and ``bottleneck`` r); ``score`` and ``scope`` of the choice, ``density`` that is kept, ``batches``
-    to score on (None: all); ``std`` of the start."""
+    (``bottleneck`` r and ``scale`` of the adapters, ``length`` m of the prefix and ``hidden`` units of its MLP);
+    ``norm``: adapters have a trained norm on their input; ``dropout`` of their inner activation; ``score`` and
+    ``scope`` of the choice, ``density`` that is kept, ``rows`` and ``batches`` to score on at most (None: all);
+    ``std`` of the start."""
 
     form: Literal["adapter", "lora", "mam"] = "adapter"
     score: Literal["snip", "grasp", "magnitude", "synflow", "random"] = "snip"
     scope: Literal["global", "local"] = "global"
-    density: float = 0.5
+    density: float = 0.6
+    rows: int | None = 320
     batches: int | None = None
     std: float = 0.02
     bottleneck: int = 64
     activation: str = "relu"
+    norm: bool = True
+    dropout: float = 0.1
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
     length: int = 30
+    hidden: int = 800
+    scale: float = 1.0
 
     def __post_init__(self):
         for what, value, known in (
@@ -81,10 +94,12 @@ class SparseAdapterConfig(MethodConfig):
                 raise UnknownNameError(f"{what} of sparse_adapter", value, known)
         between("density", self.density, 0, 1)
         between("std", self.std, 0, float("inf"))
-        for name in ("bottleneck", "rank", "length"):
+        for name in ("bottleneck", "rank", "length", "hidden"):
             at_least(name, getattr(self, name), 1)
-        if self.batches is not None:
-            at_least("batches", self.batches, 1)
+        at_least("dropout", self.dropout, 0)
+        for name in ("rows", "batches"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
 
 
 class SparseAdapter(PrunedCombination):
@@ -93,23 +108,24 @@ class SparseAdapter(PrunedCombination):
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config
-        parts = {
-            "adapter": {
-                "method": "sequential_adapter",
-                "bottleneck": c.bottleneck,
-                "activation": c.activation,
-                "train_norms": False,
-            },
-            "lora": {"method": "lora", "rank": c.rank, "alpha": c.alpha, "targets": c.targets},
-            "mam": {"method": "mam_adapter", "length": c.length, "bottleneck": c.bottleneck, "reparametrize": False},
-        }
-        return (parts[c.form],)
+        adapter = {"bottleneck": c.bottleneck, "activation": c.activation, "dropout": c.dropout}
+        if c.form == "adapter":
+            return ({"method": "sequential_adapter", "train_norms": False, **adapter},)
+        if c.form == "lora":
+            return ({"method": "lora", "rank": c.rank, "alpha": c.alpha, "targets": c.targets},)
+        prefix = {"length": c.length, "hidden": c.hidden, "shift_positions": False}
+        return {"method": "prefix_tuning", **prefix}, {"method": "parallel_adapter", "scale": c.scale, **adapter}
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        matrices = {n: p for n, p in pruned.added(host).items() if p.dim() > 1}
-        for parameter in matrices.values():
-            nn.init.normal_(parameter, std=self.config.std)
-        return matrices
+        matrices = set()
+        for child in host.paths().values():
+            for weight in (w for product in _products(child) for w in product):
+                nn.init.normal_(weight, std=self.config.std)
+                matrices.add(id(weight))
+            if isinstance(child, Bottleneck) and self.config.norm:
+                W_down = child.down.weight  # (r, d)
+                child.norm = nn.LayerNorm(W_down.shape[1], device=W_down.device, dtype=W_down.dtype)
+        return {n: p for n, p in pruned.added(host).items() if id(p) in matrices}
 
     @property
     def k(self) -> int:
@@ -122,7 +138,7 @@ class SparseAdapter(PrunedCombination):
         return [int(self.config.density * p.numel()) for p in self.candidates.values()]
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        scores = self.scores(list(islice(batches, self.config.batches)))
+        scores = self.scores(list(importance.first_rows(islice(batches, self.config.batches), self.config.rows)))
         if self.config.scope == "global":
             self.keep(pruned.largest(scores, self.k))
         else:
@@ -146,6 +162,19 @@ class SparseAdapter(PrunedCombination):
                     scores[id(down)] = a * b.sum(0)[:, None]  # (r, d)
                     scores[id(up)] = b * a.sum(1)  # (d, r)
         return [scores[id(p)] for p in parameters]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        if self.config.form != "mam":
+            return super().state()
+        prefixes = self.parts[0]  # stored as keys and values, without the MLP that makes them
+        made = prefixes.host.state()
+        return {n: t for n, t in super().state().items() if n not in made} | prefixes.state()
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        for child in self.host.paths().values():
+            if isinstance(child, Prefix):
+                child.keep()
+        super().load_state(state)
 
     def check_mergeable(self) -> None:
         if self.config.form != "lora":

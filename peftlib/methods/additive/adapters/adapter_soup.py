@@ -18,9 +18,10 @@ Task heads: the model keeps its own, and the sources' are left out; ``heads="ave
 too, for domains of one task with the same labels.
 
 Source: Chronopoulou et al. 2023, arXiv:2302.07027, where domains are of language modelling, so that there are no heads,
-and sentence similarity and clusters choose; of the text only the beginning could be read. Chosen here: the cosine of
-mean embeddings; clusters by a Gaussian mixture with diagonal covariances, where a domain's score is its share of the
-new text's clusters and domains below ``share`` are left out.
+and sentence similarity and clusters choose; of the text only the beginning could be read. That domains below a smallest
+similarity are left out could not be confirmed: ``least``, without effect by default. Chosen here: the cosine of mean
+embeddings; clusters by a Gaussian mixture with diagonal covariances, where a domain's score is its share of the new
+text's clusters and domains below ``share`` are left out.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def nearest(
     by: Literal["similarity", "clusters"] = "similarity",
     clusters: int | None = None,
     share: float = 0.1,
+    least: float = -1.0,
 ) -> tuple[str, ...]:
     """Names of the domains that are nearest to a text, at most ``top``, the nearest first.
 
@@ -103,13 +105,15 @@ def nearest(
         domains: name -> sentence embeddings (n, e) of a domain.
         by: "similarity": cosine of mean embeddings; "clusters": a Gaussian mixture of ``clusters`` (None: as many as
             domains) is fitted to the domains' sentences, and domains count by their share of the text's clusters.
+        least: the smallest cosine with which a domain is taken, by "similarity"; the default takes all.
         share: the smallest share with which a domain is taken, by "clusters".
     """
     at_least("top", top, 1)
     if by not in ("similarity", "clusters"):
         raise UnknownNameError("way to choose", by, ("similarity", "clusters"))
     if by == "similarity":
-        score = {n: float(F.cosine_similarity(text.mean(0), vectors.mean(0), dim=0)) for n, vectors in domains.items()}
+        cosine = {n: float(F.cosine_similarity(text.mean(0), v.mean(0), dim=0)) for n, v in domains.items()}
+        score = {n: s for n, s in cosine.items() if s >= least}
     else:
         score = {n: s for n, s in _shares(text, domains, clusters or len(domains)).items() if s >= share}
     return tuple(sorted(score, key=lambda name: -score[name])[:top])

@@ -43,9 +43,9 @@ PLACES = {"ffn": "ffn.down", "attention": "attention.output"}
 
 @dataclass(frozen=True)
 class HyperformerPPConfig(MethodConfig):
-    """``tasks``: how many there X ``hidden``
-    units between; the adapters' bottleneck is d // ``reduction``; ``activation`` (a name of transformers), ``std`` of
-    the linear maps' start, ``train_norms`` of the backbone."""
+    """``tasks``: how many there are; ``embedding`` e of tasks, layers and places, with ``hidden`` units behind; the
+    adapters' bottleneck is d // ``reduction``; ``activation`` (a name of transformers), ``std`` of the linear maps'
+    start, ``train_norms`` of the backbone."""
 
     tasks: int = 1
     embedding: int = 64

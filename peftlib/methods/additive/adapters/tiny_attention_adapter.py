@@ -1,23 +1,29 @@
-r"""Tiny-attention adapter: an attention with heads of size one over the whole context is added to the hidden state.
+r"""Tiny-attention adapter: an attention of size one over the whole context, behind that of each layer (additive).
 
-.. math:: h_t \leftarrow h_t + b_O + \sum_{j} W_O^{(j)} \sum_{s}
-          \operatorname{softmax}_s\bigl(q_t^{(j)} \cdot k_s^{(j)} / \sqrt{p}\bigr)\, v_s^{(j)}
+.. math:: h_t \leftarrow h_t + W_2\, W_O \sum_{s} \operatorname{softmax}_s\bigl(q_t \cdot k_s / \sqrt{p}\bigr)\,
+          v_s, \qquad (q, k, v) = \operatorname{diag}(W_Q, W_K, W_V)\, W_1 \operatorname{LN}(h)
 
-Shapes, with b rows of n tokens: h (b, n, d); q, k, v (b, H, n, p) for H heads j of size p, from h by maps (H p, d) with
-biases; W_O (d, H p). h is the output of the attention block before the residual sum, or with ``place="parallel"`` the
-block's input, and the sum is with its output. s runs over the positions that the block itself attends to: no padding,
-in decoders none that come later. W_O starts at zero, so the start is the identity. Trained: 4dHp + 3Hp + d a layer. No
-merge: it depends on the context.
+Shapes, with b rows of n tokens: h (b, n, d); W_1 (3p, d), W_Q, W_K, W_V, W_O (p, p), W_2 (d, p), all with biases; q,
+k, v (b, n, p). LN is a norm of its own, with scale and shift. h is the hidden state behind the attention block, its
+residual sum and, where one follows there, its norm; with ``place="parallel"`` the attention reads the state in front of
+the block. s runs over the positions that the block itself attends to: no padding, in decoders none that come later.
+Start: as torch's layers, and W_2 and its bias a hundredth of that, so the output is near the backbone's. Trained:
+4dp + 3d + 4p^2 + 7p a layer for each head. No merge: it depends on the context.
 
-``adapted.method.average_heads()`` makes the heads one for inference, whose cost is that of a single head: the mean of
-their query, key and value weights and, as equal heads should give the same output, the sum of their W_O. With unequal
-heads it changes the output. ``average_heads(False)`` undoes it; it is not stored, and training uses all heads.
+``heads`` M are M such attentions, one after the other, each reading what the one before gave and adding 1 / M of its
+output. ``adapted.method.start_heads(state)`` starts all of them from a trained adapter of one head, ``state()`` of an
+adapted model, apart by noise of 1e-6 in W_1. For deployment ``average_heads()`` makes them one, the mean of all their
+parameters, whose cost is that of a single head; it changes the output. ``average_heads(False)`` undoes it; it is not
+stored, and training uses all heads.
 
-Source: Zhao et al. 2022, arXiv:2211.01979: tiny heads as experts to be averaged, both places. No code is known, and
-what its abstract does not say is chosen here: the place before the residual sum, sequential as default, biases, the
-start, four heads. The reported 0.05 % of RoBERTa-large lies between one and two heads of this form (0.035 and 0.062 %).
-Position biases and rotations of the backbone do not enter. Decoders keep its keys and values in the backbone's own
-cache, which must be a dynamic one.
+Source: Zhao et al. 2022, arXiv:2211.01979, and its code (cindermond/tiny-attn: model/tiny_attn.py, roberta_bl.py with
+the structures m0 and s0, roberta_ada.py, run/train_ada.py). As there: p = 1, dropout of 0.1 on the attention weights
+and none in the frozen layers while it trains, M = 4 where there are several. RoBERTa-large trains 172,296 parameters,
+the paper's 0.05 %. The start is that of the code's modules; transformers 4.19, which it asks for, draws new linear maps
+anew from N(0, 0.02^2) when a model is loaded, so their runs may have started there. Departures: their script starts and
+averages all but the norms of its heads, ours those too; their GPT-2 code has one map for q, k and v and no causal mask.
+Encoder-decoder models have it behind self-attention in both stacks. Position biases and rotations of the backbone do
+not enter. Decoders keep its keys and values in the backbone's own cache, which must be a dynamic one.
 """
 
 from __future__ import annotations
@@ -30,27 +36,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftlib.anatomy import Layer
-from peftlib.errors import UnknownNameError
-from peftlib.mechanisms import attention, cache
+from peftlib.errors import LoadError, UnknownNameError
+from peftlib.mechanisms import attention, cache, dropout, stream
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import cast
-from peftlib.methods.base import Method, MethodConfig, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 PLACES = ("sequential", "parallel")
 
 
 @dataclass(frozen=True)
 class TinyAttentionAdapterConfig(MethodConfig):
-    """``heads`` H of size ``head_dim`` p; ``place``: "sequential", behind the attention block, or "parallel" to it."""
+    """``heads`` M of size ``head_dim`` p, one after the other; ``place``: "sequential", behind the attention block, or
+    "parallel" to it; ``dropout`` of the attention weights; ``backbone_dropout``: the frozen layers keep theirs while
+    it trains."""
 
-    heads: int = 4
+    heads: int = 1
     head_dim: int = 1
     place: Literal["sequential", "parallel"] = "sequential"
+    dropout: float = 0.1
+    backbone_dropout: bool = False
 
     def __post_init__(self):
         at_least("heads", self.heads, 1)
         at_least("head_dim", self.head_dim, 1)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r} is no rate; it must be at least 0 and below 1")
         if self.place not in PLACES:
             raise UnknownNameError("place", self.place, PLACES)
 
@@ -74,50 +86,60 @@ class Context(nn.Module):
         return mask, self.causal, past
 
 
-class TinyAttention(nn.Module):
-    """``forward(x, y) = y + delta(y)``, or with ``parallel`` ``y + delta(x)``, for the input x and the output y
-    (b, n, d) of an attention block.
+class TinyHead(nn.Module):
+    """``forward(h, seen, slot)``: what an attention of size p gives for h, both (b, n, d). ``seen`` is what
+    :meth:`Context.take` gives, ``slot`` the place of its keys and values in a cache. ``attention`` holds W_Q, W_K, W_V
+    and W_O with torch's start."""
 
-    W_O and b_O (``output``) start at zero, the other maps as torch's linear layers do. While ``averaged`` is set and
-    the module is in evaluation mode, the heads are one.
-    """
-
-    def __init__(self, d: int, heads: int, head_dim: int, context: Context, cache_index: int, parallel: bool):
+    def __init__(self, d: int, p: int, rate: float):
         super().__init__()
-        self.heads, self.head_dim, self.parallel = heads, head_dim, parallel
-        self.context, self.cache_index = context, cache_index
-        self.averaged = False
-        self.query, self.key, self.value = (nn.Linear(d, heads * head_dim) for _ in range(3))
-        self.output = nn.Linear(heads * head_dim, d)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.norm = nn.LayerNorm(d)
+        self.project = nn.Linear(d, 3 * p)
+        self.attention = nn.MultiheadAttention(p, 1, dropout=rate, batch_first=True)
+        self.output = nn.Linear(p, d)
+        with torch.no_grad():
+            for parameter in self.output.parameters():
+                parameter.mul_(0.01)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.delta(x if self.parallel else y).to(y.dtype)  # (b, n, d)
-
-    def delta(self, h: torch.Tensor) -> torch.Tensor:
-        """What is added for h, both (b, n, d)."""
-        one = self.averaged and not self.training  # then H is 1
-        h = cast(h, self.query.weight)  # (b, n, d)
-        q, k, v = (self._map(h, linear, one) for linear in (self.query, self.key, self.value))  # each (b, H, n, p)
-        mask, causal, past = self.context.take()
+    def forward(self, h: torch.Tensor, seen: tuple[torch.Tensor | None, bool, Any], slot: int) -> torch.Tensor:
+        mask, causal, past = seen
+        a = self.attention
+        parts = self.project(self.norm(h)).chunk(3, dim=-1)  # (b, n, d) -> 3 (b, n, p)
+        weights = zip(parts, a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), strict=True)  # (p, p) and (p,) each
+        q, k, v = (F.linear(x, W, b)[:, None] for x, W, b in weights)  # (b, n, p) -> (b, 1, n, p)
         if past is not None:
-            k, v = past.update(k, v, self.cache_index)  # (b, H, n, p) -> (b, H, k, p)
-        mixed = F.scaled_dot_product_attention(q, k, v, _visible(mask, causal, q, k))  # (b, H, n, p)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (b, H, n, p) -> (b, n, H p)
-        if one:
-            W_O = self.output.weight.unflatten(1, (self.heads, -1)).sum(1)  # (d, H p) -> (d, p)
-            return F.linear(mixed, W_O, self.output.bias)  # (b, n, p) -> (b, n, d)
-        return self.output(mixed)  # (b, n, H p) -> (b, n, d)
+            k, v = past.update(k, v, slot)  # (b, 1, n, p) -> (b, 1, k, p)
+        rate = a.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, _visible(mask, causal, q, k), rate)  # (b, 1, n, p)
+        return self.output(a.out_proj(mixed[:, 0]))  # (b, n, p) -> (b, n, d)
 
-    def _map(self, h: torch.Tensor, linear: nn.Linear, one: bool) -> torch.Tensor:
-        """Queries, keys or values of all heads, or of ``one``, their average."""
-        if one:
-            W, b = (t.unflatten(0, (self.heads, -1)).mean(0) for t in (linear.weight, linear.bias))  # (p, d) and (p,)
-            mapped = F.linear(h, W, b)  # (b, n, d) -> (b, n, p)
-        else:
-            mapped = linear(h)  # (b, n, d) -> (b, n, H p)
-        return mapped.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, n, H p) -> (b, H, n, p)
+
+class TinyAttention(nn.Module):
+    """``delta(x, h)``: what ``heads`` heads add to h (b, n, d), one after the other, each reading h as it then is, or
+    with ``parallel`` the block's input x. While ``averaged`` is set and the module is in evaluation mode, it is one
+    head, the mean of all."""
+
+    def __init__(self, d: int, config: TinyAttentionAdapterConfig, context: Context, slot: int):
+        super().__init__()
+        self.parallel, self.averaged = config.place == "parallel", False
+        self.context, self.slot = context, slot
+        self.heads = nn.ModuleList(TinyHead(d, config.head_dim, config.dropout) for _ in range(config.heads))
+
+    def delta(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        seen, M = self.context.take(), len(self.heads)
+        source = cast(x if self.parallel else h, self.heads[0].norm.weight)  # (b, n, d)
+        if self.averaged and not self.training:
+            return torch.func.functional_call(self.heads[0], self.mean(), (source, seen, self.slot))  # (b, n, d)
+        total = torch.zeros_like(source)
+        for j, head in enumerate(self.heads):
+            reads = source if self.parallel else source + total
+            total = total + head(reads, seen, self.slot + j) / M  # (b, n, d)
+        return total
+
+    def mean(self) -> dict[str, torch.Tensor]:
+        """The mean of the heads' parameters, by their names in a head."""
+        every = [dict(head.named_parameters()) for head in self.heads]
+        return {name: torch.stack([one[name] for one in every]).mean(0) for name in every[0]}
 
 
 class TinyAttentionAdapter(Method):
@@ -125,28 +147,42 @@ class TinyAttentionAdapter(Method):
     learning_rate = 1e-2
 
     def attach(self, host: Host) -> None:
+        if not self.config.backbone_dropout:
+            dropout.switch_off(host, host.anatomy.base)
         self.adapters = [self._attach(host, layer) for layer in host.anatomy.layers]
 
     def _attach(self, host: Host, layer: Layer) -> nn.Module:
-        c, query, output = self.config, layer.sites["attention.query"], layer.sites["attention.output"]
-        layers = sum(other.stack == layer.stack for other in host.anatomy.layers)
+        layers, M = sum(other.stack == layer.stack for other in host.anatomy.layers), self.config.heads
         context = attention.attach(host, layer.attention, f"{self.name}_context", Context())
-        host.hook(layer.attention, _see_cache, context, names(layer.attention), layers, before=True)
+        host.hook(layer.attention, _see_cache, context, names(layer.attention), layers * (1 + M), before=True)
         # In a decoder's cache its keys and values stand behind those of the backbone's layers.
-        place, parallel = layers + layer.index, c.place == "parallel"
-        tiny = TinyAttention(host.anatomy.d, c.heads, c.head_dim, context, place, parallel)
-        return host.connect(query, output, self.name, tiny) if parallel else host.after(output, self.name, tiny)
+        tiny = TinyAttention(host.anatomy.d, self.config, context, layers + layer.index * M)
+        return stream.behind_attention(host, layer, self.name, tiny)
+
+    @torch.no_grad()
+    def start_heads(self, state: dict[str, torch.Tensor], noise: float = 1e-6) -> None:
+        """Start every head from ``state``, that of an adapted model with one head, plus ``noise`` in W_1. Raises
+        LoadError where it does not fit."""
+        parameters = self.host.trained()
+        for path, adapter in ((p, m) for p, m in self.host.paths().items() if isinstance(m, TinyAttention)):
+            for j, head in enumerate(adapter.heads):
+                for name, parameter in head.named_parameters():
+                    given = state.get(f"{path}.heads.0.{name}")
+                    if given is None or given.shape != parameter.shape:
+                        raise LoadError(f"the state has no {path}.heads.0.{name} of shape {tuple(parameter.shape)}")
+                    drawn = torch.randn_like(parameter) * noise if name.startswith("project.") else 0
+                    parameters[f"{path}.heads.{j}.{name}"].copy_(given.to(parameter.device) + drawn)
 
     def average_heads(self, averaged: bool = True) -> None:
-        """Let each layer's heads be one, their average, in evaluation mode; or all of them again."""
+        """Let each layer's heads be one, their mean, in evaluation mode; or all of them again."""
         for adapter in self.adapters:
             adapter.averaged = averaged
 
 
-def _see_cache(context: Context, order: tuple[str, ...], layers: int, module: nn.Module, args: tuple, kwargs: dict):
+def _see_cache(context: Context, order: tuple[str, ...], slots: int, module: nn.Module, args: tuple, kwargs: dict):
     past = by_name(order, args, kwargs).get("past_key_values")
     if past is not None:
-        cache.grow(past, 2 * layers)
+        cache.grow(past, slots)
         past = getattr(past, "self_attention_cache", past)
     context.past = past
 
@@ -155,7 +191,7 @@ def _visible(mask: torch.Tensor | None, causal: bool, q: torch.Tensor, k: torch.
     """The attention's mask for the tiny keys alone, whose positions are the last ones."""
     rows, columns = q.shape[2], k.shape[2]
     if mask is not None:
-        mask = mask[..., -columns:]  # (b or 1, 1 or H, n, more than k) -> (b or 1, 1 or H, n, k)
+        mask = mask[:, :1, :, -columns:]  # (b or 1, 1 or H, n, more than k) -> (b or 1, 1, n, k)
         return mask if mask.dtype == torch.bool else mask.to(q.dtype)
     if causal and rows > 1:
         return torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)  # (n, k)

@@ -6,8 +6,9 @@ Shapes: a (b, t, d), the output of the attention block before the residual sum, 
 start at one and zero, so the start is the identity. Trained: w, b and one norm (2d) a layer, 36,864 on BERT-base. It
 merges exactly into the output projection: w scales the rows of its weight and its bias, b is added to the bias.
 
-Two stages: for the first ``head_stage`` of the steps only the task head trains, then the head stays as it is and
-vectors and norms train. Without a task head (language models, ``train_head=False``) there is only the second stage.
+Two trainings: in the first ``head_stage`` of the steps only the task head trains, then the head stays as it is and
+vectors and norms train. Each has the learning-rate schedule for itself. Without a task head (language models,
+``train_head=False``) there is only the second.
 
 Source: Chen et al. 2023, arXiv:2407.11033. The abstract's 0.033 % of BERT-base is two vectors and one norm a layer. Not
 confirmed there, so chosen here: a is taken behind the output projection; the trained norm is the one that the attention
@@ -27,6 +28,7 @@ from peftlib.anatomy import Layer, Site
 from peftlib.errors import MergeError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.scaling import ScaleOutput
+from peftlib.mechanisms.schedules import Stage
 from peftlib.methods.base import ConfigError, Method, MethodConfig, TrainingState
 
 
@@ -68,15 +70,21 @@ class HadamardAdapter(Method):
             if self.config.train_norms:
                 host.train(_next_norm(layer).parameters())
 
+    def stages(self, total: int) -> tuple[Stage, ...]:
+        first = round(self.config.head_stage * total) if self._trained_head() else 0
+        stages = (Stage("task head", first), Stage("adapter and norms", total - first))
+        return tuple(stage for stage in stages if stage.steps)
+
+    def _trained_head(self) -> list[nn.Parameter]:
+        return [p for p in self.host.anatomy.head.values() if p.requires_grad]
+
     def on_gradients(self, training: TrainingState) -> None:
         """Drop the gradients of the parameters that the present stage does not train."""
-        head = [p for p in self.host.anatomy.head.values() if p.requires_grad]
-        if not head or not self.config.head_stage:
+        if not self.config.head_stage or not (head := self._trained_head()):
             return
-        in_head_stage = training.step < round(self.config.head_stage * training.total)
         ids = {id(p) for p in head}
         for parameter in self.host.model.parameters():
-            if (id(parameter) in ids) != in_head_stage:
+            if (id(parameter) in ids) != (training.stage == "task head"):
                 parameter.grad = None
 
     def check_mergeable(self) -> None:

@@ -1,11 +1,13 @@
 r"""Multitask prompt tuning: a shared prompt times a low-rank factor of each task, distilled from single tasks' prompts.
 
 .. math:: P_k = P^* \odot (u_k v_k^\top), \qquad
-          L = L_{task} + \lambda\, \bigl(\mathrm{KL}(p_{teacher} \,\|\, p) + \|h_{teacher} - h\|^2\bigr)
+          L = L_{task} + \lambda\, \bigl(\mathrm{KL}(p_{teacher} \,\|\, p) + \|h_{teacher} - h\|^2\bigr), \qquad
+          p = \mathrm{softmax}(z / T)
 
-Shapes: P* (m, e) with e the width of the embedding; for each task k u_k (m, r), v_k (r, e), r = 1; h (b, t, d), the
-last layer's output for b rows of t tokens, prompt included, is compared by its mean square over positions that are not
-padding. Trained: m e and (m + e) r for each task. u and v start from N(0, 0.02^2) and P* from embeddings of the
+Shapes: P* (m, e) with e the width of the embedding; for each task k u_k (m, r), v_k (r, e), r = 1; z (b, ..., classes)
+logits, T the temperature; h (b, t, d), the last layer's output for b rows of t tokens, prompt included, is compared by
+its mean square over positions that are not padding; with two stacks that of the encoder and that of the decoder are.
+Trained: m e and (m + e) r for each task. u and v start from N(0, 0.02^2) and P* from embeddings of the
 vocabulary, so the first prompts are nearly zero. They take positions, so the start is not the backbone's output. No
 merge: a prompt is input.
 
@@ -16,15 +18,18 @@ prompts, one a task       the source phase: rows say their task in ``task_ids``;
                           its task, with the task head that was saved with it. The student alone is saved; loaded, it
                           trains on without teachers
 one saved ``mpt``         the target phase: P* is the source's, u and v are the mean over its tasks
-                          (``start="mean"``), those of ``start_task`` ("task") or new ones ("shared")
+                          (``start="mean"``), those of ``start_task`` ("task") or new ones ("shared"), and train at
+                          ``task_rate`` times the rate of P*
 none                      the decomposition alone, for ``tasks`` tasks
 ========================  ===========================================================================================
 
-Source: Wang et al. 2023, arXiv:2303.02861, which could be read in part. Decomposition, its start and the starts of the
-target phase are those of the authors' institute in HF peft. Teachers and the two distances are the paper's; lambda =
-0.9, means in the place of sums and the last layer's states are chosen here. The teacher's forward is in the same mode
-as the student's, dropout included. The paper draws the number of tasks of a batch anew each time; here the mixture of
-:func:`peftlib.tasks.mix` says what is in a batch. One output (regression) is compared by its square.
+Source: Wang et al. 2023, arXiv:2303.02861, which could be read in part, and without its authors' code, which no archive
+has. Decomposition, its start and the starts of the target phase are those of their institute in HF peft; prompts of 100
+vectors, the teachers, both distances and the temperature are the paper's. From memory of the paper, not confirmed:
+lambda = 0.9, rates of 0.3 for P* and 0.4 for the factors in the target phase (``task_rate``), the states of both stacks
+of T5. Chosen here: T = 1, means in the place of sums, the last layer's states. The teacher's forward is in the same
+mode as the student's, dropout included. The paper draws the number of tasks of a batch anew each time; here the mixture
+of :func:`peftlib.tasks.mix` says what is in a batch. One output (regression) is compared by its square.
 """
 
 from __future__ import annotations
@@ -40,7 +45,16 @@ from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.mechanisms import prompt
 from peftlib.mechanisms.host import Host, Tasks
 from peftlib.mechanisms.outputs import state_of
-from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, SavedAdapter, at_least, check_alike
+from peftlib.methods.base import (
+    ConfigError,
+    ForwardPass,
+    Method,
+    MethodConfig,
+    SavedAdapter,
+    at_least,
+    between,
+    check_alike,
+)
 
 STARTS = ("mean", "task", "shared")
 
@@ -48,13 +62,16 @@ STARTS = ("mean", "task", "shared")
 @dataclass(frozen=True)
 class MPTConfig(MethodConfig):
     """``length`` m; ``rank`` r; ``tasks`` (None: as many as teachers, else 1); ``distill``, the weight lambda;
+    ``temperature`` T of the compared logits; ``task_rate``: the rate of u and v in the target phase, in units of P*'s;
     ``common``: how many of the vocabulary's first embeddings P* starts from; ``start`` of the target phase: "mean",
     "task" (the source's number ``start_task``) or "shared"; ``position`` of the prompt, as in prompt tuning."""
 
-    length: int = 20
+    length: int = 100
     rank: int = 1
     tasks: int | None = None
     distill: float = 0.9
+    temperature: float = 1.0
+    task_rate: float = 4 / 3
     common: int = 5000
     start: Literal["mean", "task", "shared"] = "mean"
     start_task: int = 0
@@ -66,6 +83,8 @@ class MPTConfig(MethodConfig):
         if self.tasks is not None:
             at_least("tasks", self.tasks, 1)
         at_least("distill", self.distill, 0)
+        between("temperature", self.temperature, 0, float("inf"))
+        between("task_rate", self.task_rate, 0, float("inf"))
         at_least("start_task", self.start_task, 0)
         for name, known in (("start", STARTS), ("position", ("front", "after_first"))):
             if getattr(self, name) not in known:
@@ -73,14 +92,20 @@ class MPTConfig(MethodConfig):
 
 
 class Distillation:
-    """What a training forward and the teachers' share: the rows' tasks, and h (b, t, d), the last layer's ``state``.
+    """What a training forward and the teachers' share: the rows' tasks, and h (b, t, d), the ``states`` that the last
+    layer of each stack gave.
 
-    ``teaching``: the teachers' prompts and heads act in the student's place. ``keeps_state``: h is to be kept.
+    ``teaching``: the teachers' prompts and heads act in the student's place. ``keeps_states``: h is to be kept.
     """
 
     def __init__(self, tasks: Tasks):
-        self.tasks, self.teaching, self.keeps_state = tasks, False, False
-        self.state: torch.Tensor | None = None
+        self.tasks, self.teaching, self.keeps_states = tasks, False, False
+        self.states: dict[str, torch.Tensor] = {}
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The states of the forward that has just run, which are kept no longer."""
+        states, self.states = self.states, {}
+        return states
 
 
 class MultitaskPrompt(nn.Module):
@@ -196,8 +221,8 @@ class MPT(Method):
                 raise UnsupportedError(f"the head's {path} is no linear map, so teachers' heads cannot take its place")
             tensors = [self._of_teachers(parts.head, f"{path}.{kind}") for kind in ("weight", "bias")]
             host.after(module, "teacher", TeacherHead(*tensors, distillation))
-        last = [layer for layer in parts.layers if layer.stack == parts.stacks[-1]][-1]
-        host.hook(last.module, _keep_state, distillation)
+        for stack, layer in {layer.stack: layer for layer in parts.layers}.items():  # the last of each stack
+            host.hook(layer.module, _keep_state, distillation, stack)
         host.hook(host.model, _keep_in_training, distillation, before=True)
 
     def _of_teachers(self, head: dict[str, nn.Parameter], name: str) -> torch.Tensor | None:
@@ -214,31 +239,42 @@ class MPT(Method):
                 )
         return torch.stack(tensors)
 
+    def learning_rates(self) -> dict[str, float]:
+        if self.learned is None:
+            return {}
+        fast = {id(self.child.u), id(self.child.v)}
+        return {n: self.config.task_rate for n, p in self.host.trained().items() if id(p) in fast}
+
     def penalty(self, forward: ForwardPass) -> torch.Tensor:
         distillation, tasks = self.distillation, self.host.tasks
-        h, distillation.state = distillation.state, None  # (b, t, d)
+        mine = distillation.take()  # (b, t, d) a stack
         # The rows' tasks count during a forward, and this is one.
-        distillation.teaching = distillation.keeps_state = tasks.running = True
+        distillation.teaching = distillation.keeps_states = tasks.running = True
         try:
             with torch.no_grad():
                 teacher_logits = forward.logits(forward.replay())  # (b, ..., classes)
         finally:
-            distillation.teaching = distillation.keeps_state = tasks.running = False
-        h_teacher, distillation.state = distillation.state, None  # (b, t, d)
-        labels, two_stacks = forward.labels, len(self.host.anatomy.stacks) > 1
+            distillation.teaching = distillation.keeps_states = tasks.running = False
+        theirs = distillation.take()  # (b, t, d) a stack
+        labels = forward.labels
         labelled = labels != -100 if labels is not None and labels.dim() == 2 else None  # (b, t)
-        mask = labelled if two_stacks and labelled is not None else forward.kwargs.get("attention_mask")
-        squares = (h.float() - h_teacher.float()).square().mean(-1)  # (b, t, d) -> (b, t)
-        kl = _divergence(forward.logits(), teacher_logits, labelled)
-        return self.config.distill * (kl + _masked_mean(squares, _mask_of_states(mask, squares.shape[1])))
+        distance = _divergence(forward.logits(), teacher_logits, labelled, self.config.temperature)
+        for number, (stack, h) in enumerate(mine.items()):
+            squares = (h.float() - theirs[stack].float()).square().mean(-1)  # (b, t, d) -> (b, t)
+            mask = labelled if number and labelled is not None else forward.kwargs.get("attention_mask")
+            distance = distance + _masked_mean(squares, _mask_of_states(mask, squares.shape[1]))
+        return self.config.distill * distance
 
 
-def _divergence(logits: torch.Tensor, teacher: torch.Tensor, labelled: torch.Tensor | None) -> torch.Tensor:
-    """KL(p_teacher || p) of logits (b, ..., classes), the mean over rows or over the labelled positions."""
+def _divergence(
+    logits: torch.Tensor, teacher: torch.Tensor, labelled: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """KL(p_teacher || p) of logits (b, ..., classes) at a temperature, the mean over rows or labelled positions."""
     logits, teacher = logits.float(), teacher.float()
     if logits.shape[-1] == 1:
         return (logits - teacher).square().mean()
-    each = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    log_p, log_target = ((z / temperature).log_softmax(-1) for z in (logits, teacher))  # (b, ..., classes)
+    each = F.kl_div(log_p, log_target, reduction="none", log_target=True).sum(-1)
     return _masked_mean(each, labelled)
 
 
@@ -256,10 +292,12 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 
 
 def _keep_in_training(distillation: Distillation, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    distillation.keeps_state = model.training and torch.is_grad_enabled()
+    distillation.keeps_states = model.training and torch.is_grad_enabled()
 
 
-def _keep_state(distillation: Distillation, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _keep_state(
+    distillation: Distillation, stack: str, layer: nn.Module, args: tuple, kwargs: dict, output: Any
+) -> None:
     # Checkpointing runs the layer once more, after the comparison.
-    if distillation.keeps_state:
-        distillation.state = state_of(output)
+    if distillation.keeps_states:
+        distillation.states[stack] = state_of(output)

@@ -8,22 +8,29 @@ stored: when training ends the prompt becomes plain embeddings and the encoder i
 embeddings. The start changes the output, and a prompt is input: no merge. The place of a prompt, its part in heads and
 in the cache are those of prompt tuning.
 
-Source: Liu et al. 2021, arXiv:2103.10385, and its code, where h is d / 2; HF peft's encoder of type LSTM is the same
-network. The code's templates have prompts in front of, between and behind words and, on BERT, a [MASK] that the
-language-model head fills in; here the text's head answers, and ``between`` and ``after`` place prompts in an encoder's
-texts. Of a decoder no head sees vectors behind the text: there all stand in front, as they do by default. The paper
-tunes the backbone too in some of its experiments; here it is frozen.
+Templates, with x the text: the code's for BERT is [CLS] P3 [MASK] P3 x P3 [SEP], for GPT P3 x P3, whose last vector
+gives the answer. So by default 3 vectors stand behind x and the others in front. On a decoder the last vector's state
+takes the place of the state at x's last token, which is where a classification head looks and where the first token of
+an answer is predicted (:mod:`peftlib.mechanisms.template`); a text that is trained on as a whole has no x. On an
+encoder the classification head answers, or, with ``answer_token_ids``, the masked language model's: ``mask_at`` vectors
+stand before the [MASK], and the scores of a word a class there are the logits (``num_labels`` of the config), so that
+no head trains. Models of two stacks, which the paper does not have, get all vectors in front.
+
+Source: Liu et al. 2021, arXiv:2103.10385, and its code (LAMA: ``cli.py``, ``p_tuning/``), where h is d / 2; HF peft's
+encoder of type LSTM is the same network, and ``after=0`` its place. The code's patterns for SuperGLUE have words among
+the vectors, and the backbone trains at 1e-5 beside the encoder; here it is frozen, as in the code for LAMA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from peftlib.errors import UnknownNameError, UnsupportedError
-from peftlib.mechanisms import prompt, template
+from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
+from peftlib.mechanisms import cloze, prompt, template
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import without_autocast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
@@ -34,15 +41,19 @@ POSITIONS = ("front", "after_first")
 @dataclass(frozen=True)
 class PTuningConfig(MethodConfig):
     """``length`` m; ``hidden`` h (None: half the embedding's width); ``dropout`` between the LSTM's layers. Of the m
-    vectors ``between`` stand behind the first text and ``after`` behind the last one (encoders); the others stand at
-    ``position``: ``"front"``, or ``"after_first"`` token, which is where they go when some stand in the text."""
+    vectors ``between`` stand behind the first text (encoders) and ``after`` behind the last one (None: 3, or as many as
+    there are, and 0 with two stacks); the others stand at ``position``: ``"front"``, or ``"after_first"`` token, which
+    is where they go when some stand in an encoder's text. ``answer_token_ids``: a word for each class, whose score at a
+    [MASK] behind the first ``mask_at`` vectors is the class's (masked language models)."""
 
-    length: int = 20
+    length: int = 9
     hidden: int | None = None
     dropout: float = 0.0
     position: prompt.Position = "front"
     between: int = 0
-    after: int = 0
+    after: int | None = None
+    answer_token_ids: tuple[int, ...] = ()
+    mask_at: int = 3
 
     def __post_init__(self):
         at_least("length", self.length, 1)
@@ -51,12 +62,23 @@ class PTuningConfig(MethodConfig):
         if self.position not in POSITIONS:
             raise UnknownNameError("position", self.position, POSITIONS)
         at_least("between", self.between, 0)
-        at_least("after", self.after, 0)
-        if self.between + self.after > self.length:
+        at_least("after", self.behind, 0)
+        if self.between + self.behind > self.length:
             raise ConfigError(
-                f"between={self.between} and after={self.after} are more than the length={self.length} vectors there "
+                f"between={self.between} and after={self.behind} are more than the length={self.length} vectors there "
                 "are; choose a larger length"
             )
+        at_least("mask_at", self.mask_at, 0)
+        if self.answer_token_ids and self.mask_at > self.length - self.between - self.behind:
+            raise ConfigError(
+                f"mask_at={self.mask_at} vectors stand before the [MASK], and of length={self.length} only "
+                f"{self.length - self.between - self.behind} stand in front; choose a larger length"
+            )
+
+    @property
+    def behind(self) -> int:
+        """How many vectors stand behind the last text."""
+        return min(3, self.length - self.between) if self.after is None else self.after
 
 
 class BiLSTM(nn.Module):
@@ -95,11 +117,14 @@ class PromptEncoder(nn.Module):
 
 class EncodedPrompt(nn.Module):
     """``forward(x) = P`` for each row of the embedded input x (b, t, e). P comes from the encoder ``maker`` until
-    :meth:`keep` puts ``vectors`` (m, e) in its place."""
+    :meth:`keep` puts ``vectors`` (m, e) in its place. Where there is a ``mask`` (e), it stands in P behind ``mask_at``
+    vectors."""
 
-    def __init__(self, encoder: PromptEncoder):
+    def __init__(self, encoder: PromptEncoder, mask: torch.Tensor | None = None, mask_at: int = 0):
         super().__init__()
         self.maker = encoder
+        self.register_buffer("mask", mask, persistent=False)
+        self.mask_at = mask_at
 
     def current(self) -> torch.Tensor:
         """The prompt as it is now, (m, e)."""
@@ -115,28 +140,82 @@ class EncodedPrompt(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         P = self.current()  # (m, e)
-        return P.expand(x.shape[0], -1, -1)  # (m, e) -> (b, m, e)
+        if self.mask is not None:
+            P = cloze.with_mask(P, self.mask, self.mask_at)  # (m, e) -> (m + 1, e)
+        return P.expand(x.shape[0], -1, -1)  # (m or m + 1, e) -> (b, m or m + 1, e)
+
+
+class Words(nn.Module):
+    """``forward(x, y)``: of the vocabulary's scores y (b, 1, V) those of the words, one a class, (b, 1, classes)."""
+
+    def __init__(self, ids: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y[..., self.ids]  # (b, 1, V) -> (b, 1, classes)
 
 
 class PTuning(Method):
     Config = PTuningConfig
     learning_rate = 1e-2
 
+    @property
+    def classifies(self) -> bool:
+        return bool(self.config.answer_token_ids)
+
     def attach(self, host: Host) -> None:
-        c = self.config
-        e = prompt.embedding(host).weight.shape[1]
-        self.prompt = EncodedPrompt(PromptEncoder(c.length, e, c.hidden or e // 2, c.dropout))
-        if not (c.between or c.after):
+        c, stacks = self.config, host.anatomy.stacks
+        table = prompt.embedding(host)
+        e = table.weight.shape[1]
+        encoder = PromptEncoder(c.length, e, c.hidden or e // 2, c.dropout)
+        if c.answer_token_ids:
+            mask, _ = self._special(host, "mask"), self._check_words(host)
+            self.prompt = EncodedPrompt(encoder, table.weight.detach()[mask].clone(), c.mask_at)
+            front = c.length - c.between - c.behind + 1
+            places = template.Template(front, c.between, c.behind, self._special(host, "sep"))
+            template.attach(host, self.prompt, places, only=c.mask_at)
+            host.after(host.model.get_output_embeddings(), self.name, Words(c.answer_token_ids))
+            cloze.answer_with_classes(host)
+            return
+        self.prompt = EncodedPrompt(encoder)
+        behind = 0 if c.after is None and len(stacks) > 1 else c.behind
+        if not (c.between or behind):
             prompt.attach(host, self.prompt, c.length, c.position)
             return
-        sep = host.anatomy.token_id("sep")
-        if sep is None:
+        if stacks == ("decoder",) and c.between:
             raise UnsupportedError(
-                f"between and after stand where a text's [SEP] is, and the config of this {type(host.model).__name__} "
-                "names none: set model.config.sep_token_id (peftlib.backbones does), or put all vectors in front"
+                f"between={c.between} vectors stand before the [SEP] of a first text, and {type(host.model).__name__} "
+                "is a decoder, whose rows are one text; put them behind it with after"
             )
-        places = template.Template(c.length - c.between - c.after, c.between, c.after, sep)
-        template.attach(host, self.prompt, places)
+        sep = self._special(host, "sep") if stacks == ("encoder",) else None
+        template.attach(host, self.prompt, template.Template(c.length - c.between - behind, c.between, behind, sep))
+
+    def _special(self, host: Host, role: Literal["mask", "sep"]) -> int:
+        """The id of [SEP] or [MASK]."""
+        found = host.anatomy.token_id(role)
+        if found is None:
+            raise UnsupportedError(
+                f"vectors in the text and at a mask need the ids of [SEP] and [MASK], and the config of this "
+                f"{type(host.model).__name__} names no {role}: set model.config.{role}_token_id (peftlib.backbones "
+                "does), or put all vectors in front with after=0"
+            )
+        return found
+
+    def _check_words(self, host: Host) -> None:
+        """Raise where the words cannot answer."""
+        ids, parts, kind = self.config.answer_token_ids, host.anatomy, type(host.model).__name__
+        if parts.stacks != ("encoder",) or not kind.endswith("ForMaskedLM"):
+            raise UnsupportedError(
+                f"answer_token_ids are scored by a masked language model's head; {kind} has none. Load an encoder with "
+                "head='masked_lm', or leave them out"
+            )
+        if len(ids) != parts.config.num_labels or not 0 <= min(ids) <= max(ids) < parts.vocabulary:
+            raise TargetError(
+                f"answer_token_ids={tuple(ids)!r} must be one id below {parts.vocabulary} for each of the model's "
+                f"{parts.config.num_labels} labels; load the backbone with num_labels={len(ids)}, and take ids of its "
+                "tokenizer"
+            )
 
     def on_train_end(self) -> None:
         self.prompt.keep()

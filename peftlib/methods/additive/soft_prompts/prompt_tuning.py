@@ -7,12 +7,12 @@ Trained: m e. The prompt acts on the output from the first step on. It takes par
 nothing of it folds into weights: no merge. Encoder-decoder backbones get it before the encoder's input; with a cache it
 enters once.
 
-Source: Lester et al. 2021, arXiv:2104.08691. There m is 100 on T5 and the rate is 0.3 under Adafactor; here m is 20, as
-in the survey's runs. ``"vocabulary"`` is the paper's sampled-vocabulary start, ``"text"`` its class-label start with
-the given tokens repeated up to m (the paper fills up with sampled ones), ``"random"`` its uniform one. Encoders whose
-head pools the first position see the first prompt vector there, as in HF peft; ``position="after_first"`` leaves them
-[CLS]. Everywhere else logits are those of the text alone, so a causal loss does not count the prediction of the first
-token from the prompt, which HF peft's does.
+Source: Lester et al. 2021, arXiv:2104.08691. There m is 100 on T5 and the rate is 0.3 under Adafactor; beyond 20
+vectors they found little more (section 3.2). ``"vocabulary"`` is the paper's sampled-vocabulary start, ``"text"`` its
+class-label start with the given tokens repeated up to m (the paper fills up with sampled ones), ``"random"`` its
+uniform one. Encoders whose head pools the first position see the first prompt vector there, as in HF peft;
+``position="after_first"`` leaves them [CLS]. Everywhere else logits are those of the text alone, so a causal loss does
+not count the prediction of the first token from the prompt, which HF peft's does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PromptTuningConfig(MethodConfig):
     sorted by frequency, or nearly so), ``"text"`` takes those of ``init_token_ids``, repeated or cut to m, ``"random"``
     draws from U(-``init_range``, ``init_range``); ``position``: ``"front"``, or ``"after_first"`` token (encoders)."""
 
-    length: int = 20
+    length: int = 100
     init: Literal["vocabulary", "text", "random"] = "vocabulary"
     common: int = 5000
     init_token_ids: tuple[int, ...] = ()

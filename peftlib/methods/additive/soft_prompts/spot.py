@@ -13,10 +13,12 @@ then dropped. The sources' heads are never used: the target trains one of its ow
 over all pairs of positions of the pairs' cosine.
 
 Source: Vu et al. 2022, arXiv:2110.07904, whose two similarities and weighted mean these are. There m is 100, both
-tasks' embeddings are prompts early in training (10,000 of 262,144 steps) and the target's own is trained that far; here
-the sources' are the prompts as they were saved, and the probe's steps and rate are chosen here. Negative similarities
-count as zero in the weighted mean. Similarities compare best where all prompts start from the same vectors, as they do
-with the same ``seed`` of attach(). A library of one prompt trained on a mixture of tasks is ``peftlib.tasks.mix``.
+tasks' embeddings are prompts early in training (10,000 of 262,144 steps) and the target's own is trained that far. So
+here: ``early`` names those of the sources that are such prompts, saved early in the training of the others (``save()``
+works amid training). Without them a source stands for itself, as it was saved. The probe's steps and rate are chosen
+here. Negative similarities count as zero in the weighted mean. Similarities compare best where all prompts start from
+the same vectors, as they do with the same ``seed`` of attach(). A library of one prompt trained on a mixture of tasks
+is ``peftlib.tasks.mix``.
 """
 
 from __future__ import annotations
@@ -41,11 +43,13 @@ SIMILARITIES = ("mean", "tokens")
 @dataclass(frozen=True)
 class SPoTConfig(MethodConfig):
     """``source``: name of the one to start from ("": the nearest); ``similarity`` of prompts, "mean" or "tokens";
-    ``top``: how many of the nearest are averaged; ``probe_steps`` and ``probe_rate`` (of AdamW) of the probe."""
+    ``top``: how many of the nearest are averaged; ``early``: names of sources that the probe is compared with and that
+    nothing starts from, one for each of the others in their order; ``probe_steps`` and ``probe_rate`` (of AdamW)."""
 
     source: str = ""
     similarity: Literal["mean", "tokens"] = "mean"
     top: int = 1
+    early: tuple[str, ...] = ()
     probe_steps: int = 100
     probe_rate: float = 1e-2
 
@@ -80,11 +84,28 @@ class SPoT(Method):
             raise UnknownNameError("source of spot", wanted, [s.name for s in sources])
         if len(named) > 1:
             raise ConfigError(f"{len(named)} sources are named {wanted!r}; save them in folders of different names")
-        if self.config.top > len(sources):
-            raise ConfigError(f"top={self.config.top} is more than the {len(sources)} sources that were given")
-        self.chosen = named[0] if named else sources[0]
-        self.calibrates = not named and len(sources) > 1
+        self.library, self.embeddings = self._library(sources)
+        if self.config.top > len(self.library):
+            raise ConfigError(f"top={self.config.top} is more than the {len(self.library)} sources that were given")
+        self.chosen = named[0] if named else self.library[0]
+        self.calibrates = not named and len(self.library) > 1
         self.ranking: list[tuple[str, float]] = []
+
+    def _library(self, sources: tuple[SavedAdapter, ...]) -> tuple[tuple[SavedAdapter, ...], tuple[SavedAdapter, ...]]:
+        """The prompts to start from, and for each the one that it is compared by."""
+        early, by_name = self.config.early, {s.name: s for s in sources}
+        if not early:
+            return sources, sources
+        for name in early:
+            if name not in by_name:
+                raise UnknownNameError("source of spot", name, by_name)
+        library = tuple(s for s in sources if s.name not in early)
+        if len(library) != len(early) or len(sources) != len(by_name):
+            raise ConfigError(
+                f"early={early!r} names {len(early)} prompts for {len(library)} others; give each source an early one, "
+                "in the same order, all under names of their own"
+            )
+        return library, tuple(by_name[name] for name in early)
 
     def attach(self, host: Host) -> None:
         attach_source(self.sources[0], host)
@@ -96,10 +117,10 @@ class SPoT(Method):
         if any(source.state is None for source in self.sources):
             raise StateError("this spot was loaded without its sources; attach() it with them to retrieve again")
         probe = self._probe(batches)  # (m, e)
-        prompts = [_vectors(source) for source in self.sources]  # each (m, e)
-        near = [similarity(probe, p, self.config.similarity) for p in prompts]
+        prompts = [_vectors(source) for source in self.library]  # each (m, e)
+        near = [similarity(probe, _vectors(source), self.config.similarity) for source in self.embeddings]
         order = sorted(range(len(near)), key=lambda i: -near[i])
-        self.ranking = [(self.sources[i].name, near[i]) for i in order]
+        self.ranking = [(self.library[i].name, near[i]) for i in order]
         best = order[: self.config.top]
         weights = torch.tensor([max(near[i], 0.0) for i in best])
         if len(best) == 1 or weights.sum() == 0:

@@ -25,18 +25,14 @@ tokenizer's [SEP] between them stays.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
-from peftlib.mechanisms import prompt, template
+from peftlib.mechanisms import cloze, dropout, prompt, template
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
@@ -89,20 +85,19 @@ class Cloze(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         P = self.mask[None]  # (1, e)
         if self.vectors is not None:
-            P = torch.cat([self.vectors[: self.at], P.to(self.vectors.dtype), self.vectors[self.at :]])  # (m + 1, e)
+            P = cloze.with_mask(self.vectors, self.mask, self.at)  # (m, e) -> (m + 1, e)
         return P.expand(x.shape[0], -1, -1)  # (m + 1, e) -> (b, m + 1, e)
 
 
 class Verbalizer(nn.Linear):
     """``forward(x, y)``: the scores of the classes, ``weight`` v (classes, d), in the place of the vocabulary's y.
 
-    It stays frozen until the host trains it. ``labels`` are those of the present forward.
+    It stays frozen until the host trains it.
     """
 
     def __init__(self, d: int, classes: int):
         super().__init__(d, classes)
         self.requires_grad_(False)
-        self.labels: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return super().forward(cast(x, self.weight)).to(y.dtype)  # (b, 1, d) -> (b, 1, classes)
@@ -128,7 +123,7 @@ class Warp(Method):
         self.scorer = self._score_mask(host, child, places)
         if c.verbalizer_token_ids:
             self._name_classes(host, table)
-        _switch_dropout_off(host)
+        dropout.switch_off(host, host.model)
 
     @property
     def classifies(self) -> bool:
@@ -160,8 +155,7 @@ class Warp(Method):
         decoder = model.get_output_embeddings()
         verbalizer = Verbalizer(decoder.in_features, parts.config.num_labels)
         host.after(decoder, self.name, verbalizer)
-        host.hook(model, _withhold_labels, verbalizer, names(model), before=True)
-        host.hook(model, _answer, verbalizer)
+        cloze.answer_with_classes(host)
         return verbalizer
 
     def _start(self, table: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -203,35 +197,3 @@ def _keep_state(child: Cloze, encoder: nn.Module, args: tuple, kwargs: dict, out
 def _score_state(child: Cloze, scorer: nn.Module, args: tuple, kwargs: dict):
     state, child.state = child.state, None  # (b, d)
     return (state,), {}
-
-
-def _withhold_labels(verbalizer: Verbalizer, order: tuple[str, ...], model: nn.Module, args: tuple, kwargs: dict):
-    call = by_name(order, args, kwargs)
-    verbalizer.labels = call.pop("labels", None)
-    return (), call
-
-
-def _answer(verbalizer: Verbalizer, model: nn.Module, args: tuple, kwargs: dict, output):
-    """The classes' logits (b, classes) and the loss on them, in the place of the masked language model's output."""
-    labels, verbalizer.labels = verbalizer.labels, None  # (b)
-    as_tuple = isinstance(output, tuple)
-    logits = (output[0] if as_tuple else output.logits)[:, 0]  # (b, 1, classes) -> (b, classes)
-    loss = None
-    if labels is not None and logits.shape[-1] == 1:
-        loss = F.mse_loss(logits[:, 0], labels.view(-1).to(logits.dtype))
-    elif labels is not None:
-        loss = F.cross_entropy(logits, labels.view(-1))
-    if as_tuple:
-        return (logits, *output[1:]) if loss is None else (loss, logits, *output[1:])
-    return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
-
-
-def _switch_dropout_off(host: Host) -> None:
-    """Set every dropout rate of the model to 0 until the method leaves. Modules stay in training mode, which gradient
-    checkpointing asks for."""
-    for module in host.model.modules():
-        for name, rate in list(vars(module).items()):
-            is_rate = name == "p" if isinstance(module, nn.Dropout) else "dropout" in name
-            if is_rate and isinstance(rate, float) and rate > 0:
-                setattr(module, name, 0.0)
-                host.on_remove(partial(setattr, module, name, rate))

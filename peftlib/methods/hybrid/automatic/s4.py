@@ -12,7 +12,9 @@ No merge: adapters are nonlinear and a prefix depends on the query.
 
 Source: Chen et al. 2023, arXiv:2301.01821, whose design patterns these are: spindle, uniform allocation, every group
 tuned, a set a group; beta is 0.5 % in its comparisons with T5-base, for which the sets were found. The relative sizes
-1:2:2:1 of the groups, the split of a layer's share, one adapter a layer and prefixes without an MLP are chosen here.
+1:2:2:1 of the groups, the split of a layer's share and prefixes without an MLP are chosen here. Their repository
+(amazon-science/peft-design-spaces) is AdapterHub's library with UniPELT under the name PEFT, without groups; from it is
+the adapter: Pfeiffer's, ReLU, N(0, 0.02^2).
 Each stack of an encoder-decoder has its own four groups. A layer without biases (LLaMA, T5) has no B.
 """
 
@@ -105,6 +107,7 @@ class S4(Combination):
                 "variant": "pfeiffer",
                 "bottleneck": sizes["adapter"],
                 "activation": c.activation,
+                "init_std": 0.02,
                 "train_norms": False,
             },
             "prefix": {

@@ -6,18 +6,20 @@ r"""Compacter: adapters whose weights are sums of Kronecker products, with one f
 Shapes: h (b, t, d) of b rows, t tokens and hidden size d; A_i (n, n), shared by every W of the model; for W_down
 s_i (r/n, R), t_i (d/n, R), for W_up s_i (d/n, R), t_i (r/n, R); bottleneck r, rank R. The adapters stand where the
 sequential adapter's do, behind both blocks of a layer (with ``plus_plus`` behind the feed-forward block only), and the
-norms of all blocks train too. The A_i start at N(0, 0.0001^2) and s, t Glorot-uniform, so the start is near the
-identity. Trained: n^3 in all, 2 R (d + r) + r + d an adapter, 4d of norms a layer. W is not formed where its factors
-alone are cheaper. No merge: the nonlinearity stands between the two maps.
+norms of all blocks and those behind the last layers train too. The A_i start at N(0, 0.0001^2) and s, t Glorot-uniform
+with a gain of sqrt(2), so the start is near the identity. Trained: n^3 in all, 2 R (d + r) + r + d an adapter, the
+norms. W is not formed where its factors alone are cheaper. No merge: the nonlinearity stands between the two maps.
 
 Source: Karimi Mahabadi et al. 2021, arXiv:2106.04647, and the settings of its code: n = 4, R = 1, a bottleneck of 1/32
-of T5-base's and BERT-base's d, learning rate 3e-3; like it, decoders have no adapter behind cross-attention.
-``adapters`` 1.3 with the same weights (BERT, two layers, float32) gives logits that differ by at most 1.5e-7; it trains
-no norms.
+of T5-base's and BERT-base's d, learning rate 3e-3; like it, decoders have no adapter behind cross-attention. Its
+T5-base trains 104,704 parameters with ``plus_plus``, the paper's 0.047 %. It is for T5, whose embeddings have no norm;
+where they have one, that stays frozen. ``adapters`` 1.3 with the same weights gives the same states on BERT
+(``tests/golden``); it trains no norms.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +38,8 @@ from peftlib.methods.base import Method, MethodConfig, at_least, between
 class CompacterConfig(MethodConfig):
     """``bottleneck`` r; ``divisions`` n, which must divide r and d; ``rank`` R of the layers' own factors;
     ``plus_plus``: adapters behind the feed-forward block only; ``activation`` (a name of transformers); ``std`` of the
-    shared matrices' start; ``train_norms`` of all blocks; ``dropout`` on the inner activation."""
+    shared matrices' start; ``train_norms`` of all blocks and at the stacks' ends; ``dropout`` on the inner
+    activation."""
 
     bottleneck: int = 24
     divisions: int = 4
@@ -65,8 +68,8 @@ class Shared(nn.Module):
 class KroneckerSum(nn.Module):
     """``forward(x) = W x + bias`` with ``W = sum_i A_i kron (s_i t_i^T)``, for x (b, t, in).
 
-    Shapes: s (n, out / n, R), t (n, in / n, R), bias (out). s and t start Glorot-uniform matrix by matrix, the bias at
-    zero. W is not formed where its factors alone take fewer multiplications.
+    Shapes: s (n, out / n, R), t (n, in / n, R), bias (out). s and t start Glorot-uniform with a gain of sqrt(2), matrix
+    by matrix, the bias at zero. W is not formed where its factors alone take fewer multiplications.
 
     Raises TargetError for a size that n does not divide.
     """
@@ -84,7 +87,7 @@ class KroneckerSum(nn.Module):
         self.t = nn.Parameter(torch.empty(n, in_features // n, rank))
         self.bias = nn.Parameter(torch.zeros(out_features))
         for factor in (*self.s, *self.t):
-            nn.init.xavier_uniform_(factor)
+            nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
         self.formed = rank * (n * (in_features + out_features) + n**3) >= in_features * out_features
 
     def weight(self) -> torch.Tensor:
@@ -117,4 +120,4 @@ class Compacter(Method):
                 adapter = Sequential(host.anatomy.d, c.bottleneck, c.activation, dropout=c.dropout, linear=linear)
                 host.after(layer.sites[name], "compacter", adapter)
         if c.train_norms:
-            host.train(p for norm in host.anatomy.norms() for p in norm.parameters())
+            host.train(p for norm in (*host.anatomy.norms(), *host.anatomy.final_norms()) for p in norm.parameters())

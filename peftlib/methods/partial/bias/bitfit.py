@@ -6,9 +6,9 @@ Shapes: b (out), one for each linear map, and one (d) for each layer norm: every
 embeddings' norm's and the pooler's included. Trained: 7d + f a layer, d for the embeddings' norm and d for a pooler
 (102,144 on RoBERTa-base). Nothing is added, so the start is the identity and there is nothing to fold in a merge.
 
-Source: Ben Zaken et al. 2022, arXiv:2106.10199. ``queries_and_inner`` is the paper's smaller variant: only the biases
-of the queries and of the feed-forward block's first map. A backbone without biases (LLaMA, Mistral, T5) cannot host
-it; Qwen2 has some, on queries, keys and values.
+Source: Ben Zaken et al. 2022, arXiv:2106.10199, and its code. ``queries_and_inner`` is the paper's smaller variant:
+only the biases of the queries and of the feed-forward block's first map and, as in the code, a pooler's. A backbone
+without biases (LLaMA, Mistral, T5) cannot host it; Qwen2 has some, on queries, keys and values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftlib.methods.base import Method, MethodConfig
 
 @dataclass(frozen=True)
 class BitFitConfig(MethodConfig):
-    """``queries_and_inner``: only the biases of ``attention.query`` and ``ffn.up``."""
+    """``queries_and_inner``: only the biases of ``attention.query`` and ``ffn.up``, and a pooler's."""
 
     queries_and_inner: bool = False
 
@@ -54,4 +54,5 @@ def _some_biases(host: Host) -> list[nn.Parameter]:
             f"queries_and_inner trains the queries' biases alone, and {fused} is one projection for queries, keys and "
             "values; use queries_and_inner=False"
         )
-    return [s.module.bias for s in sites if s.bias is not None]
+    pooler = [b for name, b in host.anatomy.biases.items() if ".pooler." in f".{name}"]
+    return [s.module.bias for s in sites if s.bias is not None] + pooler

@@ -11,16 +11,18 @@ nothing moves the rest. Everything outside the layers (embeddings, pooler, final
 reference code; ``train_rest=False`` freezes it, the head excepted. Merge: exact, the values are the weights' own
 entries. Trained without the head: ``parameters outside the layers + int(p n)``.
 
-Source: Xu et al. 2021, arXiv:2109.05687, and its code. Taxonomy: partial/delta_weight_masking. Departures: the code
-masks gradients, so its weight decay moves masked entries; it measures F in training mode, here dropout is off; it takes
-every entry at or above the quantile, here exactly ``int(p n)`` are taken, ties by position. As in the code each
-tensor's gradient is clipped to norm 1 before it is squared, which the paper's formula does not say (``clip=None``
-leaves it).
+Source: Xu et al. 2021, arXiv:2109.05687, and its code. Taxonomy: partial/delta_weight_masking. As in the code, F is
+measured in training mode (``dropout=False``: without), each tensor's gradient is clipped to norm 1 before it is
+squared, which the paper's formula does not say (``clip=None`` leaves it), and the training clips the whole gradient
+before it is masked, where it clips: masked entries count in the norm, but for those of tensors without a chosen one.
+Departures: the code masks gradients, so its weight decay moves masked entries; it takes every entry at or above the
+quantile, here exactly ``int(p n)`` are taken, ties by position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +32,20 @@ from torch import nn
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig, at_least, between
-from peftlib.methods.bases.entries import ChosenEntries
+from peftlib.methods.bases.entries import MaskedGradients
 
 
 @dataclass(frozen=True)
 class ChildTuningDConfig(MethodConfig):
     """``density`` p of the layers' entries that trains; ``train_rest``: train everything outside the layers as well;
-    ``batches`` to measure F on, None for all that are given; ``clip``: norm to which each tensor's gradient is cut."""
+    ``batches`` to measure F on, None for all that are given; ``clip``: norm to which each tensor's gradient is cut;
+    ``dropout``: whether the backbone's is on meanwhile."""
 
     density: float = 0.3
     train_rest: bool = True
     batches: int | None = None
     clip: float | None = 1.0
+    dropout: bool = True
 
     def __post_init__(self):
         between("density", self.density, 0, 1)
@@ -51,7 +55,7 @@ class ChildTuningDConfig(MethodConfig):
             between("clip", self.clip, 0, float("inf"))
 
 
-class ChildTuningD(ChosenEntries):
+class ChildTuningD(MaskedGradients):
     Config = ChildTuningDConfig
     learning_rate = 1e-4
 
@@ -71,5 +75,7 @@ class ChildTuningD(ChosenEntries):
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c, theta = self.config, self.candidates.values()
-        F = importance.per_batch(self.host.model, theta, batches, c.batches, max_norm=c.clip)  # of the tensors' shapes
+        model = self.host.model
+        with importance.in_training_mode(model, self.seed) if c.dropout else nullcontext():
+            F = importance.per_batch(model, theta, batches, c.batches, max_norm=c.clip)  # of the tensors' shapes
         self.choose(F)

@@ -12,16 +12,19 @@ tensors together. The chosen entries train as sparse values, so the start is the
 entries, and nothing moves the rest. Stored: k values with their indices. Merge: exact, the values are the weights' own.
 Trained without the head: ``k = int(density * parameters below the head)``, in both scopes.
 
-Source: Fu et al. 2023, arXiv:2211.15583, and its code (0.5 % within each tensor, 600 batches, the head dense).
-Departures: the code gives each tensor the floor of its share, here the shares are rounded so that they add up to k
-exactly; it accumulates with dropout on and each batch's gradient clipped, here neither; it masks gradients, so its
-weight decay moves masked entries and its optimizer states are dense. Its other scores (absolute values or squares added
-over batches, diagonals of the Hessian) are not offered; those by squares are ``fish_mask`` and ``child_tuning_d``.
+Source: Fu et al. 2023, arXiv:2211.15583, and its code (0.5 % within each tensor, 600 batches, the head dense). As in
+the code, gradients are added in training mode (``dropout=False``: without), each batch's clipped as a whole, with the
+head's, to norm 1 (``clip``), and the training clips the whole gradient before it is masked, where it clips: masked
+entries count in the norm. Departures: the code gives each tensor the floor of its share, here the shares are rounded so
+that they add up to k exactly; it masks gradients, so its weight decay moves masked entries and its optimizer states are
+dense; its count of 600 ends at 599. Its other scores (absolute values or squares added over batches, diagonals of the
+Hessian) are not offered; those by squares are ``fish_mask`` and ``child_tuning_d``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,31 +32,39 @@ import torch
 
 from peftlib.mechanisms import importance, sparse
 from peftlib.methods.base import MethodConfig, at_least, between, one_of
-from peftlib.methods.bases.entries import ChosenEntries
+from peftlib.methods.bases.entries import MaskedGradients
 
 
 @dataclass(frozen=True)
 class SAMConfig(MethodConfig):
     """``density`` of the entries that train; ``scope``: "tensor" takes that share of each tensor, "all" the largest of
-    all together; ``batches`` to accumulate gradients over, at most."""
+    all together; ``batches`` to accumulate gradients over, at most, with the backbone's ``dropout`` on or off and each
+    batch's whole gradient cut to the norm ``clip`` (None: as it is)."""
 
     density: float = 0.005
     scope: str = "tensor"
     batches: int = 600
+    clip: float | None = 1.0
+    dropout: bool = True
 
     def __post_init__(self):
         between("density", self.density, 0, 1)
         at_least("batches", self.batches, 1)
+        if self.clip is not None:
+            between("clip", self.clip, 0, float("inf"))
         one_of("scope", self.scope, ("tensor", "all"))
 
 
-class SAM(ChosenEntries):
+class SAM(MaskedGradients):
     Config = SAMConfig
     learning_rate = 5e-4
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
-        c, theta_0 = self.config, self.candidates.values()
-        means = importance.per_batch(self.host.model, theta_0, batches, c.batches, "signed")
+        c, theta_0, model = self.config, self.candidates.values(), self.host.model
+        head = [p for n, p in self.host.anatomy.head.items() if n not in self.candidates]
+        clipping = {"max_total_norm": c.clip, "beside": head if c.clip else ()}
+        with importance.in_training_mode(model, self.seed) if c.dropout else nullcontext():
+            means = importance.per_batch(model, theta_0, batches, c.batches, "signed", **clipping)
         # The absolute value of the mean ranks the entries as the square of the sum does.
         scores = [mean.abs_() for mean in means]  # of the tensors' shapes
         if c.scope == "all":

@@ -11,9 +11,10 @@ states have k entries, and nothing moves the rest. Stored: k values with their i
 weights' own entries. Trained without the head: ``k = int(density * parameters) - head`` (the head trains fully and is
 charged to the budget), to the entry.
 
-Source: Sung et al. 2021, arXiv:2111.09839, and its code. Taxonomy: partial/pretrained_weight_masking. Departures: the
-code masks gradients, so its weight decay moves masked entries and its optimizer states are dense; it takes the first N
-rows of the data set, here they are the first N that :meth:`Adapted.calibrate` is given (``fit``: in shuffled order).
+Source: Sung et al. 2021, arXiv:2111.09839, and its code. Taxonomy: partial/pretrained_weight_masking. As in the code
+the N rows are the first of a shuffled data set, where :meth:`Adapted.calibrate` is given one (``fit`` does so), and
+their gradients are squared (its ``label-square``; the default of its argument, ``label-absolute``, is ``absolute``).
+Departures: the code masks gradients, so its weight decay moves masked entries and its optimizer states are dense.
 ``charge_head=False`` spends the whole budget on the backbone, for heads that are larger than it.
 """
 

@@ -10,9 +10,11 @@ of a weight, where a dense one costs N times as many numbers as are trained. For
 projected z is added to the weights. Trained: ``dimension`` d' numbers with the scales among them; stored: these alone,
 because ``projection_seed`` makes the projections again.
 
-Source: Aghajanyan et al. 2021, arXiv:2012.13255, and its code (a copy of it in Ladder-Side-Tuning): one scale a tensor
-there, one a layer in the paper's words; ``groups`` chooses, and everything outside the layers then is one group. The
-gradient is the true one; the code's transform divides it by sqrt(N). The task head trains beside it, as with every
+Source: Aghajanyan et al. 2021, arXiv:2012.13255, and its code (copies of it in Compacter and Ladder-Side-Tuning): one
+scale a tensor there, one a layer in the paper's words; ``groups`` chooses, and everything outside the layers then is
+one group. The gradient is the true one. The code's two transforms each divide it by sqrt(N) on the way back, so what
+comes from a tensor is 1/N of the true one; since N differs by tensor, the sum points elsewhere (cosines of 0.5 to 0.7
+on tiny models), rather to where small tensors want: ``gradient="code"``. The task head trains beside it, as with every
 method here; there it is projected too.
 """
 
@@ -29,7 +31,7 @@ from torch import nn
 from peftlib.errors import TargetError, UnknownNameError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import without_autocast
-from peftlib.methods.base import Method, MethodConfig, at_least
+from peftlib.methods.base import Method, MethodConfig, at_least, one_of
 
 GROUPS = ("tensor", "layer")
 
@@ -37,16 +39,18 @@ GROUPS = ("tensor", "layer")
 @dataclass(frozen=True)
 class IntrinsicSAIDConfig(MethodConfig):
     """``dimension`` d', the scales included; ``groups`` that have a scale: every "tensor" or every "layer";
-    ``projection_seed`` of the frozen projections."""
+    ``gradient`` of z: the "true" one, or the "code"'s; ``projection_seed`` of the frozen projections."""
 
     dimension: int = 1000
     groups: Literal["tensor", "layer"] = "tensor"
+    gradient: Literal["true", "code"] = "true"
     projection_seed: int = 0
 
     def __post_init__(self):
         at_least("dimension", self.dimension, 2)
         if self.groups not in GROUPS:
             raise UnknownNameError("groups", self.groups, GROUPS)
+        one_of("gradient", self.gradient, ("true", "code"))
 
 
 class Point(nn.Module):
@@ -67,12 +71,13 @@ class Projected(nn.Module):
     by the root.
     """
 
-    def __init__(self, tensor: torch.Tensor, point: Point, group: int, seed: int):
+    def __init__(self, tensor: torch.Tensor, point: Point, group: int, seed: int, gradient: str = "true"):
         super().__init__()
         self.point, self.group = [point], group  # in a list: the point is a child of the model, once
         self.size, self.shape = tensor.numel(), tensor.shape
         padded = 1 << (self.size - 1).bit_length()
         self.used = min(len(point.z), padded)
+        self.gradient = 1 / padded if gradient == "code" else 1.0
         if tensor.is_meta:
             signs, order, normal = (torch.empty(n, device="meta") for n in (self.used, padded, padded))
         else:
@@ -85,7 +90,10 @@ class Projected(nn.Module):
 
     def projection(self) -> torch.Tensor:
         """``P z``, of the tensor's shape."""
-        Bz = self.point[0].z[: self.used] * self.signs  # (d,)
+        z = self.point[0].z[: self.used]  # (d,)
+        if self.gradient != 1:
+            z = z.detach() + self.gradient * (z - z.detach())  # the same numbers, with a part of the gradient
+        Bz = z * self.signs  # (d,)
         HBz = walsh_hadamard(nn.functional.pad(Bz, (0, self.period - self.used)))  # (d,) -> (K,)
         GPiHBz = HBz.index_select(0, self.order) * self.normal  # (K,) -> (N,)
         return walsh_hadamard(GPiHBz)[: self.size].view(self.shape)  # (N,) -> (n,) -> the tensor's shape
@@ -112,7 +120,8 @@ class IntrinsicSAID(Method):
             )
         self.point = host.add(host.anatomy.base, "intrinsic", Point(c.dimension - len(order), len(order)))
         for index, (name, tensor) in enumerate(tensors.items()):
-            child = Projected(tensor, self.point, order[groups[name]], seed=1_000_003 * c.projection_seed + index)
+            seed = 1_000_003 * c.projection_seed + index
+            child = Projected(tensor, self.point, order[groups[name]], seed, c.gradient)
             host.parametrize(tensor, child)
 
     def _group(self, host: Host, name: str) -> str:

@@ -30,16 +30,17 @@ def top(scores: torch.Tensor, share: float) -> torch.Tensor:
 class TopMask(nn.Module):
     """``forward(theta) = theta * M`` with M the mask of the largest ``|S|``; the gradient of S is that of M.
 
-    The scores S have the tensor's shape and start Kaiming-uniform with a = sqrt(5). They train until :meth:`deploy`
-    puts a fixed mask in their place.
+    The scores S have the tensor's shape and start uniform in (-1, 1) / sqrt(fan), which is torch's Kaiming-uniform
+    start with a = sqrt(5); ``fan`` None: the last of the tensor's sizes. They train until :meth:`deploy` puts a fixed
+    mask in their place.
     """
 
-    def __init__(self, shape: Sequence[int], share: float):
+    def __init__(self, shape: Sequence[int], share: float, fan: int | None = None):
         super().__init__()
         self.shape = tuple(shape)
         self.share = share
-        self.scores = nn.Parameter(torch.empty(self.shape))
-        nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.shape[-1] if fan is None else fan)
+        self.scores = nn.Parameter(torch.empty(self.shape).uniform_(-bound, bound))
         self.register_buffer("fixed", None, persistent=False)
 
     def mask(self) -> torch.Tensor:
@@ -79,12 +80,14 @@ COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 class TaskMasks(nn.Module):
     """Each task's masks of a prototype, the same at all places: for a named tensor, a list of T masks."""
 
-    def __init__(self, tasks: int, share: float, combine: str, shapes: dict[str, Sequence[int]]):
+    def __init__(
+        self, tasks: int, share: float, combine: str, shapes: dict[str, Sequence[int]], fan: Callable[..., int]
+    ):
         super().__init__()
         self.combine = combine
-        self.masks = nn.ModuleDict(
-            {name: nn.ModuleList(TopMask(shape, share) for _ in range(tasks)) for name, shape in shapes.items()}
-        )
+        self.masks = nn.ModuleDict()
+        for name, shape in shapes.items():
+            self.masks[name] = nn.ModuleList(TopMask(shape, share, fan(shape)) for _ in range(tasks))
 
     def __len__(self) -> int:
         return len(next(iter(self.masks.values())))
@@ -103,6 +106,11 @@ class Masked(nn.Module):
     """A place's view of ``prototype``, which places share, through a mask for each named tensor of it; with
     ``task_masks`` also through those of each row's task, which ``tasks`` knows."""
 
+    @staticmethod
+    def fan(shape: Sequence[int]) -> int:
+        """The fan of the start of a mask's scores."""
+        return shape[-1]
+
     def __init__(
         self,
         prototype: nn.Module,
@@ -113,7 +121,7 @@ class Masked(nn.Module):
     ):
         super().__init__()
         self.prototype = prototype
-        self.masks = nn.ModuleDict({name: TopMask(shape, share) for name, shape in shapes.items()})
+        self.masks = nn.ModuleDict({name: TopMask(shape, share, self.fan(shape)) for name, shape in shapes.items()})
         self.task_masks = task_masks
         self.tasks = tasks
 
@@ -128,6 +136,10 @@ class MaskedBottleneck(Masked):
     """``delta(z)`` of a shared bottleneck with masked W_down and W_up; its biases are shared as they are."""
 
     active = True
+
+    @staticmethod
+    def fan(shape: Sequence[int]) -> int:
+        return shape[0]  # the original's scores lie the other way round
 
     @staticmethod
     def shapes(prototype: Bottleneck) -> dict[str, Sequence[int]]:
@@ -198,6 +210,10 @@ class Table(nn.Module):
 
 class MaskedTable(Masked):
     """A masked :class:`Table`, or one a task, from which a prefix takes its keys and values."""
+
+    @staticmethod
+    def fan(shape: Sequence[int]) -> int:
+        return math.prod(shape)  # the original's scores are one tensor with an axis for the layers in front
 
     def forward(self) -> torch.Tensor:
         return self.masked("table", self.prototype())  # (m, 2 H_kv p) or (T, m, 2 H_kv p)

@@ -26,8 +26,10 @@ each of encoder, decoder and cross-attention; encoder and decoder share the prot
 
 Source: Zeng et al. 2023, arXiv:2305.17682, and its code, with its RoBERTa-base settings as defaults: adapter r = 64,
 half kept, scores at 30 times the rate; LoRA r = 32, alpha = 48, a tenth kept, 300 times; prefix m = 64, a tenth kept,
-the same rate. Their T5 adapters, the multi-task ones, start at N(0, 0.01^2), use GELU, keep 30 % of each mask and train
-the scores at 10 times the rate. Masks of tasks for the prefix and LoRA forms are our extension of their adapters'.
+the same rate. There scores start uniform below 1 / sqrt(r) for W_down and 1 / sqrt(d) for W_up (they lie transposed),
+1 / sqrt(2 m d) for a prefix, 1 / sqrt(in) and 1 / sqrt(r) for A and B. Their T5 adapters, the multi-task ones, start at
+N(0, 0.01^2) with scores below 1 / sqrt(d) and 1 / sqrt(r), use GELU, keep 30 % of each mask and train the scores at 10
+times the rate. Masks of tasks for the prefix and LoRA forms are our extension of their adapters'.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ class ProPETL(PerTask):
         prototype = self.prototypes[key]
         shapes = shapes or kind.shapes(prototype)
         if c.tasks > 1 and key not in self.task_masks:
-            self.task_masks[key] = TaskMasks(c.tasks, c.share, c.combine, shapes)
+            self.task_masks[key] = TaskMasks(c.tasks, c.share, c.combine, shapes, kind.fan)
         return kind(prototype, c.share, shapes, self.task_masks.get(key), host.tasks)
 
     def task_parts(self) -> Iterable[TaskMasks]:

@@ -72,14 +72,23 @@ class Conditional(nn.Module):
     which alone pass the layer. Without a ``reduction`` there is no router: all tokens pass, and lambda is one.
 
     ``router`` w (d,) starts at N(0, 1/d), so that scores of normed states have a variance of one. k is the part
-    ``1 / reduction`` of a row's real tokens, rounded up. The chosen tokens attend to each other, or ``to_all``.
+    ``1 / reduction`` of a row's real tokens, rounded up. The chosen tokens attend to each other, or ``to_all``. With
+    ``keeps_first`` a row's first token is one of the k whatever its score, and its gate is one.
     """
 
-    def __init__(self, adapter: Bottleneck, d: int, reduction: float | None, to_all: bool, temperature: Temperature):
+    def __init__(
+        self,
+        adapter: Bottleneck,
+        d: int,
+        reduction: float | None,
+        to_all: bool,
+        keeps_first: bool,
+        temperature: Temperature,
+    ):
         super().__init__()
         self.adapter = adapter
         self.router = None if reduction is None else nn.Parameter(torch.randn(d) / math.sqrt(d))
-        self.reduction, self.to_all, self.temperature = reduction, to_all, temperature
+        self.reduction, self.to_all, self.keeps_first, self.temperature = reduction, to_all, keeps_first, temperature
         self.state: tuple[torch.Tensor, torch.Tensor, Chosen | None] | None = None
 
     def choose(self, h_bar: torch.Tensor, mask: torch.Tensor | None) -> Chosen | None:
@@ -92,9 +101,15 @@ class Conditional(nn.Module):
         with without_autocast(h_bar):
             scores = F.linear(h_bar.to(self.router.dtype), self.router[None]).squeeze(-1)  # (B, n, d) -> (B, n)
             k = (real.sum(-1, keepdim=True).double() / self.reduction).ceil().clamp(min=1)  # (B, n) -> (B, 1)
-            weights = soft_top_k(scores, k.to(scores.dtype), real, self.temperature)  # (B, n)
+            first = real & (real.cumsum(-1) == 1) & self.keeps_first  # (B, n)
+            others = (k - first.sum(-1, keepdim=True)).to(scores.dtype)  # (B, 1), how many are left to choose
+            # Of a row of one token its weight is computed, and not used.
+            among = torch.where((real & ~first).any(-1, keepdim=True), real & ~first, real)  # (B, n)
+            weights = soft_top_k(scores, others.clamp(min=1), among, self.temperature)  # (B, n)
+            weights = torch.where(others > 0, weights, 0.0).masked_fill(first, 1.0)  # (B, n)
         # The largest weights are those of the largest scores, which have no ties.
-        order = scores.detach().masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True)  # (B, n)
+        ranks = scores.detach().masked_fill(~real, -torch.inf).masked_fill(first, torch.inf)  # (B, n)
+        order = ranks.argsort(dim=-1, descending=True)  # (B, n)
         index = order[:, :most]  # (B, n) -> (B, K)
         valid = torch.arange(most, device=k.device) < k  # (B, K)
         gate = weights.gather(1, index) * valid  # (B, n) -> (B, K)

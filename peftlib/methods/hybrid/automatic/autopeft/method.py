@@ -5,17 +5,20 @@ r"""AutoPEFT: one structure of a space of serial adapters, parallel adapters and
 
 Letters: r_serial and r_parallel are the bottlenecks of an adapter behind and of one beside the feed-forward block, m is
 the number of keys and values before those of each attention, d the hidden size. The sizes hold for every layer l with
-z_l = 1; layers with z_l = 0 have no modules. A size of 0 leaves that module out. Trained: 2 d r + r + d an adapter and
-2 m d a prefix, in each layer that is on. Adapters start at zero, so without a prefix the start is the identity. No
-merge: adapters are nonlinear and a prefix depends on the query.
+z_l = 1; layers with z_l = 0 have no modules. A size of 0 leaves that module out. The serial adapter reads what the
+layer would give without adapters, the parallel one the hidden state in front of the block, and both add to the residual
+sum: LN(x + FFN(x) + A_serial(LN(x + FFN(x))) + A_parallel(x)). Trained: 2 d r + r + d an adapter in each layer that is
+on, and the MLP that makes the prefixes; stored: 2 m d a prefix. The parallel adapter starts at zero, the serial one at
+N(0, 0.02^2), so alone they start at or near the backbone; a prefix acts from the first step on. No merge: adapters are
+nonlinear and a prefix depends on the query.
 
 Attached is one structure. A search (``peftlib search autopeft``) finds the set of those that no other beats in both
 score and size, by Bayesian optimization; it scores each with a training run of its own.
 
 Source: Zhou et al. 2024, arXiv:2301.12132, and its code. As there: the three modules, sizes that all layers share and
-one bit a layer. The serial adapter is Pfeiffer's with ReLU, the parallel one that of He et al. with scale 4; prefixes
-have no MLP, as the original's count of their parameters has none. The default sizes and the learning rate are chosen
-here; the original trains every structure at 1e-4 for 20 epochs.
+one bit a layer; the serial adapter is Pfeiffer's with ReLU, the parallel one that of He et al. with scale 4 and no
+dropout, prefixes come from an MLP of 800 units, which the search's count of parameters leaves out. The default sizes
+and the learning rate are chosen here; the original trains every structure at 1e-4 for 20 epochs.
 """
 
 from __future__ import annotations
@@ -32,14 +35,18 @@ from peftlib.methods.hybrid.automatic.autopeft.search import AutoPEFTSearch
 @dataclass(frozen=True)
 class AutoPEFTConfig(MethodConfig):
     """``serial`` and ``parallel`` bottlenecks and the prefixes' ``length``, 0 for none; ``layers``: 1 or 0 for each
-    layer (None: all are on), those of an encoder before those of a decoder."""
+    layer (None: all are on), those of an encoder before those of a decoder; ``reparametrize`` prefixes by an MLP of
+    ``hidden`` units."""
 
     serial: int = 48
     parallel: int = 48
     length: int = 3
     layers: tuple[int, ...] | None = None
+    reparametrize: bool = True
+    hidden: int = 800
 
     def __post_init__(self):
+        at_least("hidden", self.hidden, 1)
         for name in ("serial", "parallel", "length"):
             at_least(name, getattr(self, name), 0)
         if not (self.serial or self.parallel or self.length):
@@ -55,14 +62,13 @@ class AutoPEFT(Combination):
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config
-        serial = {"variant": "pfeiffer", "activation": "relu", "train_norms": False, "zero_up": True}
+        serial = {"variant": "pfeiffer", "activation": "relu", "init_std": 0.02, "train_norms": False}
+        prefix = {"length": c.length, "reparametrize": c.reparametrize, "hidden": c.hidden, "shift_positions": False}
+        # In this order the serial adapter reads the layer without the parallel one.
         parts = (
             (c.serial, {"method": "sequential_adapter", "bottleneck": c.serial, **serial}),
-            (c.parallel, {"method": "parallel_adapter", "bottleneck": c.parallel}),
-            (
-                c.length,
-                {"method": "prefix_tuning", "length": c.length, "reparametrize": False, "shift_positions": False},
-            ),
+            (c.parallel, {"method": "parallel_adapter", "bottleneck": c.parallel, "dropout": 0.0}),
+            (c.length, {"method": "prefix_tuning", **prefix}),
         )
         return tuple(part for size, part in parts if size)
 

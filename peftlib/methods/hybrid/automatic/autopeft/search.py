@@ -52,7 +52,8 @@ class Space:
         return {"serial": serial, "parallel": parallel, "length": length, "layers": list(point[3:])}
 
     def parameters(self, points: torch.Tensor) -> torch.Tensor:
-        """Trained parameters without the task head, (...), of points (..., 3 + layers)."""
+        """Stored parameters without the task head, (...), of points (..., 3 + layers); those of the MLP that makes
+        prefixes in training do not count, as in the original."""
         chosen = torch.tensor(self.sizes, dtype=torch.float64)[points[..., :3].round().long()]  # (..., 3)
         adapters, length = chosen[..., :2], chosen[..., 2]  # (..., 2), (...)
         one = ((2 * self.d + 1) * adapters + self.d * (adapters > 0)).sum(-1) + 2 * self.d * length  # (...)

@@ -6,6 +6,7 @@ open, B the budget; r the rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -53,12 +54,12 @@ class Stretch(nn.Module):
 
 class LowRankLinear(nn.Module):
     """A linear map of low rank: ``forward(x) = B A x + bias`` for x (..., in); A (r, in), B (out, r), bias (out,).
-    A and B start Glorot-uniform, the bias at zero."""
+    A and B start Glorot-uniform with a gain of sqrt(2), the bias at zero."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
-        self.A = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, in_features)))
-        self.B = nn.Parameter(nn.init.xavier_uniform_(torch.empty(out_features, rank)))
+        self.A = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, in_features), gain=math.sqrt(2)))
+        self.B = nn.Parameter(nn.init.xavier_uniform_(torch.empty(out_features, rank), gain=math.sqrt(2)))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

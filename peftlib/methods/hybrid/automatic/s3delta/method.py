@@ -10,8 +10,10 @@ behind attention and feed-forward block, whose two maps (d to d / 32 and back) h
 search (:meth:`Adapted.calibrate`) trains all candidates, each scaled by its gate z_i, with the task head on one half of
 the training batches and alpha on the other, by second-order DARTS; u_i is uniform, beta a temperature, and b is found
 anew at each draw, so that the expected number of parameters is B, a share of the backbone's. Then the candidates are
-taken by falling p while they fit into B, and train anew from their start, without gates. Trained: at most B. Start:
-identity. No merge: adapters are nonlinear.
+taken by falling p while they fit into B, and train anew from their start, without gates. Trained: at most B. LoRA,
+biases and norms start at zero change, the adapters' maps at random Glorot matrices with a gain of sqrt(2), so a
+structure with adapters starts as another function; with ``zero_up`` they too start at zero change. No merge: adapters
+are nonlinear.
 
 A search has ``steps`` steps of five passes each. With ``order=1`` alpha's gradient is taken at the weights as they are
 (DARTS of first order, Liu et al. 2019, arXiv:1806.09055), and a step costs two passes. ``search_batch_size`` cuts the
@@ -21,12 +23,11 @@ goes on. ``strategy="random"`` takes a random structure of the same budget inste
 
 Source: Hu et al. 2022, arXiv:2206.07382, and its code (S3Delta-M). As there: candidates, alpha at zero, beta, rates of
 the gates and their gradients, clipping at 2, soft gates, one draw for the passes of alpha's gradient and another for
-the weights, greedy choice. Where we differ: adapters start at zero (theirs at random Glorot matrices); the structure
-is taken at the search's end (theirs where validation was best); halves are of batches (theirs of rows); the passes of a
-step share their dropout; the task head trains too (their T5 has none). Chosen here: 100 steps (theirs 15 epochs) at a
-larger rate of the weights (theirs 3e-4), and 0.1 % of the backbone (theirs 0.014 % of T5-large). Biases and weights of
-norms train as changes that are added, as theirs, also where the backbone has no bias; cross-attention has no
-candidates.
+the weights, greedy choice, the adapters' start. Where we differ: the structure is taken at the search's end (theirs
+where validation was best); halves are of batches (theirs of rows); the passes of a step share their dropout; the task
+head trains too (their T5 has none). Chosen here: 100 steps (theirs 15 epochs) at a larger rate of the weights (theirs
+3e-4), and 0.1 % of the backbone (theirs 0.014 % of T5-large). Biases and weights of norms train as changes that are
+added, as theirs, also where the backbone has no bias; cross-attention has no candidates.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class S3DeltaConfig(MethodConfig):
     ``search_rate`` of the weights and ``gate_rate`` of alpha, whose gradient is of ``order`` 1 or 2, on batches of at
     most ``search_batch_size`` rows (default: those of the training); ``beta`` of the gates; ``kinds`` of candidates;
     ``rank`` of LoRA and of the adapters' maps; ``scale`` of LoRA; ``reduction`` of the adapters' inner width, and their
-    ``activation``; ``strategy``: "search", or "random" for a random structure, the one of number ``draw``."""
+    ``activation``, and ``zero_up`` to let them start at zero change; ``strategy``: "search", or "random" for a random
+    structure, the one of number ``draw``."""
 
     budget: float = 0.001
     steps: int = 100
@@ -74,6 +76,7 @@ class S3DeltaConfig(MethodConfig):
     scale: float = 16.0
     reduction: int = 32
     activation: str = "gelu_new"
+    zero_up: bool = False
     strategy: Literal["search", "random"] = "search"
     draw: int = 0
 
@@ -151,7 +154,8 @@ class S3Delta(Method):
         c = self.config
         inner = max(1, d // c.reduction)
         adapter = Sequential(d, inner, c.activation, linear=partial(LowRankLinear, rank=c.rank))
-        nn.init.zeros_(adapter.up.B)
+        if c.zero_up:
+            nn.init.zeros_(adapter.up.B)
         return adapter
 
     def _measured(self, host: Host, candidates: list[Candidate]) -> list[Candidate]:
