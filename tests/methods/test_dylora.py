@@ -166,7 +166,7 @@ RUN = "huawei-noah/Efficient-NLP, DyLoRA/examples/NLU"
 
 def check_scale():
     """``dynamic.forward`` scales A and B by sqrt(r / b) each, ``Linear`` the product by alpha / r."""
-    update = next(iter(tiny("dylora").method.updates.values()))
+    update = next(iter(tiny("dylora", rank=8).method.updates.values()))
     for b in range(1, 9):
         update.draw(b)
         assert update.drawn.tolist() == pytest.approx([16 / b] * b + [0.0] * (8 - b))
@@ -174,7 +174,7 @@ def check_scale():
 
 def check_frozen():
     """``pr = inputs[:, :rank].detach()``: of the components that are used only the last learns."""
-    method = tiny("dylora").method
+    method = tiny("dylora", rank=8).method
     update = next(iter(method.updates.values()))
     for step in range(20):
         method.on_step_start(TrainingState(step, 20))

@@ -13,7 +13,7 @@ import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import MergeError, PeftlibError
 from peftlib.methods.reparameterized.low_rank.krona import Kronecker
-from tests.methods.facts import Count, Default, Facts, Start, Trains, constant, kaiming_uniform, zeros
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 
@@ -169,7 +169,7 @@ FACTS = Facts(
     Default("targets", ("*attention.query", "*attention.value"), NO_CODE),
     Start("*.krona.A", kaiming_uniform(), NO_CODE),
     Start("*.krona.B", zeros(), NO_CODE),
-    Start("*.shortcut", constant(0.0), NO_CODE, {"form": "krona_b_res"}),
+    Default("residual", 0.0, NO_CODE),
     Trains(("*.krona.A", "*.krona.B"), "arXiv:2212.10650, abstract"),
     Count("roberta-base", 24 * (32 * 32 + 24 * 24), "k k + out in / (k k) a map: 24 maps"),
     Count("t5-base", 72 * (32 * 32 + 24 * 24), "the same: 72 maps"),
