@@ -157,6 +157,7 @@ METHODS = (
         merge_note="The first b components are added to the weight, scaled by alpha / b.",
         life=("on_step_start: draw the rank",),
         original="huawei-noah/Efficient-NLP",
+        tiny={"rank": 2},  # of three steps two draw the same component: A learns where B is no longer zero
     ),
     Entry(
         name="adalora",

@@ -7,6 +7,7 @@ import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError, StateError
 from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 
@@ -150,3 +151,28 @@ def test_combined_with_one_that_writes_the_same_weight():
 def test_values_that_cannot_be(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.config("delta_lora", **options)
+
+
+# What is published
+
+ALGORITHM = "arXiv:2309.02411, algorithm 1, as copied out in public; the paper itself could not be had again"
+
+FACTS = Facts(
+    "delta_lora",
+    Default("rank", 8, "arXiv:2309.02411, experiments; read when the method was written"),
+    Default("alpha", 16.0, "chosen here, as LoRA's"),
+    Default("follow", 0.5, "arXiv:2309.02411, RoBERTa on GLUE; read when the method was written"),
+    Default("warmup", 0.06, "chosen here: LoRA's share of warm-up steps on GLUE; the paper's K is its warm-up"),
+    Default("targets", ("*attention.query", "*attention.value"), "arXiv:2309.02411; read when the method was written"),
+    Start("*.lora.A", kaiming_uniform(), f"{ALGORITHM}: Kaiming initialization"),
+    Start("*.lora.B", zeros(), f"{ALGORITHM}: B = 0"),
+    Trains(("*.lora.A", "*.lora.B"), f"{ALGORITHM}: W has no gradient"),
+    Count("roberta-base", 294_912, "LoRA's"),
+    Count("t5-base", 884_736, "LoRA's"),
+    Count("llama-7b", 4_194_304, "LoRA's"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
