@@ -3,9 +3,10 @@
     .venv/bin/python tools/mutation.py [PATH ...] [--sample N] [--seed S] [--workers W] [--minutes M] [--trust]
 
 cosmic-ray makes the changes: another number, operator, comparison or boolean, a decorator left out, a loop that does
-not run; own is that a float is doubled. Annotations and default learning rates are left alone. Each change is tried by the tests of its file,
-which stop at the first failure, in a fork of a process that has imported torch and transformers already. Nothing is
-written: the fork imports the changed source in the file's place, so a run can be cut off at any time.
+not run; own is that a float is doubled. Annotations and default learning rates are left alone. Each change is tried by
+the tests of its file, which stop at the first failure, in a fork of a process that has imported torch and transformers
+already. Nothing is written: the fork imports the changed source in the file's place, so a run can be cut off at any
+time.
 
 The tests of a file are those of its name. A mechanism, or a base of methods, has those of the methods that use it too,
 the shortest few. Subprocesses of tests see the unchanged code.
