@@ -352,6 +352,7 @@ FACTS = Facts(
         {"dropped_layers": (0, 4, 8)},
         "1.74",
     ),
+    Count("llama-7b", 172_545_056, "all layers kept; the paper is on T5"),
     Count("roberta-base", 2_376_300, "all layers kept; the paper is on T5"),
 )
 

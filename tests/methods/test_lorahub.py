@@ -10,7 +10,7 @@ import peftlib
 from peftlib.conformance.case import batch, inputs, logits
 from peftlib.errors import DataError
 from peftlib.methods.reparameterized.lora.multitask.lorahub import minimize
-from tests.methods.facts import Default, Facts, Holds
+from tests.methods.facts import Count, Default, Facts, Holds
 from tests.methods.helpers import backbone, perturb
 
 
@@ -189,6 +189,9 @@ FACTS = Facts(
     Default("bound", 1.5, f"{ALGORITHM}, lorahub_learning"),
     Default("optimizer", "NGOpt", f"{ALGORITHM}, lorahub_learning"),
     Holds("the search starts at zero and stays in its box", check_start_at_zero, f"{ALGORITHM}, lorahub_learning"),
+    Count("roberta-base", 2, f"{ALGORITHM}, lorahub_learning: a number for each of the modules, two here"),
+    Count("t5-base", 2, f"{ALGORITHM}, lorahub_learning"),
+    Count("llama-7b", 2, f"{ALGORITHM}, lorahub_learning"),
 )
 
 
