@@ -458,6 +458,7 @@ FACTS = Facts(
     ),
     Count("roberta-base", 124_055, "the budget, 0.1 % of 124,055,040"),
     Count("t5-base", 222_903, "the budget, 0.1 % of 222,903,552"),
+    Count("llama-7b", 6_607_343, "its candidates together, which are fewer than the budget"),
 )
 
 

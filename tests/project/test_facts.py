@@ -15,7 +15,7 @@ def test_every_method_has_a_table(method):
     module = importlib.import_module(f"tests.methods.test_{method}")
     table = module.FACTS
     assert table.method == method
-    assert len(table.facts) > 3
+    assert len(table.facts) >= 3
     assert module.test_published_facts.pytestmark[0].args[0] == "fact"
     backbones = {fact.backbone for fact in table.facts if isinstance(fact, Count)}
     missing = {"roberta-base", "t5-base", "llama-7b"} - backbones
