@@ -105,11 +105,13 @@ def _value(cls: ast.ClassDef, name: str) -> ast.expr | None:
 
 
 def _constant(path: Path, value: ast.AST) -> Any:
-    """A default as Python has it: a literal, or a name that stands for one."""
+    """A default as Python has it: a literal, a quotient of two, or a name that stands for one."""
     if isinstance(value, ast.Name):
         at, found = _find(path, value.id)
         if found is not None:
             return _constant(at, found)
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "tuple":
         return tuple(_constant(path, value.args[0]))
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div):
+        return _constant(path, value.left) / _constant(path, value.right)
     return ast.literal_eval(value)
