@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from botorch.acquisition.multi_objective import qNoisyExpectedHypervolumeImprovement
+from botorch.exceptions.warnings import InputDataWarning, NumericsWarning
 from botorch.fit import fit_fully_bayesian_model_nuts, fit_gpytorch_mll
 from botorch.models import ModelListGP, SingleTaskGP
 from botorch.models.fully_bayesian import SaasFullyBayesianSingleTaskGP
@@ -58,8 +59,10 @@ def batch(
     if copula:
         outcomes, reference = normal_quantiles(outcomes, outcomes), normal_quantiles(reference[None], outcomes)[0]
     with torch.random.fork_rng([]), warnings.catch_warnings():
-        # Kernels of points that lie close together get a small constant on their diagonal.
-        warnings.simplefilter("ignore", NumericalWarning)
+        # Kernels of points that lie close together get a small constant on their diagonal; quantiles of few outcomes
+        # are not quite standardized; BoTorch would have the improvement's logarithm, the original has it as it is.
+        for kind in (NumericalWarning, InputDataWarning, NumericsWarning):
+            warnings.simplefilter("ignore", kind)
         torch.manual_seed(seed)
         transform = None if copula else Standardize(1)
         models = [_fitted(surrogate, x, y[:, None], transform, nuts, seed) for y in outcomes.T]
