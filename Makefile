@@ -10,6 +10,11 @@ PORT ?= 8000
 WORKERS ?= 2
 PYTEST_ARGS ?=
 UPGRADE ?=
+FILES ?=
+SAMPLE ?=
+SEED ?= 0
+MINUTES ?=
+TRUST ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +32,7 @@ COUNT = awk -v all="$$(grep -c == $(LOCK))" -v tty="$$(test -t 2 && echo 1 || ec
 	/^Installing collected packages/ { printf "%s  installing\n", tty ? "\r\033[K" : "" > "/dev/stderr" } \
 	/ERROR|[Ww]arning: / { print > "/dev/stderr" }'
 
-.PHONY: help env book test conformance lint format notebooks bench serve lock clean distclean
+.PHONY: help env book test conformance mutation lint format notebooks bench serve lock clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +71,10 @@ test: env lint ## Lint, then all tests (they also execute every notebook and bui
 
 conformance: env ## Check every method on every model family and write results/conformance.json
 	PEFTLIB_CONFORMANCE=write $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/conformance $(PYTEST_ARGS)
+
+mutation: env ## Change the code a little, and see what no test notices (FILES, SAMPLE, SEED, MINUTES, TRUST=1)
+	$(BIN)/python tools/mutation.py $(FILES) --workers $(WORKERS) --seed $(SEED) \
+		$(if $(SAMPLE),--sample $(SAMPLE)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TRUST),--trust)
 
 lint: env ## Style, formatting, layering and types
 	$(BIN)/ruff check .

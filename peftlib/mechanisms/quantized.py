@@ -127,6 +127,49 @@ class NormalFloatWeight(nn.Module):
         return dequantize(values, self.block_scales(), BLOCK).view(self.shape).to(dtype)  # (out in,) -> (out, in)
 
 
+class UniformWeight(nn.Module):
+    """An (out, in) weight as integers with one scale and one offset, ``W = s c + beta``, codes c from 0 to 2^bits - 1:
+    even levels from the smallest to the largest entry, after entries were cut off at ``deviations`` standard deviations
+    from their mean.
+
+    Buffers: ``codes`` c (ceil(n bits / 8),) uint8, the first entry in the high bits; ``line``, s and beta, float32 kept
+    as integers so that ``model.to(dtype)`` leaves them alone. ``like`` is empty and has the dtype that the weight would
+    have.
+    """
+
+    table: torch.Tensor
+    codes: torch.Tensor
+    line: torch.Tensor
+    like: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bits: int = 4, deviations: float = 2.0):
+        super().__init__()
+        self.shape, self.bits = weight.shape, bits
+        W = weight.detach().double()  # (out, in)
+        middle, reach = W.mean(), deviations * W.std()
+        W = W.clamp(middle - reach, middle + reach)
+        low, high = W.min(), W.max()
+        scale = ((high - low) / (2**bits - 1)).clamp(min=1e-38)
+        codes = ((W - low) / scale).round().clamp(0, 2**bits - 1)  # (out, in)
+        levels = torch.arange(2**bits, dtype=torch.float32, device=weight.device)
+        self.register_buffer("table", lookup(levels), persistent=False)
+        self.register_buffer("codes", pack(codes.to(torch.uint8).flatten(), bits))
+        self.register_buffer("line", torch.stack([scale, low]).float().view(torch.int32))
+        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes; the table of levels is not counted."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.line))
+
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        """The (out, in) weight, computed in float32 or wider and rounded once to ``dtype``."""
+        wide = torch.promote_types(dtype, torch.float32)
+        c = unpack(self.codes, self.table)[: math.prod(self.shape)].to(wide)  # (out in,)
+        scale, low = self.line.view(torch.float32).to(wide)
+        return (scale * c + low).view(self.shape).to(dtype)  # (out in,) -> (out, in)
+
+
 def pack(codes: torch.Tensor, bits: int, fill: int = 0) -> torch.Tensor:
     """Codes (n,) uint8 below 2^bits, several a byte, the first in the high bits; ``fill`` completes the last byte."""
     each = 8 // bits

@@ -144,12 +144,12 @@ METHODS = (
         "be cut out after training.",
         equation=r"y = W x + \frac{\alpha}{b}\, B_{:,\, :b}\, A_{:b,\, :}\, x,\qquad b \sim \mathcal{U}\{1, \dots, r\}",
         symbols=r"$A \in \mathbb{R}^{r \times i}$, $B \in \mathbb{R}^{o \times r}$: trained factors; $b$: the rank of "
-        r"this step; in the frozen form only component $b$ gets a gradient.",
+        r"this step; of its components only the last, $b$, gets a gradient.",
         sites=("attention.query", "attention.value"),
         form="low-rank",
         insertion="parallel",
         composition="scaled",
-        trains="The two factors of every targeted matrix, as far as the drawn rank goes.",
+        trains="The two factors of every targeted matrix, one component a step: the last of the drawn rank.",
         count="2 * L * 2 * d * rank",
         start="identity",
         start_note="B starts at zero.",
@@ -157,6 +157,7 @@ METHODS = (
         merge_note="The first b components are added to the weight, scaled by alpha / b.",
         life=("on_step_start: draw the rank",),
         original="huawei-noah/Efficient-NLP",
+        tiny={"rank": 2},  # of three steps two draw the same component: A learns where B is no longer zero
     ),
     Entry(
         name="adalora",

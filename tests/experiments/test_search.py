@@ -74,17 +74,18 @@ def test_the_first_trials_are_those_of_the_random_search_and_are_not_trained_aga
     assert len(calls) == len(set(calls)) <= 8
 
 
+@pytest.mark.slow
 def test_a_model_leads_to_better_structures_than_chance(tmp_path):
     def volume(strategy, seed):
-        given = spec(strategy, seed=seed, batch=2)
-        return search(given, 12, tmp_path, progress=False, evaluate=fake).hypervolume()
+        given = spec(strategy, seed=seed, initial=10)
+        return search(given, 26, tmp_path, progress=False, evaluate=fake).hypervolume()
 
-    volumes = {strategy: [volume(strategy, seed) for seed in (0, 1)] for strategy in ("random", "bayesian")}
+    volumes = {strategy: [volume(strategy, seed) for seed in (0, 1, 2)] for strategy in ("random", "bayesian")}
     assert sum(volumes["bayesian"]) > sum(volumes["random"]) + 0.05
     log = read_log(tmp_path / spec("bayesian").path)
-    assert [t["by"] for t in log.trials] == 4 * ["random"] + 8 * ["gp"]
+    assert [t["by"] for t in log.trials] == 10 * ["random"] + 16 * ["gp"]
     assert all(TINY.valid(tuple(t["point"])) for t in log.trials)
-    assert len({tuple(t["point"]) for t in log.trials}) == 12
+    assert len({tuple(t["point"]) for t in log.trials}) == 26
 
 
 @pytest.mark.parametrize(("surrogate", "copula"), [("map_saas", True), ("gp", False)])

@@ -211,7 +211,7 @@ class Count:
         assert own == self.trained, f"{method} trains {own:,} on {self.backbone}; {self.source} has {self.trained:,}"
         if self.percent:
             digits = len(self.percent.partition(".")[2])
-            share = 100 * own / (found["total"] - own - found["head"])
+            share = 100 * own / (found["total"] - found["head"])
             assert f"{share:.{digits}f}" == self.percent, f"{share} % on {self.backbone}, not {self.percent} %"
 
 

@@ -15,6 +15,7 @@ from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError
 from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 
@@ -321,3 +322,57 @@ def test_count_of_the_surveys_table():
 def test_values_that_make_no_schedule(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.config("adalora", **options)
+
+
+# What is published
+
+README = "QingruZhang/AdaLoRA, README.md: SQuAD v2"
+SCRIPTS = "QingruZhang/AdaLoRA, NLU/scripts and NLG_QA/scripts"
+LAYER = "QingruZhang/AdaLoRA, loralib/loralib/adalora.py, SVDLinear"
+
+
+def check_scale():
+    adapted = tiny("adalora")
+    assert {update.scale for update in adapted.method.updates.values()} == {16 / 12}
+
+
+def check_six_kinds():
+    """``--lora_module query,key,value,intermediate,layer.output,attention.output`` in all eleven scripts' form."""
+    names = {site.name for site in tiny("adalora").method.updates}
+    assert names == {f"attention.{n}" for n in ("query", "key", "value", "output")} | {"ffn.up", "ffn.down"}
+    bart = {site.name for site in tiny("adalora", "bart").method.updates}
+    assert bart == names | {f"cross_attention.{n}" for n in ("query", "key", "value", "output")}
+
+
+FACTS = Facts(
+    "adalora",
+    Default("rank", 12, f"{README}, also run_bart_xsum.sh"),
+    Default("target_rank", 8, f"{README}, also run_bart_xsum.sh"),
+    Default("alpha", 16.0, README),
+    Default("targets", "all-linear", f"{SCRIPTS}: six kinds of maps in each"),
+    Default("dropout", 0.0, f"{LAYER}: the default, which no script changes"),
+    Default("beta1", 0.85, SCRIPTS),
+    Default("beta2", 0.85, SCRIPTS),
+    Default("orthogonality", 0.1, f"{SCRIPTS}: but 0.3 for RTE and STS-B"),
+    Default("interval", 1, f"{SCRIPTS}: RTE and MRPC, with the shortest runs; 10 and 100 in longer ones"),
+    Default("initial_warmup", 0.15, f"{SCRIPTS}: RTE's 600 of 3,900 steps; 0.08 to 0.18 in the others"),
+    Default("final_warmup", 0.5, f"{SCRIPTS}: QNLI's 8,000 and CoLA's 3,500 are nearest; 0.31 to 0.58 in the others"),
+    Start("*.adalora.P", normal(0.02), f"{LAYER}.reset_parameters"),
+    Start("*.adalora.Q", normal(0.02), f"{LAYER}.reset_parameters"),
+    Start("*.adalora.singular", zeros(), f"{LAYER}.reset_parameters"),
+    Trains(("*.adalora.P", "*.adalora.Q", "*.adalora.singular"), LAYER),
+    Holds("the scale is alpha / r", check_scale, f"{LAYER}.forward, there with r + 1e-5"),
+    Holds("six kinds of maps are adapted", check_six_kinds, SCRIPTS),
+    Count("roberta-base", 12 * 12 * (8 * 768 + 2 * (768 + 3072) + 6), "r (in + out + 1) a map"),
+    # The paper's table 1: LoRA of rank 8 on DeBERTa-v3-base, whose layers have these sizes, has 1.33 M, as all six
+    # kinds of maps give; AdaLoRA of the same number of triplets, 576, has 1.27 M, because more of them are on the
+    # attention's maps, where one is of 1,537 parameters, than on the feed-forward block's, where one is of 3,841.
+    Count("bert-base-uncased", 12 * 8 * (8 * 768 + 2 * (768 + 3072) + 6), "8 triplets a map", {"rank": 8}),
+    Count("t5-base", 4_868_352, "r (in + out + 1) a map, those of cross-attention too"),
+    Count("llama-7b", 29_985_408, "r (in + out + 1) a map, the gate too"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

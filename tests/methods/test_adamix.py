@@ -13,7 +13,48 @@ from peftlib.conformance.checks import CHECKS
 from peftlib.errors import MergeError, TargetError, UnknownNameError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.unified.adamix import Experts
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
+
+SOUP = "microsoft/AdaMix, src/transformers/models/expert_soup.py"
+GLUE = "microsoft/AdaMix, bert_base_mnli_expert_soup.sh"
+NLG = "microsoft/AdaMix, NLG/run_train_e2e.sh"
+
+
+def _defaults_of_the_lora_form():
+    c = peftlib.config("adamix", form="lora")
+    assert (c.rank, c.alpha, c.dropout, c.experts) == (4, 32.0, 0.1, 8)
+    assert c.consistency == 100, "NLG/src/model.py, GPT2LMModel.forward: the consistency loss times 100"
+
+
+FACTS = Facts(
+    "adamix",
+    Start("*.adamix.down.weight", normal(0.02), "BertPreTrainedModel._init_weights, of each expert by itself"),
+    Start("*.adamix.up.weight", normal(0.02), "BertPreTrainedModel._init_weights"),
+    Start("*.adamix.down.bias", zeros(), "BertPreTrainedModel._init_weights"),
+    Start("*.adamix.B", zeros(), "microsoft/AdaMix, NLG/loralib/layers.py, reset_parameters", {"form": "lora"}),
+    Trains(("*.output.dense.adamix.*",), "modeling_bert.py, BertOutput: ExpertSoup behind the feed-forward block"),
+    Default("experts", 4, f"{GLUE}: --num_experts 4"),
+    Default("bottleneck", 48, f"{GLUE}: --adapter_size 48"),
+    Default("activation", "gelu", "modeling_bert.py, BertOutput: ExpertSoup(..., 'gelu')"),
+    Default("consistency", 1.0, f"{GLUE}: --use_consistency_loss 1"),
+    Default("dropout", 0.0, f"{SOUP}, ExpertSoup: none inside"),
+    Holds("the defaults of the LoRA form", _defaults_of_the_lora_form, NLG),
+    Count("roberta-base", 12 * (5 * 768 * 48 + 4 * 48 + 768), "--sharing_up 1, --sharing_down 0: 4 down, 1 up"),
+    Count("t5-base", 24 * (5 * 768 * 48 + 4 * 48 + 768), "as on RoBERTa, 24 layers"),
+    Count("llama-7b", 32 * (5 * 4096 * 48 + 4 * 48 + 4096), "as on RoBERTa, 32 layers of 4,096"),
+    Count(
+        "roberta-base",
+        12 * 2 * 9 * 768 * 4,
+        f"{NLG}: lora_dim 4, 8 experts, share_B; query and value",
+        {"form": "lora"},
+    ),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def sequential_adapter(y, W_down, b_down, W_up, b_up, activation="gelu"):

@@ -12,6 +12,7 @@ from peftlib import backbones
 from peftlib.efficiency.speed import count_flops
 from peftlib.errors import TargetError
 from peftlib.methods.base import ConfigError, TrainingState
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 
@@ -202,3 +203,35 @@ def test_bad_options():
     for k in (1, 7, 2.0):
         with pytest.raises(ConfigError, match=rf"k={k!r}.*from 2 to 6"):
             special.method.drop(k)
+
+
+def _drawn_evenly():
+    """Section 3.1: at each step n is drawn from 0 to 11 of 12 layers."""
+    method = peftlib.attach(deep(), "adapter_drop").method
+    drawn = Counter(method.drawn(step) for step in range(3000))
+    assert set(drawn) == set(range(6))
+    assert max(drawn.values()) < 1.25 * min(drawn.values())
+
+
+LIBRARY = "AdapterHub (adapter-transformers), adapters/modeling.py and configuration.py"
+FACTS = Facts(
+    "adapter_drop",
+    Default("robust", True, "section 3.1: robust AdapterDrop layers"),
+    Default("max_dropped", None, "section 3.1: up to all but one of the layers"),
+    Default("bottleneck", 48, f"{LIBRARY}: Pfeiffer's reduction_factor 16 of 768"),
+    Default("activation", "relu", f"{LIBRARY}, PfeifferConfig"),
+    Default("dropout", 0.0, f"{LIBRARY}: none"),
+    Start("*.down.weight", normal(0.02), f"{LIBRARY}, init_bert_weights"),
+    Start("*.up.weight", normal(0.02), f"{LIBRARY}, init_bert_weights"),
+    Start("*.adapter_drop.*.bias", zeros(), f"{LIBRARY}, init_bert_weights"),
+    Trains(("*.adapter_drop.down.*", "*.adapter_drop.up.*"), f"{LIBRARY}: no norm"),
+    Count("roberta-base", 894_528, f"{LIBRARY}: 2 d r + d + r in 12 layers"),
+    Count("t5-base", 1_789_056, "the same formula at 48"),
+    Count("llama-7b", 12_715_520, "the same formula at 48"),
+    Holds("the number of dropped layers is uniform", _drawn_evenly, "section 3.1"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -186,6 +186,7 @@ FACTS = Facts(
         "section 3.2: the second stage trains Q, K and V",
     ),
     Count("roberta-base", 12 * (3 * 768**2 + 2 * 768), "section 3.2, with the library's biases of Q and K"),
+    Count("t5-base", 24 * (3 * 768**2 + 2 * 768), "section 3.2, both stacks"),
     Count("llama-7b", 32 * (3 * 4096**2 + 2 * 4096), "section 3.2"),
 )
 

@@ -11,7 +11,7 @@ from peftlib.conformance.case import backbone, inputs, logits
 from peftlib.errors import DataError, UnknownNameError
 from peftlib.methods.additive.adapters.adapter_soup import nearest
 from peftlib.methods.base import ConfigError
-from tests.methods.facts import Default, Facts, Holds, Trains
+from tests.methods.facts import Count, Default, Facts, Holds, Trains
 from tests.methods.helpers import perturb
 
 DOMAINS = {
@@ -125,6 +125,9 @@ FACTS = Facts(
     Default("heads", "keep", "chosen here; the paper's domains have no heads"),
     Holds("the soup is the average with equal weights", check_average, "section 2.2"),
     Trains(("*.residual_adapter.*",), "section 2.1: the adapter of Bapna and Firat"),
+    Count("roberta-base", 12 * (2 * 768 * 64 + 64 + 768 + 2 * 768), "an adapter and its norm a layer"),
+    Count("t5-base", 24 * (2 * 768 * 64 + 64 + 768 + 2 * 768), "an adapter and its norm a layer"),
+    Count("llama-7b", 32 * (2 * 4096 * 64 + 64 + 4096 + 2 * 4096), "an adapter and its norm a layer"),
 )
 
 

@@ -12,6 +12,7 @@ from peftlib import backbones, taxonomy
 from peftlib.errors import MergeError, TargetError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.automatic.autopeft.search import AutoPEFTSearch, Space, hypervolume, pareto
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 MODULES = {"serial": "sequential_adapter", "parallel": "parallel_adapter", "length": "prefix"}
@@ -258,3 +259,34 @@ def test_the_search_is_the_original_s():
     assert Space(768, 12).sizes == (*(768 >> k for k in range(9)), 1, 0), (
         "log2 reductions of 0 to 10, the last for none"
     )
+
+
+CODE = "cambridgeltl/autopeft"
+SAPPA = f"{CODE}, adapters/modeling_sappa.py, Adapter"
+FACTS = Facts(
+    "autopeft",
+    Default("serial", 48, "chosen here: a structure is what the search finds"),
+    Default("parallel", 48, "chosen here: a structure is what the search finds"),
+    Default("length", 3, "chosen here: a structure is what the search finds"),
+    Default("reparametrize", True, f"{CODE}, adapters/configuration.py, PrefixTuningConfig: flat=False"),
+    Default("hidden", 800, f"{CODE}, adapterhub/nas_search.py: bottleneck_size=800"),
+    Start("*.sequential_adapter.down.weight", normal(0.02), f"{SAPPA}: init_bert_weights"),
+    Start("*.sequential_adapter.up.weight", normal(0.02), f"{SAPPA}: init_bert_weights"),
+    Start("*.parallel_adapter.down.weight", kaiming_uniform(), f"{SAPPA}: kaiming_uniform_, a=sqrt(5)"),
+    Start("*.parallel_adapter.up.weight", zeros(), f"{SAPPA}: adapter_up_pa"),
+    Trains(("*.prefix.maker.*", "*.sequential_adapter.*", "*.parallel_adapter.*"), f"{CODE}: adapter parameters alone"),
+    Count(
+        "bert-base-uncased",
+        12 * (2 * 768 * 48 + 48 + 768),
+        f"{CODE}, adapterhub/nas_search.py: Pfeiffer alone",
+        {"parallel": 0, "length": 0},
+    ),
+    Count("roberta-base", 17_170_592, "its formula at the defaults"),
+    Count("t5-base", 49_722_720, "its formula; the original is on encoders"),
+    Count("llama-7b", 238_698_272, "its formula; the original is on encoders"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

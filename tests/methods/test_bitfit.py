@@ -6,7 +6,47 @@ import torch
 import peftlib
 from peftlib import backbones
 from peftlib.errors import UnsupportedError
+from tests.methods.facts import Count, Facts, Holds, Trains
 from tests.methods.helpers import backbone, inputs, perturb
+
+CODE = "benzakenelad/BitFit, glue_evaluator.py, _deactivate_relevant_gradients"
+
+
+def _trained(**options):
+    return set(peftlib.attach(backbone("bert"), "bitfit", train_head=False, **options).trainable())
+
+
+def _subset():
+    names = [n for n, _ in backbone("bert").named_parameters()]
+    ends = ("attention.self.query.bias", "intermediate.dense.bias", "pooler.dense.bias")
+    assert _trained(queries_and_inner=True) == {n for n in names if n.endswith(ends)}
+
+
+def _all():
+    names = [n for n, _ in backbone("bert").named_parameters()]
+    assert _trained() == {n for n in names if "bias" in n and not n.startswith("classifier")}
+
+
+FACTS = Facts(
+    "bitfit",
+    Trains(("*.bias",), f"{CODE}: every name that contains 'bias'"),
+    Holds("every bias of BERT below the classifier trains", _all, CODE),
+    Holds("the subset is queries and inner maps with the pooler", _subset, f"{CODE}: it adds 'pooler.dense.bias'"),
+    Count("roberta-base", 102_144, "12 layers of 7 x 768 + 3,072, and the embeddings' norm, 768"),
+    Count("bert-large-uncased", 272_384, "24 x (7 x 1,024 + 4,096), the embeddings' norm and the pooler, 1,024 each"),
+    Count(
+        "bert-large-uncased",
+        24 * (1024 + 4096) + 1024,
+        "README of the repository: --bias-terms query intermediate; with the pooler's bias",
+        {"queries_and_inner": True},
+    ),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 WITHOUT = ("llama", "mistral", "t5", "mt5")
 WITH = [f for f in backbones.tiny.FAMILIES if f not in WITHOUT]

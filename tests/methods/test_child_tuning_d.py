@@ -10,6 +10,33 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import ConfigError, StateError, TargetError
+from tests.methods.facts import Count, Default, Facts, Trains
+
+CODE = "alibaba/AliceMind, ChildTuning/ChildTuningD.py"
+
+FACTS = Facts(
+    "child_tuning_d",
+    Default("density", 0.3, "alibaba/AliceMind, ChildTuning/run.sh: REVERSE_P=0.3"),
+    Default("clip", 1.0, f"{CODE}, calculate_fisher: each tensor's gradient is clipped to max_grad_norm"),
+    Default("dropout", True, f"{CODE}, calculate_fisher: model.train()"),
+    Default("batches", None, f"{CODE}, calculate_fisher: a pass over the training data"),
+    Default("train_rest", True, f"{CODE}, calculate_fisher: only names with 'layer' are masked"),
+    Trains(
+        ("*.parametrizations.*.0.values", "*.embeddings.*", "*.pooler.*"),
+        f"{CODE}, calculate_fisher: masked are the names with 'layer'",
+        attach=lambda: attached("bert"),
+    ),
+    Count("roberta-base", 124_055_040 - 85_054_464 + int(0.3 * 85_054_464), "30 % of the layers, all of the rest"),
+    Count("bert-large-uncased", 123_525_324, "30 % of 302,309,376 in 24 layers, and the 32,832,512 outside of them"),
+    Count("t5-base", 84_144_153, "30 % of the layers, the embeddings and the final norms"),
+    Count("llama-7b", 2_205_028_352, "30 % of the layers, the embeddings, the final norm and the output map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
 

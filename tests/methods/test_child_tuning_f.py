@@ -9,6 +9,23 @@ import peftlib
 from peftlib.conformance.case import backbone, batch, train
 from peftlib.errors import ConfigError
 from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Trains
+
+CODE = "alibaba/AliceMind, ChildTuning/ChildTuningOptimizer.py, step"
+
+FACTS = Facts(
+    "child_tuning_f",
+    Default("density", 0.3, "alibaba/AliceMind, ChildTuning/run.sh: REVERSE_P=0.3"),
+    Trains(("*",), f"{CODE}: every parameter that has a gradient is masked and steps"),
+    Count("roberta-base", 124_055_040, "all parameters below the head"),
+    Count("t5-base", 222_903_552, "all parameters"),
+    Count("llama-7b", 6_738_415_616, "all parameters"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def gradients(adapted: peftlib.Adapted, step: int = 0) -> tuple[dict, dict]:

@@ -430,6 +430,8 @@ FACTS = Facts(
     Start("*.coda.adapter.down.bias", zeros(), "chosen here"),
     Trains(("*.coda.router", "*.coda.adapter.*", "*LayerNorm*"), "section 3: router, adapter, norms"),
     Count("roberta-base", 12 * (768 + 2 * 768 * 64 + 64 + 768 + 4 * 768), "chosen here: r = 64"),
+    # Adapters in both stacks, routers in the encoder, norms without bias: two a layer there, three in the decoder.
+    Count("t5-base", 24 * (2 * 768 * 64 + 64 + 768) + 12 * 768 + 12 * 5 * 768, "chosen here: r = 64"),
 )
 
 

@@ -8,6 +8,7 @@ from peftlib import backbones
 from peftlib.errors import TargetError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.manual.compacter import KroneckerSum, Shared
+from tests.methods.facts import Count, Default, Facts, Start, Trains, glorot_uniform, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 
@@ -121,3 +122,36 @@ def test_sizes_that_do_not_divide_are_named():
         peftlib.config("compacter", rank=0)
     with pytest.raises(ConfigError, match="std=0"):
         peftlib.config("compacter", std=0.0)
+
+
+CODE = "rabeehk/compacter, seq2seq"
+FACTS = Facts(
+    "compacter",
+    Default("bottleneck", 24, f"{CODE}/configs/compacter.json: task_reduction_factor 32 of 768"),
+    Default("divisions", 4, f"{CODE}/configs/compacter.json: hypercomplex_division"),
+    Default("rank", 1, f"{CODE}/adapters/adapter_configuration.py: phm_rank"),
+    Default("activation", "gelu_new", f"{CODE}/configs/compacter.json"),
+    Default("std", 1e-4, f"{CODE}/configs/compacter.json: phm_init_range"),
+    Default("train_norms", True, f"{CODE}/configs/compacter.json: unfreeze_layer_norms"),
+    Default("dropout", 0.0, f"{CODE}/adapters/adapter_modeling.py: none"),
+    Start("*.rules.A", normal(1e-4), f"{CODE}/third_party/models/t5/modeling_t5.py: phm_rule", {"divisions": 8}),
+    Start("*.down.s", glorot_uniform(2**0.5), f"{CODE}/hypercomplex/inits.py: xavier_uniform_, gain sqrt(2)"),
+    Start("*.down.t", glorot_uniform(2**0.5), f"{CODE}/hypercomplex/inits.py: xavier_uniform_, gain sqrt(2)"),
+    Start("*.up.s", glorot_uniform(2**0.5), f"{CODE}/hypercomplex/inits.py: xavier_uniform_, gain sqrt(2)"),
+    Start("*.up.t", glorot_uniform(2**0.5), f"{CODE}/hypercomplex/inits.py: xavier_uniform_, gain sqrt(2)"),
+    Start("*.compacter.*.bias", zeros(), f"{CODE}/hypercomplex/layers.py, reset_parameters"),
+    Trains(
+        ("*.compacter.*", "*.layer_norm.weight", "*.final_layer_norm.weight"),
+        f"{CODE}/utils/utils.py, modify_model_after_init: adapters, phm_rule and every T5LayerNorm",
+        family="t5",
+    ),
+    Count("t5-base", 104_704, "abstract: 0.047 % for Compacter++", {"plus_plus": True}, "0.047"),
+    Count("t5-base", 161_728, f"{CODE}: the same modules behind both blocks"),
+    Count("roberta-base", 93_952, "its formula; the paper is on T5"),
+    Count("llama-7b", 1_057_344, "its formula"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

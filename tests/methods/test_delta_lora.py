@@ -7,6 +7,7 @@ import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError, StateError
 from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 
@@ -17,7 +18,7 @@ def product(update):
 
 def test_the_weight_moves_by_the_change_of_the_product_after_the_warmup():
     """W is compared, step by step, with the paper's rule in float64 from the factors that the optimizer made:
-    W_{t+1} = W_t + lambda (alpha / r) (B_{t+1} A_{t+1} - B_t A_t) for t >= K."""
+    W_{t+1} = W_t + lambda (alpha / r) (B_{t+1} A_{t+1} - B_t A_t) for t > K, t from 0 (algorithm 1)."""
     adapted = peftlib.attach(backbone("bert"), "delta_lora", rank=4, alpha=6.0, follow=0.5, warmup=0.4)
     site, update = next(iter(adapted.method.updates.items()))
     weights = [site.weight.detach().clone()]
@@ -31,13 +32,13 @@ def test_the_weight_moves_by_the_change_of_the_product_after_the_warmup():
 
     adapted.method.on_step_end = look
     train(adapted, batch("bert"), steps=10, weight_decay=0.1)
-    assert all(torch.equal(weight, weights[0]) for weight in weights[:5])  # K = 4
-    for step in range(4, 10):
+    assert all(torch.equal(weight, weights[0]) for weight in weights[:6])  # K = 4
+    for step in range(5, 10):
         expected = weights[step].double() + 0.5 * (products[step + 1] - products[step])
         torch.testing.assert_close(weights[step + 1].double(), expected, atol=1e-7, rtol=1e-6)
-    moved = float((weights[10] - weights[4]).abs().max())
+    moved = float((weights[10] - weights[5]).abs().max())
     assert moved > 0.01
-    total = weights[0].double() + 0.5 * (products[10] - products[4])
+    total = weights[0].double() + 0.5 * (products[10] - products[5])
     torch.testing.assert_close(site.weight.double(), total, atol=1e-7, rtol=1e-6)
     assert torch.equal(site.weight, weights[0] + 0.5 * update.moved())
 
@@ -150,3 +151,28 @@ def test_combined_with_one_that_writes_the_same_weight():
 def test_values_that_cannot_be(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.config("delta_lora", **options)
+
+
+# What is published
+
+ALGORITHM = "arXiv:2309.02411, algorithm 1, as copied out in public; the paper itself could not be had again"
+
+FACTS = Facts(
+    "delta_lora",
+    Default("rank", 8, "arXiv:2309.02411, experiments; read when the method was written"),
+    Default("alpha", 16.0, "chosen here, as LoRA's"),
+    Default("follow", 0.5, "arXiv:2309.02411, RoBERTa on GLUE; read when the method was written"),
+    Default("warmup", 0.06, "chosen here: LoRA's share of warm-up steps on GLUE; the paper's K is its warm-up"),
+    Default("targets", ("*attention.query", "*attention.value"), "arXiv:2309.02411; read when the method was written"),
+    Start("*.lora.A", kaiming_uniform(), f"{ALGORITHM}: Kaiming initialization"),
+    Start("*.lora.B", zeros(), f"{ALGORITHM}: B = 0"),
+    Trains(("*.lora.A", "*.lora.B"), f"{ALGORITHM}: W has no gradient"),
+    Count("roberta-base", 294_912, "LoRA's"),
+    Count("t5-base", 884_736, "LoRA's"),
+    Count("llama-7b", 4_194_304, "LoRA's"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -8,10 +8,59 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
+from peftlib.conformance.case import backbone as facts_backbone
+from peftlib.conformance.case import batch as facts_batch
 from peftlib.errors import ConfigError, DataError
 from peftlib.mechanisms import warmup
 from peftlib.methods.partial.delta_weight_masking import diff_pruning
-from peftlib.methods.partial.delta_weight_masking.diff_pruning import expected_open, gate, noise_like, open_probability
+from peftlib.methods.partial.delta_weight_masking.diff_pruning import (
+    GatedDifference,
+    expected_open,
+    gate,
+    noise_like,
+    open_probability,
+)
+from tests.methods.facts import Count, Default, Facts, Holds, Trains
+
+CODE = "dguo98/DiffPruning, examples/run_glue_diffpruning.py"
+
+
+def _start_of_the_gates():
+    gates = GatedDifference(torch.randn(4, 3), 5.0, True, -1.5, 1.5)
+    assert not gates.w.any()
+    assert bool((gates.alpha == 5).all()) and gates.group.shape == () and float(gates.group.detach()) == 5
+
+
+def _calibrated():
+    adapted = peftlib.attach(facts_backbone("bert"), "diff_pruning", density=0.05)
+    adapted.calibrate([facts_batch("bert")])
+    return adapted
+
+
+FACTS = Facts(
+    "diff_pruning",
+    Default("density", 0.005, "README of dguo98/DiffPruning: run_glue_mag.py --target_sparsity 0.005"),
+    Default("structured", True, f"{CODE}: --per_params_alpha 1"),
+    Default("penalty", 1.25e-7, f"{CODE}: --sparsity_pen 0.000000125"),
+    Default("low", -1.5, f"{CODE}: --concrete_lower"),
+    Default("high", 1.5, f"{CODE}: --concrete_upper"),
+    Default("alpha", 5.0, f"{CODE}: --alpha_init"),
+    Default("gate_rate", 0.1, f"{CODE}: alpha_optimizer = AdamW(alpha_params, lr=0.1)"),
+    Default("epochs", 3.0, f"{CODE}: --num_train_epochs"),
+    Default("first_rate", 5e-5, f"{CODE}: --learning_rate (README for BERT-large: 1e-5)"),
+    Holds("w starts at zero and alpha at 5", _start_of_the_gates, f"{CODE}: p1 and alpha of each parameter"),
+    Trains(("*.parametrizations.*.0.values",), "dguo98/DiffPruning, run_glue_fixmask_finetune.py", attach=_calibrated),
+    Count("roberta-base", int(0.005 * 124_055_040), "0.5 % of the parameters below the head"),
+    Count("bert-large-uncased", int(0.005 * 335_141_888), "README of the repository: 0.5 %", percent="0.5"),
+    Count("t5-base", int(0.005 * 222_903_552), "0.5 % of the parameters"),
+    Count("llama-7b", int(0.005 * 6_607_343_616), "0.5 % of the parameters below the output map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 LOW, HIGH, DRAWS = -0.4, 1.3, 20_000
 

@@ -13,6 +13,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import logits
 from peftlib.errors import LoadError, TargetError, UnsupportedError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform, tiny, zeros
 from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task, theirs
 
 ALL = ("attention.query", "attention.key", "attention.value", "attention.output", "ffn.up", "ffn.down")
@@ -265,3 +266,38 @@ def test_beside_another_method_on_the_same_maps():
     _same(logits(adapted.merge(), **inputs("bert")), before)
     with pytest.raises(UnsupportedError, match=r"another method changes the output of .*query.*name dora before it"):
         peftlib.attach(backbone("bert"), peftlib.combine(lora, dora))
+
+
+# What is published
+
+SCRIPT = "NVlabs/DoRA, commonsense_reasoning/llama_7B_Dora.sh"
+LAYER = "NVlabs/DoRA, commonsense_reasoning/peft/src/peft/tuners/dora.py"
+TARGETS = ("*attention.query", "*attention.key", "*attention.value", "ffn.up", "ffn.down")
+
+
+def check_lengths_start_as_the_rows():
+    for site, update in tiny("dora").method.updates.items():
+        torch.testing.assert_close(update.m.detach(), site.weight.norm(dim=1))
+
+
+FACTS = Facts(
+    "dora",
+    Default("rank", 32, "NVlabs/DoRA, commonsense_reasoning/README.md: llama_7B_Dora.sh 32 64"),
+    Default("alpha", 64.0, "NVlabs/DoRA, commonsense_reasoning/README.md: llama_7B_Dora.sh 32 64"),
+    Default("dropout", 0.05, "NVlabs/DoRA, commonsense_reasoning/finetune.py, train"),
+    Default("targets", TARGETS, f"{SCRIPT}: q_proj, k_proj, v_proj, up_proj, down_proj"),
+    Default("detach_norm", True, f"{LAYER}, Linear.forward with dora_simple, which finetune.py has on"),
+    Start("*.dora.A", kaiming_uniform(), f"{LAYER}, reset_parameters"),
+    Start("*.dora.B", zeros(), f"{LAYER}, reset_parameters"),
+    Trains(("*.dora.A", "*.dora.B", "*.dora.m"), LAYER),
+    Holds("the lengths start as those of the rows", check_lengths_start_as_the_rows, f"{LAYER}, _find_and_replace"),
+    Count("llama-7b", 56_975_360, "table 1: 0.84 %, of all parameters with DoRA's"),
+    Count("llama-7b", 28_925_952, "table 1: 0.43 %, at half the rank", {"rank": 16}),
+    Count("roberta-base", 4_792_320, "r (in + out) + out a map"),
+    Count("t5-base", 11_381_760, "r (in + out) + out a map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -10,6 +10,7 @@ import peftlib
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import TrainingState
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 
@@ -156,3 +157,50 @@ def test_a_rank_that_was_not_trained(adapted, rank):
 def test_values_that_make_no_range():
     with pytest.raises(PeftlibError, match="min_rank=9 is above rank=8"):
         peftlib.config("dylora", min_rank=9)
+
+
+# What is published
+
+RUN = "huawei-noah/Efficient-NLP, DyLoRA/examples/NLU"
+
+
+def check_scale():
+    """``dynamic.forward`` scales A and B by sqrt(r / b) each, ``Linear`` the product by alpha / r."""
+    update = next(iter(tiny("dylora", rank=8).method.updates.values()))
+    for b in range(1, 9):
+        update.draw(b)
+        assert update.drawn.tolist() == pytest.approx([16 / b] * b + [0.0] * (8 - b))
+
+
+def check_frozen():
+    """``pr = inputs[:, :rank].detach()``: of the components that are used only the last learns."""
+    method = tiny("dylora", rank=8).method
+    update = next(iter(method.updates.values()))
+    for step in range(20):
+        method.on_step_start(TrainingState(step, 20))
+        assert int(update.learns.sum()) == 1 + int((update.drawn == 0).sum())
+        assert not update.learns[: int((update.drawn != 0).sum()) - 1].any()
+
+
+FACTS = Facts(
+    "dylora",
+    Default("rank", 8, f"{RUN}/roberta_base_*.sh"),
+    Default("alpha", 16.0, f"{RUN}/roberta_base_*.sh"),
+    Default("frozen", True, f"{RUN}/examples/text-classification/run_glue.py: set_rank(new_rank, frozen=True)"),
+    Default("min_rank", 1, f"{RUN}/examples/text-classification/run_glue.py: torch.randint(0, maximum_rank), plus one"),
+    Default("dropout", 0.0, f"{RUN}/.../modeling_roberta.py: layers without dropout"),
+    Default("targets", ("*attention.query", "*attention.value"), f"{RUN}/.../modeling_roberta.py"),
+    Start("*.lora.A", kaiming_uniform(), "huawei-noah/Efficient-NLP, DyLoRA/loralib/layers.py, reset_parameters"),
+    Start("*.lora.B", zeros(), "huawei-noah/Efficient-NLP, DyLoRA/loralib/layers.py, reset_parameters"),
+    Trains(("*.lora.A", "*.lora.B"), "huawei-noah/Efficient-NLP, DyLoRA/loralib/layers.py, Linear"),
+    Holds("the scale is alpha / b", check_scale, "huawei-noah/Efficient-NLP, DyLoRA/loralib: DyLoRA.py, layers.py"),
+    Holds("components below the drawn one are frozen", check_frozen, "DyLoRA/loralib/DyLoRA.py, dynamic.forward"),
+    Count("roberta-base", 294_912, "LoRA's of rank 8"),
+    Count("t5-base", 884_736, "LoRA's of rank 8"),
+    Count("llama-7b", 4_194_304, "LoRA's of rank 8"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

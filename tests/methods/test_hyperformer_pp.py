@@ -8,6 +8,7 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.conformance.case import LABELS, batch, logits, train
 from peftlib.errors import TargetError, UnknownNameError
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 OPTIONS = {"tasks": 3, "reduction": 4, "embedding": 6, "hidden": 10}
@@ -182,3 +183,36 @@ def test_what_cannot_be_is_refused():
         adapted.method.make(3, 0, "ffn")
     with pytest.raises(peftlib.ConfigError, match="embedding=0"):
         peftlib.config("hyperformer_pp", embedding=0)
+
+
+def _a_task():
+    """8 tasks share what trains: 0.29 % of T5-base for each (abstract)."""
+    adapted = peftlib.attach(backbones.shapes("t5-base", head="seq2seq"), "hyperformer_pp", tasks=8)
+    assert f"{100 * adapted.count().method / adapted.count().total / 8:.2f}" == "0.29"
+
+
+CODE = "rabeehk/hyperformer, hyperformer"
+FACTS = Facts(
+    "hyperformer_pp",
+    Default("embedding", 64, f"{CODE}/configs/hyperformer++.json: task_embedding_dim, projected_task_embedding_dim"),
+    Default("hidden", 128, f"{CODE}/adapters/adapter_configuration.py: task_hidden_dim"),
+    Default("reduction", 32, f"{CODE}/configs/hyperformer++.json"),
+    Default("activation", "gelu_new", f"{CODE}/configs/hyperformer++.json"),
+    Default("std", 0.01, f"{CODE}/adapters/adapter_utils.py, linear_layer"),
+    Default("train_norms", True, f"{CODE}/configs/hyperformer++.json: unfreeze_layer_norms"),
+    Start("*.network.join.*.weight", normal(0.01), f"{CODE}/adapters/adapter_utils.py, linear_layer"),
+    Start("*.network.join.*.bias", zeros(), f"{CODE}/adapters/adapter_utils.py, linear_layer"),
+    Start("*.network.makers.*.weight", normal(0.01), f"{CODE}/adapters/adapter_utils.py, linear_layer"),
+    Start("*.network.makers.*.bias", zeros(), f"{CODE}/adapters/adapter_utils.py, linear_layer"),
+    Start("*.network.task.weight", normal(1.0), f"{CODE}/adapters/adapter_utils.py: torch.randn", {"tasks": 64}),
+    Trains(("*.network.*", "*LayerNorm*"), f"{CODE}/utils/utils.py: hypernetworks, embeddings and all layer norms"),
+    Count("t5-base", 5_211_056, "the modules of adapter_modeling.py, counted", {"tasks": 8}),
+    Count("roberta-base", 2_619_928, "one network for the only stack, one task"),
+    Count("llama-7b", 69_266_048, "one network for the only stack, one task"),
+    Holds("0.29 % a task on T5-base", _a_task, "abstract"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -8,7 +8,28 @@ import peftlib
 from peftlib.efficiency.memory import LiveTensors
 from peftlib.errors import ConfigError, TargetError, UnknownNameError
 from peftlib.methods.reparameterized.low_rank.intrinsic_said import Point, Projected, draw, walsh_hadamard
+from tests.methods.facts import Count, Default, Facts, Start, Trains, ones, zeros
 from tests.methods.helpers import backbone, inputs, perturb
+
+CODE = "rabeehk/compacter, seq2seq/projections/intrinsic.py (the authors' code), IntrinsicDimensionLight"
+
+FACTS = Facts(
+    "intrinsic_said",
+    Start("*.intrinsic.z", zeros(), f"{CODE}: intrinsic_parameter"),
+    Start("*.intrinsic.scales", ones(), f"{CODE}: intrinsic_parameter_said"),
+    Trains(("*.intrinsic.z", "*.intrinsic.scales"), f"{CODE}: all other parameters are frozen"),
+    Default("groups", "tensor", f"{CODE}: one scale a parameter"),
+    Default("dimension", 1000, "chosen here: arXiv:2012.13255 varies it, configs/intrinsic_said.json has 20,000"),
+    Default("gradient", "true", "chosen here: the code's, 1 / N of it for a tensor, is an option"),
+    Count("roberta-base", 1_000, "the scales are taken from the dimension, as in the code"),
+    Count("t5-base", 20_000, "rabeehk/compacter, seq2seq/configs/intrinsic_said.json", {"dimension": 20_000}),
+    Count("llama-7b", 1_000, "the dimension"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def fastfood(n, signs, order, normal):

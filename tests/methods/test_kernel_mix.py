@@ -7,6 +7,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, truncated_normal
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 RANKS = {"rank_query": 2, "rank_value": 3, "shared_rank_query": 1, "shared_rank_value": 2}
@@ -141,3 +142,34 @@ def test_counts_on_roberta_base(options, numbers):
 def test_values_that_cannot_be(options, match):
     with pytest.raises(PeftlibError, match=match):
         peftlib.attach(backbone("bert"), "kernel_mix", **options)
+
+
+# What is published
+
+SCRIPT = "ychen-stat-ml/kernel-adapters, nlu/scripts/run_glue.sh, Kernel-mix"
+LAYER = "ychen-stat-ml/kernel-adapters, nlu/petl/petl_factory.py, LoRALinear.reset_parameters, Houlsby"
+
+FACTS = Facts(
+    "kernel_mix",
+    Default("rank_query", 1, SCRIPT),
+    Default("rank_value", 2, SCRIPT),
+    Default("shared_rank_query", 2, SCRIPT),
+    Default("shared_rank_value", 4, SCRIPT),
+    Default("maps", ("query", "value", "output"), f"{SCRIPT}: attn_option QVO"),
+    Default("init", "normal", f"{SCRIPT}: lora_init Houlsby"),
+    Default("dropout", 0.1, SCRIPT),
+    Start("*.kernel.A", truncated_normal(0.01), LAYER),
+    Start("*.kernel.B", truncated_normal(0.01), LAYER),
+    Start("*.kernel.bias", truncated_normal(0.01), LAYER),
+    Start("*.shared.A", truncated_normal(0.01), LAYER),
+    Start("*.shared.B", truncated_normal(0.01), LAYER),
+    Trains(("*.kernel.A", "*.kernel.B", "*.kernel.bias", "*.shared.A", "*.shared.B"), LAYER),
+    Count("roberta-base", 12 * 768 * (12 * (1 + 2) + 1 + 3 * 2 + 3 + 2 * 2 + 4 * 4), "the formula in the docstring"),
+    Count("t5-base", 1_741_824, "the same without biases, on three attentions"),
+    Count("llama-7b", 16_121_856, "the same without biases, on 32 heads"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -13,6 +13,7 @@ import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import MergeError, PeftlibError
 from peftlib.methods.reparameterized.low_rank.krona import Kronecker
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 
@@ -154,3 +155,28 @@ def test_a_factor_that_does_not_divide_names_those_that_do():
 def test_a_form_that_does_not_exist():
     with pytest.raises(PeftlibError, match="unknown form 'krona_c'"):
         peftlib.config("krona", form="krona_c")
+
+
+# What is published
+
+NO_CODE = "chosen here: the paper has no public code, and only its abstract and descriptions of it could be had"
+
+FACTS = Facts(
+    "krona",
+    Default("factor", 32, NO_CODE),
+    Default("scale", 1.0, NO_CODE),
+    Default("form", "krona", "arXiv:2212.10650, abstract: a Kronecker product in the place of LoRA's low-rank one"),
+    Default("targets", ("*attention.query", "*attention.value"), NO_CODE),
+    Start("*.krona.A", kaiming_uniform(), NO_CODE),
+    Start("*.krona.B", zeros(), NO_CODE),
+    Default("residual", 0.0, NO_CODE),
+    Trains(("*.krona.A", "*.krona.B"), "arXiv:2212.10650, abstract"),
+    Count("roberta-base", 24 * (32 * 32 + 24 * 24), "k k + out in / (k k) a map: 24 maps"),
+    Count("t5-base", 72 * (32 * 32 + 24 * 24), "the same: 72 maps"),
+    Count("llama-7b", 64 * (32 * 32 + 128 * 128), "the same: 64 maps"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

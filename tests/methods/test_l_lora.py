@@ -9,6 +9,7 @@ import peftlib
 from peftlib.conformance.case import batch, inputs, logits, train
 from peftlib.errors import StateError
 from peftlib.methods.reparameterized.lora.multitask.l_lora import Tangent
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, perturb
 
 BOTH = pytest.mark.parametrize("std_B", [0.0, 0.5])
@@ -148,3 +149,29 @@ def test_what_cannot_be_is_refused():
         fused([]).method.fuse()
     with pytest.raises(peftlib.ConfigError, match="std_B=-1"):
         peftlib.config("l_lora", std_B=-1.0)
+
+
+# What is published
+
+CONFIG = "tanganke/peta, config/finetune_clip_l_lora.yaml and config/peft/lora-16.yaml"
+
+FACTS = Facts(
+    "l_lora",
+    Default("rank", 16, CONFIG),
+    Default("alpha", 32.0, CONFIG),
+    Default("dropout", 0.1, CONFIG),
+    Default("targets", ("*attention.query", "*attention.value"), f"{CONFIG}; the former writes v_porj for v_proj"),
+    Default("scaling", 0.3, "chosen here"),
+    Default("std_B", 0.0, "HF peft's LoraConfig, which peta linearizes as it starts"),
+    Start("*.lora.A", kaiming_uniform(), "HF peft's LoraConfig, in tanganke/peta"),
+    Start("*.lora.B", zeros(), "HF peft's LoraConfig, in tanganke/peta"),
+    Trains(("*.lora.B",), "at B_0 = 0 the expansion does not depend on A: its gradient is zero, in peta too"),
+    Count("roberta-base", 294_912, "r out a map"),
+    Count("t5-base", 884_736, "r out a map"),
+    Count("llama-7b", 4_194_304, "r out a map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

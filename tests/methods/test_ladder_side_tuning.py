@@ -10,6 +10,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import StateError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 FAMILIES = list(backbones.tiny.FAMILIES)
@@ -331,3 +332,31 @@ def test_bad_sizes_and_options():
     model.model.encoder.layerdrop = 0.1
     with pytest.raises(UnsupportedError, match="layerdrop"):
         attach(model)
+
+
+CODE = "ylsung/Ladder-Side-Tuning, seq2seq"
+FACTS = Facts(
+    "ladder_side_tuning",
+    Default("reduction", 8, f"{CODE}/scripts/ladder_side_tuning_base.sh: r=8"),
+    Default("temperature", 0.1, f"{CODE}/training_args.py: gate_T"),
+    Default("init", "fisher", f"{CODE}/scripts/ladder_side_tuning_base.sh: fisher-v2"),
+    Default("samples", 1024, "arXiv:2206.06522, its settings"),
+    Default("dropped_layers", (), "none: the layers that the script leaves out are T5-base's"),
+    Start("*.gates", zeros(), f"{CODE}/training_args.py: gate_alpha=0"),
+    Start("*.downs.*.weight", kaiming_uniform(), f"{CODE}/third_party/models/t5/modeling_side_t5.py: nn.Linear"),
+    Trains(("*.gates", "*.blocks.*", "*.first.*", "*.downs.*", "*.up.*"), f"{CODE}: side layers, projections, gates"),
+    Count(
+        "t5-base",
+        3_878_706,
+        "1.74 % in the paper; layers 0, 4 and 8 left out as in scripts/ladder_side_tuning_base.sh",
+        {"dropped_layers": (0, 4, 8)},
+        "1.74",
+    ),
+    Count("llama-7b", 172_545_056, "all layers kept; the paper is on T5"),
+    Count("roberta-base", 2_376_300, "all layers kept; the paper is on T5"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -1,6 +1,7 @@
 """Laplace-LoRA: curvature, marginal likelihood and predictive distribution against dense references."""
 
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ import peftlib
 from peftlib import report
 from peftlib.conformance.case import batch, tokenizer, train
 from peftlib.errors import DataError, PeftlibError, StateError, UnsupportedError
-from peftlib.methods.reparameterized.lora.improvements.laplace_lora import softmax_curvature_root
+from peftlib.methods.reparameterized.lora.improvements.laplace_lora import Posterior, softmax_curvature_root
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform, tiny, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 OPTIONS = {"rank": 2, "targets": ("attention.value",), "dropout": 0.0, "samples": 2000}
@@ -256,3 +258,53 @@ def test_reliability():
     assert isinstance(table, pd.DataFrame)
     with pytest.raises(DataError, match="do not fit"):
         report.reliability(probabilities, torch.tensor([0]))
+
+
+# What is published
+
+SCRIPT = "adamxyang/laplace-lora, run_classification_bert_laplace.py, parse_args"
+PEFT = "adamxyang/laplace-lora, run_classification_bert.py: HF peft's LoraConfig"
+
+
+def check_prior():
+    """Adam on the logarithm of one precision for all weights, from 1, 1,000 steps at 0.1."""
+    defaults = inspect.signature(Posterior.fit_precision).parameters
+    assert (defaults["steps"].default, defaults["rate"].default) == (1000, 0.1)
+    adapted = tiny("laplace_lora")
+    posterior = Posterior(adapted.model, adapted.method.updates.values(), [batch("bert")])
+    assert posterior.precision == 1.0
+
+
+def check_head():
+    """``modules_to_save`` is left out of the Gaussian."""
+    adapted = tiny("laplace_lora")
+    posterior = Posterior(adapted.model, adapted.method.updates.values(), [batch("bert")])
+    assert len(posterior.blocks) == 2 * len(adapted.method.updates)
+    assert all(p.requires_grad for p in adapted.host.anatomy.head.values())
+
+
+FACTS = Facts(
+    "laplace_lora",
+    Default("rank", 8, SCRIPT),
+    Default("alpha", 16.0, SCRIPT),
+    Default("dropout", 0.1, SCRIPT),
+    Default("samples", 100_000, f"{SCRIPT}: mc_corr_100000"),
+    Default(
+        "targets",
+        ("*attention.query", "*attention.value"),
+        f"{PEFT}, whose targets on RoBERTa are these; run_gpt.py: v_proj, q_proj and the language-model head",
+    ),
+    Start("*.lora.A", kaiming_uniform(), PEFT),
+    Start("*.lora.B", zeros(), PEFT),
+    Trains(("*.lora.A", "*.lora.B"), PEFT),
+    Holds("the prior is fitted from 1 in 1000 steps", check_prior, f"{SCRIPT}; laplace/baselaplace.py"),
+    Holds("the head has no Gaussian", check_head, "adamxyang/laplace-lora, laplace/baselaplace.py, fit"),
+    Count("roberta-base", 294_912, "LoRA's of rank 8"),
+    Count("t5-base", 884_736, "LoRA's of rank 8"),
+    Count("llama-7b", 4_194_304, "LoRA's of rank 8, without the language-model head's"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -14,9 +14,10 @@ import peftlib
 from peftlib import backbones, report
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
-from peftlib.mechanisms.quantized import NormalFloatWeight
+from peftlib.mechanisms.quantized import NormalFloatWeight, UniformWeight
 from peftlib.methods.reparameterized.lora.quantization.loftq import alternate, factors
 from tests.mechanisms import test_quantized as reference
+from tests.methods.facts import Count, Default, Facts, Holds, Trains
 from tests.methods.helpers import backbone, inputs, perturb
 
 FAMILIES = ["bert", "t5", "llama", "gpt2"]
@@ -36,6 +37,36 @@ def _weight(kind: str = "normal", rows: int = 96, columns: int = 128) -> torch.T
 def _alternate(weight, rank, bits=4, iterations=10, double=False, parts=None):
     quantize = partial(NormalFloatWeight, bits=bits, double=double)
     return alternate(weight, parts or {"": slice(None)}, rank, quantize, iterations)
+
+
+# Even levels
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_uniform_levels_are_the_originals(bits):
+    """yxli2123/LoftQ, glue/utils_qaunt.py, weight_quant_fn: cut at two standard deviations, then 2^bits even levels."""
+    weight = _weight("heavy-tailed").double()
+    cut = weight.clamp(weight.mean() - 2 * weight.std(), weight.mean() + 2 * weight.std())
+    unit = (cut - cut.min()) / (cut.max() - cut.min())
+    expected = (unit * (2**bits - 1)).round() / (2**bits - 1) * (cut.max() - cut.min()) + cut.min()
+    found = UniformWeight(weight, bits=bits)
+    torch.testing.assert_close(found(torch.float64), expected, atol=1e-7, rtol=1e-6)
+    assert len(found(torch.float64).unique()) == 2**bits
+    assert found.nbytes == weight.numel() * bits // 8 + 8
+
+
+def test_uniform_levels_start_nearer_than_plain_ones_and_load_again(tmp_path):
+    adapted = peftlib.attach(backbone("bert"), "loftq", rank=4, alpha=4.0, bits=2, quantizer="uniform")
+    assert all(min(errors[1:]) < errors[0] for errors in adapted.method.errors.values())
+    perturb(adapted)
+    with torch.no_grad():
+        expected = adapted.model(**inputs("bert")).logits
+        loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "a"))
+        assert torch.equal(loaded.model(**inputs("bert")).logits, expected)
+        torch.testing.assert_close(adapted.merge()(**inputs("bert")).logits, expected, atol=1e-5, rtol=1e-5)
+    for options in ({"quantizer": "int8"}, {"quantizer": "uniform", "double_quantization": True}):
+        with pytest.raises(PeftlibError, match=r"quantizer='int8'|a uniform quantizer has one scale"):
+            peftlib.config("loftq", **options)
 
 
 # The alternation
@@ -244,3 +275,36 @@ def test_errors_as_a_table_and_a_figure():
 def test_bad_values(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.attach(backbone("bert"), "loftq", **options)
+
+
+# What is published
+
+GLUE = "yxli2123/LoftQ, glue/train_glue.sh"
+
+
+def check_scale_of_one():
+    """``LinearQuantLoRA.forward`` adds left(right(x)) without a scale."""
+    config = peftlib.config("loftq")
+    assert config.alpha / config.rank == 1
+
+
+FACTS = Facts(
+    "loftq",
+    Default("rank", 64, "yxli2123/LoftQ, README.md: the published 4-bit models are of rank 64 (glue: 32)"),
+    Default("iterations", 5, f"{GLUE}: num_iter; README.md: five alternating steps"),
+    Default("bits", 4, "yxli2123/LoftQ, quantize_save.py, arg_parse (glue: 2)"),
+    Default("quantizer", "normal_float", "yxli2123/LoftQ, README.md: NF4 models (glue: uniform)"),
+    Default("double_quantization", False, "yxli2123/LoftQ, glue/utils_qaunt.py, quant_nf4_block: scales as they are"),
+    Default("targets", "all-linear", "yxli2123/LoftQ, glue/utils.py, replace_module: query, key, value and all dense"),
+    Default("dropout", 0.0, "yxli2123/LoftQ, glue/utils.py, LinearQuantLoRA.forward"),
+    Holds("the scale is one", check_scale_of_one, "yxli2123/LoftQ, glue/utils.py, LinearQuantLoRA.forward"),
+    Trains(("*.lora.A", "*.lora.B"), "yxli2123/LoftQ, glue/utils.py, show_model_stats"),
+    Count("llama-7b", 159_907_840, "LoRA's of rank 64 on all maps"),
+    Count("roberta-base", 10_616_832, "LoRA's of rank 64 on all maps"),
+    Count("t5-base", 25_952_256, "LoRA's of rank 64 on all maps"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -12,6 +12,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import TargetError
 from peftlib.mechanisms.low_rank import LowRank
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 
@@ -245,3 +246,39 @@ def test_a_rank_that_no_matrix_has(rank):
 def test_a_rank_larger_than_one_of_the_targets():
     with pytest.raises(TargetError, match=r"rank 20 .*k_proj \(16 x 32\).*1 to 16"):
         peftlib.attach(backbone("llama"), "lora", rank=20, targets=("attention.query", "attention.key"))
+
+
+# What is published
+
+NLU = "microsoft/LoRA, examples/NLU/roberta_base_*.sh"
+LAYERS = "microsoft/LoRA, loralib/layers.py, Linear"
+
+
+def check_scale():
+    update = next(iter(tiny("lora").method.updates.values()))
+    assert update.scale == 16 / 8
+    rank_stabilized = next(iter(tiny("lora", rank_stabilized=True).method.updates.values()))
+    assert rank_stabilized.scale == pytest.approx(16 / math.sqrt(8))
+
+
+FACTS = Facts(
+    "lora",
+    Default("rank", 8, NLU),
+    Default("alpha", 16.0, NLU),
+    Default("dropout", 0.0, "microsoft/LoRA, modeling_roberta.py, RobertaSelfAttention: no dropout"),
+    Default(
+        "targets", ("*attention.query", "*attention.value"), "microsoft/LoRA, modeling_roberta.py, RobertaSelfAttention"
+    ),
+    Start("*.lora.A", kaiming_uniform(), f"{LAYERS}.reset_parameters"),
+    Start("*.lora.B", zeros(), f"{LAYERS}.reset_parameters"),
+    Trains(("*.lora.A", "*.lora.B"), f"{LAYERS}: the weight requires no gradient"),
+    Holds("the scale is alpha / r", check_scale, f"{LAYERS}: self.scaling; Kalajdzievski 2023 for sqrt(r)"),
+    Count("roberta-base", 294_912, "the paper's table 2: 0.3 M"),
+    Count("t5-base", 884_736, "r (in + out) a map: 72 maps of 768 x 768"),
+    Count("llama-7b", 4_194_304, "r (in + out) a map: 64 maps of 4096 x 4096"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -9,6 +9,7 @@ import torch
 import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.efficiency.bench import _kept
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 
@@ -61,3 +62,27 @@ def test_kept_for_the_backward_pass_is_less_by_the_adapted_inputs():
     tokens, config = data["input_ids"].numel(), backbone("bert").config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     assert kept["lora"] - kept["lora_fa"] == 4 * tokens * layers * (2 * hidden + inner)
+
+
+# What is published
+
+PAPER = "arXiv:2308.03303v1, abstract: A is frozen, B trains"
+CHOSEN = "chosen here, as LoRA's: no code of the first version could be had, and what describes it says random"
+
+FACTS = Facts(
+    "lora_fa",
+    Default("rank", 8, CHOSEN),
+    Default("alpha", 16.0, CHOSEN),
+    Default("targets", ("*attention.query", "*attention.value"), CHOSEN),
+    Start("*.lora.A", kaiming_uniform(), CHOSEN),
+    Start("*.lora.B", zeros(), PAPER),
+    Trains(("*.lora.B",), PAPER),
+    Count("roberta-base", 147_456, "half of LoRA's"),
+    Count("t5-base", 442_368, "half of LoRA's"),
+    Count("llama-7b", 2_097_152, "half of LoRA's"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -11,7 +11,36 @@ from transformers import AutoModelForCausalLM
 import peftlib
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, PeftlibError, TargetError, UnsupportedError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import backbone, inputs, perturb
+
+CODE = "aim-uofa/LoRAPrune, prune.py, train"
+
+FACTS = Facts(
+    "lora_prune",
+    Start("*.lora.A", kaiming_uniform(), "aim-uofa/LoRAPrune, loraprune/lora.py, reset_parameters"),
+    Start("*.lora.B", zeros(), "aim-uofa/LoRAPrune, loraprune/lora.py, reset_parameters"),
+    Trains(("*.lora.A", "*.lora.B"), "aim-uofa/LoRAPrune, script/prune.sh: all seven maps"),
+    Default("ratio", 0.5, f"{CODE}: ratio"),
+    Default("criterion", "absolute", "aim-uofa/LoRAPrune, loraprune/utils.py, compute_sensitivity"),
+    Default("rank", 8, f"{CODE}: lora_r"),
+    Default("alpha", 16.0, f"{CODE}: lora_alpha"),
+    Default("dropout", 0.05, f"{CODE}: lora_dropout"),
+    Default("warmup", 0.1, f"{CODE}: warmup_iters"),
+    Default("cooldown", 0.1, f"{CODE}: cooldown_iters"),
+    Default("interval", 10, f"{CODE}: prune_freq"),
+    Default("beta", 0.9, "aim-uofa/LoRAPrune, loraprune/utils.py, update_sensitivity_dict"),
+    Default("spare_first", 0.1, "aim-uofa/LoRAPrune, loraprune/utils.py, freeze"),
+    Default("spare_last", 1, "aim-uofa/LoRAPrune, loraprune/utils.py, freeze"),
+    Count("roberta-base", 1_327_104, "12 x 8 x (8 x 768 + 2 x (768 + 3,072))"),
+    Count("t5-base", 3_244_032, "8 x (12 x 13,824 + 12 x 19,968): 4 or 8 maps of 768 x 768, 2 of 768 x 3,072"),
+    Count("llama-7b", 19_988_480, "32 x 8 x (8 x 4,096 + 3 x (4,096 + 11,008))"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def _attached(family: str, head: str = "classification", **options) -> peftlib.Adapted:

@@ -10,6 +10,7 @@ import peftlib
 from peftlib.conformance.case import batch, inputs, logits
 from peftlib.errors import DataError
 from peftlib.methods.reparameterized.lora.multitask.lorahub import minimize
+from tests.methods.facts import Count, Default, Facts, Holds
 from tests.methods.helpers import backbone, perturb
 
 
@@ -164,3 +165,36 @@ def test_what_cannot_be_is_refused():
     other.detach()
     with pytest.raises(DataError, match="given none"):
         peftlib.attach(model, "lorahub", sources=[source(0), source(1)]).calibrate([])
+
+
+# What is published
+
+EXAMPLE = "sail-sg/lorahub, example.py and reproduce_bbh.py"
+ALGORITHM = "sail-sg/lorahub, lorahub/algorithm.py"
+
+
+def check_start_at_zero():
+    """``init=[0] * number_of_loras``, ``upper`` and ``lower`` of 1.5."""
+    seen = []
+    minimize(lambda p: float(seen.append(p.copy()) or np.square(p - 9).sum()), 3, bound=1.5, evaluations=40)
+    assert not seen[0].any() and len(seen) == 40
+    assert max(float(np.abs(p).max()) for p in seen) <= 1.5
+
+
+FACTS = Facts(
+    "lorahub",
+    Default("evaluations", 40, f"{EXAMPLE}: max_inference_step"),
+    Default("examples", 5, f"{EXAMPLE}: five examples"),
+    Default("price", 0.05, f"{ALGORITHM}, default_l1_regularization, a mean over the modules"),
+    Default("bound", 1.5, f"{ALGORITHM}, lorahub_learning"),
+    Default("optimizer", "NGOpt", f"{ALGORITHM}, lorahub_learning"),
+    Holds("the search starts at zero and stays in its box", check_start_at_zero, f"{ALGORITHM}, lorahub_learning"),
+    Count("roberta-base", 2, f"{ALGORITHM}, lorahub_learning: a number for each of the modules, two here"),
+    Count("t5-base", 2, f"{ALGORITHM}, lorahub_learning"),
+    Count("llama-7b", 2, f"{ALGORITHM}, lorahub_learning"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -13,6 +13,7 @@ from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.methods.since_survey.loreft import FORMS, Orthonormal, Tokens
+from tests.methods.facts import Count, Default, Facts, Start, Trains, uniform
 from tests.methods.helpers import backbone, inputs, perturb
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loreft.safetensors"
@@ -328,3 +329,30 @@ def test_a_ready_made_mask_is_refused():
     mask = torch.zeros(1, 1, 4, 4)
     with pytest.raises(UnsupportedError, match=r"loreft .*\(1, 1, 4, 4\)"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=mask)
+
+
+# What is published
+
+COMMONSENSE = "stanfordnlp/pyreft, examples/loreft/README.md, commonsense: -l all -r 8 -p f7+l7 --share_weights"
+LAYER = "stanfordnlp/pyreft, pyreft/interventions.py, LoreftIntervention"
+
+FACTS = Facts(
+    "loreft",
+    Default("rank", 8, COMMONSENSE),
+    Default("first", 7, COMMONSENSE),
+    Default("last", 7, COMMONSENSE),
+    Default("layers", None, COMMONSENSE),
+    Default("tied", True, COMMONSENSE),
+    Default("dropout", 0.0, f"{COMMONSENSE} --dropout 0.00"),
+    Default("form", "loreft", f"{COMMONSENSE} -type LoreftIntervention"),
+    Start("*.loreft.W", uniform(lambda fan_in: fan_in**-0.5), f"{LAYER}: torch's Linear"),
+    Trains(("*.R.V", "*.loreft.W", "*.loreft.b"), LAYER),
+    Count("llama-7b", 32 * (2 * 8 * 4096 + 8), "table 1: 0.031 % of 6.7 billion", percent="0.031"),
+    Count("roberta-base", 12 * (2 * 8 * 768 + 8), "2 r d + r a layer"),
+    Count("t5-base", 12 * (2 * 8 * 768 + 8), "2 r d + r a layer of the encoder"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

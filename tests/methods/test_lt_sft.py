@@ -9,6 +9,31 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import ConfigError, DataError, LoadError, StateError, TargetError
+from tests.methods.facts import Count, Default, Facts, Trains
+
+SCRIPT = "cambridgeltl/composable-sft, examples/token-classification/train_pos_tagging.sh"
+
+FACTS = Facts(
+    "lt_sft",
+    Default("freeze_norms", True, f"{SCRIPT}: --freeze_layer_norm; every script has it"),
+    Default("density", 0.08, f"{SCRIPT}: --ft_params_num 14155776, of 177,853,440 of multilingual BERT"),
+    Default("l1", 0.0, f"{SCRIPT}: none; examples/language-modeling/train_mlm.sh has 0.1 in both trainings"),
+    Default("first_rate", 5e-5, f"{SCRIPT}: --learning_rate 5e-5"),
+    Default("epochs", 3.0, f"{SCRIPT}: --full_ft_max_epochs_per_iteration 3"),
+    Trains(
+        ("*.parametrizations.weight.0.values", "*.parametrizations.bias.0.values"),
+        "cambridgeltl/composable-sft, src/sft/trainer.py: masked gradients of the maskable parameters",
+        attach=lambda: attached("bert"),
+    ),
+    Count("roberta-base", int(0.08 * 124_055_040), "8 % of the parameters below the head"),
+    Count("t5-base", int(0.08 * 222_903_552), "8 % of the parameters"),
+    Count("llama-7b", int(0.08 * 6_607_343_616), "8 % of the parameters below the output map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def halves(family: str = "bert") -> list[dict]:

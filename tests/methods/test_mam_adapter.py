@@ -6,6 +6,7 @@ import torch
 import peftlib
 from peftlib.errors import MergeError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 SMALL = {"length": 6, "hidden": 9, "bottleneck": 5}
@@ -52,3 +53,32 @@ def test_no_merge_and_no_empty_sizes():
         peftlib.attach(backbone("bert"), "mam_adapter", **SMALL).merge()
     with pytest.raises(ConfigError, match="bottleneck=0"):
         peftlib.config("mam_adapter", bottleneck=0)
+
+
+CODE = "jxhe/unify-parameter-efficient-tuning"
+FACTS = Facts(
+    "mam_adapter",
+    Default("length", 30, f"{CODE}, exps/run_xsum.sh and run_en_ro.sh: attn_bn=30 (run_glue.sh: 16)"),
+    Default("bottleneck", 512, f"{CODE}, exps/run_xsum.sh and run_en_ro.sh: ffn_bn=512 (run_glue.sh: 16)"),
+    Default("scale", 4.0, f"{CODE}, exps/run_xsum.sh and run_en_ro.sh: ffn_adapter_scalar=4 (run_glue.sh: 2)"),
+    Default("hidden", 800, f"{CODE}, exps/run_xsum.sh: mid_dim 800"),
+    Default("reparametrize", True, f"{CODE}, petl/petl_factory.py, Prefix: control_trans"),
+    Start("*.parallel_adapter.down.weight", kaiming_uniform(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.parallel_adapter.up.weight", zeros(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.trunk.embedding", normal(1.0), f"{CODE}, petl_factory.py, Prefix: nn.Embedding", {"length": 64}),
+    Trains(("*.prefix.maker.*", "*.parallel_adapter.*"), f"{CODE}: unfreeze_params=ef_"),
+    Count(
+        "roberta-base",
+        12 * (2 * 768 * 16 + 16 + 768) + 16 * 768 + 769 * 800 + 24 * 768 * 801,
+        f"{CODE}, exps/run_glue.sh: attn_bn=16, ffn_bn=16",
+        {"length": 16, "bottleneck": 16, "scale": 2.0},
+    ),
+    Count("roberta-base", 24_854_816, "its formula at the defaults"),
+    Count("t5-base", 65_111_904, "its formula; three MLPs, for encoder, decoder and cross-attention, as in the code"),
+    Count("llama-7b", 347_743_008, "its formula at the defaults"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -11,6 +11,7 @@ from peftlib.conformance.case import backbone, batch, inputs, logits
 from peftlib.errors import UnknownNameError
 from peftlib.methods.additive.adapters.mera import transport_plan
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Trains
 from tests.methods.helpers import perturb
 
 KINDS = {"adapter_drop": {"robust": False}, "parallel_adapter": {}, "residual_adapter": {}, "sequential_adapter": {}}
@@ -102,3 +103,20 @@ def test_what_does_not_fit_is_named():
         peftlib.config("mera", align="weight")
     with pytest.raises(ConfigError, match="sources of one method, and 'task0' has method='adapter_drop'"):
         merged([adapter(0), adapter(1, "parallel_adapter")])
+
+
+FACTS = Facts(
+    "mera",
+    Default("align", "weights", "the abstract names optimal transport; on weights: chosen here"),
+    Default("merging", "average", "chosen here; no code is public"),
+    Default("track", "", "the abstract's same-track setting is an option"),
+    Trains(("*.adapter_drop.down.*", "*.adapter_drop.up.*"), "the abstract: one adapter, as a source has it"),
+    Count("roberta-base", 894_528, "that of one source, Pfeiffer's adapter at r = 48"),
+    Count("t5-base", 1_789_056, "that of one source"),
+    Count("llama-7b", 12_715_520, "that of one source"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -7,6 +7,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import LABELS, batch, logits, train
 from peftlib.errors import DataError, MergeError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 OPTIONS = {"tasks": 3, "rank": 4, "experts": 2, "task_dim": 6, "dropout": 0.0}
@@ -134,3 +135,33 @@ def test_what_cannot_be_is_refused():
         logits(adapted.model, **inputs("bert"), task_ids=torch.tensor([0, 3, 1]))
     with pytest.raises(peftlib.ConfigError, match="task 3 is not here; choose one from 0 to 2"):
         adapted.method.keep(3)
+
+
+# What is published
+
+RUN = "liuqidong07/MOELoRA-peft, experiments/moelora.bash"
+LAYER = "liuqidong07/MOELoRA-peft, src/MLoRA/peft/tuners/mmoelora.py"
+
+FACTS = Facts(
+    "moelora",
+    Default("rank", 16, RUN),
+    Default("experts", 8, RUN),
+    Default("dropout", 0.1, RUN),
+    Default("alpha", 32.0, "liuqidong07/MOELoRA-peft, src/MLoRA/arguments.py"),
+    Default("task_dim", 64, f"{LAYER}, MMOELoraConfig"),
+    Default("targets", "all-linear", f"{RUN}: all four linear maps of ChatGLM's layers"),
+    Default("shared_gate", True, "chosen here: one gate for all maps, as the runs' class S has"),
+    Start("*.moelora.A", normal(0.01), f"{LAYER}, reset_lora_parameters"),
+    Start("*.moelora.B", zeros(), f"{LAYER}, reset_lora_parameters"),
+    Start("*gate.embedding", normal(1.0), f"{LAYER}, MMOELoraLinear: torch's Embedding", {"tasks": 8}),
+    Start("*gate.linear.weight", kaiming_uniform(), f"{LAYER}, Gate: torch's Linear", {"tasks": 8}),
+    Trains(("*.moelora.A", "*.moelora.B", "*gate.embedding", "*gate.linear.weight"), LAYER, {"tasks": 3}),
+    Count("roberta-base", 12 * 16 * (8 * 768 + 2 * 3840) + 64 + 64 * 8, "r (in + out) a map and the gate, one task"),
+    Count("t5-base", 6_488_640, "the same, with cross-attention"),
+    Count("llama-7b", 39_977_536, "the same, with the gate of the block"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -12,6 +12,7 @@ from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.methods.since_survey.oft import Rotation
+from tests.methods.facts import Count, Default, Facts, Start, Trains, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 # family: (our sites, HF peft's target_modules); HF peft has no OFT of GPT-2's Conv1D.
@@ -323,3 +324,35 @@ def test_refused(family, options, error, match):
     with pytest.raises(error, match=match):
         peftlib.attach(model, "oft", **options)
     peftlib.attach(model, "oft", block_size=8)
+
+
+# What is published
+
+LAYER = "Zeju1997/oft, oft-db/oft_utils/attention_processor.py, OFTLinearLayer"
+V2 = "arXiv:2506.19847 (OFTv2); read when the method was written"
+
+
+def check_four_blocks():
+    """``r=4``: each input is divided into four blocks, which ``block_size`` names by their size."""
+    rotation = next(iter(tiny("oft", block_size=8).method.updates.values()))
+    assert rotation.Q.shape == (32 // 8, 8 * 7 // 2)
+
+
+FACTS = Facts(
+    "oft",
+    Default("block_size", 32, V2),
+    Default("targets", ("*attention.*",), "Zeju1997/oft, oft-db/oft_utils/attention_processor.py: q, k, v and out"),
+    Default("terms", 0, f"{LAYER}.cayley: the exact inverse"),
+    Default("eps", 0.0, f"{LAYER}: is_coft=False"),
+    Default("block_share", False, f"{LAYER}: block_share=False"),
+    Start("*.oft.Q", zeros(), f"{LAYER}.__init__"),
+    Trains(("*.oft.Q",), LAYER),
+    Count("roberta-base", 48 * 24 * 496, "s (s - 1) / 2 a block: 24 blocks of 32 in 48 maps"),
+    Count("t5-base", 144 * 24 * 496, "the same, with cross-attention"),
+    Count("llama-7b", 128 * 128 * 496, "128 blocks of 32 in 128 maps"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -317,6 +317,7 @@ FACTS = Facts(
         9 * 768 + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 4 * 384 * (768 + 384 + 2) + 2 * 769 * 768,
         LAMA,
     ),
+    Count("t5-base", 8_278_272, f"{LAMA}; vectors for the encoder, as many as on RoBERTa-base"),
     Count("llama-7b", 9 * 4096 + 4 * 4 * 2048 * (4096 + 2048 + 2) + 2 * 4097 * 4096, LAMA),
 )
 

@@ -9,6 +9,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import UnknownNameError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 FAMILIES = list(backbones.tiny.FAMILIES)
@@ -108,3 +109,27 @@ def test_bad_options():
         peftlib.config("parallel_adapter", place="feedforward")
     with pytest.raises(UnknownNameError, match=r"'rleu'.*'relu'"):
         peftlib.config("parallel_adapter", activation="rleu")
+
+
+CODE = "jxhe/unify-parameter-efficient-tuning"
+FACTS = Facts(
+    "parallel_adapter",
+    Default("bottleneck", 512, f"{CODE}, exps/run_xsum.sh: FFN scaled parallel adapter, ffn_bn=512"),
+    Default("scale", 4.0, f"{CODE}, exps/run_xsum.sh: ffn_adapter_scalar=4"),
+    Default("place", "ffn", f"{CODE}, exps/run_xsum.sh: attn_mode=none"),
+    Default("activation", "relu", f"{CODE}, petl/petl_factory.py, Adapter_Layer"),
+    Default("dropout", 0.1, f"{CODE}, modeling_mbart.py: the model's dropout; run_en_ro.sh and BART: 0.1"),
+    Start("*.down.weight", kaiming_uniform(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.up.weight", zeros(), f"{CODE}, petl_factory.py, init_option lora"),
+    Start("*.parallel_adapter.*.bias", zeros(), f"{CODE}, petl_factory.py, init_option lora"),
+    Trains(("*.parallel_adapter.down.*", "*.parallel_adapter.up.*"), f"{CODE}: unfreeze_params=ef_, no norm"),
+    Count("roberta-base", 12 * (2 * 768 * 16 + 16 + 768), f"{CODE}, exps/run_glue.sh: ffn_bn=16", {"bottleneck": 16}),
+    Count("roberta-base", 9_452_544, "its formula at 512"),
+    Count("t5-base", 18_905_088, "its formula at 512"),
+    Count("llama-7b", 134_365_184, "its formula at 512"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

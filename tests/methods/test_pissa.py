@@ -15,6 +15,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import StateError, TargetError, UnsupportedError
+from tests.methods.facts import Count, Default, Facts, Holds, Trains, tiny
 from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task
 
 # family: (our sites, HF peft's target_modules). GPT-2's queries, keys and values are one module, which HF peft adapts
@@ -303,3 +304,41 @@ def test_values_that_cannot_be():
         peftlib.attach(backbone("bert"), "pissa")
     with pytest.raises(ValueError, match="niter=-1"):
         peftlib.config("pissa", niter=-1)
+
+
+# What is published
+
+SCRIPT = "GraphPKU/PiSSA, scripts/metamath_llama2_7b/run_pissa.sh"
+
+
+def check_principal_components():
+    """B A is the best approximation of the weight of its rank, with the singular values' roots in each factor."""
+    original = {site: site.weight.detach().clone() for site in tiny("lora", targets="all-linear").method.updates}
+    adapted = tiny("pissa")
+    by_path = {str(site): weight for site, weight in original.items()}
+    for site, update in adapted.method.updates.items():
+        U, S, V = torch.linalg.svd(by_path[str(site)].double(), full_matrices=False)
+        r = len(update.A)
+        delta = update.scale * update.B.double() @ update.A.double()
+        torch.testing.assert_close(delta, (U[:, :r] * S[:r]) @ V[:r], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(update.A.double().norm(dim=1) ** 2, S[:r] / update.scale, atol=1e-5, rtol=1e-4)
+
+
+FACTS = Facts(
+    "pissa",
+    Default("rank", 128, SCRIPT),
+    Default("alpha", None, f"{SCRIPT}: lora_alpha 128, as the rank"),
+    Default("dropout", 0.0, SCRIPT),
+    Default("targets", "all-linear", f"{SCRIPT}: all seven kinds of maps"),
+    Default("niter", None, "GraphPKU/PiSSA, utils/init_pissa.py: init_weights pissa; the scripts take pissa_niter_16"),
+    Holds("the factors are the principal components", check_principal_components, "HF peft's pissa, in init_pissa.py"),
+    Trains(("*.pissa.A", "*.pissa.B"), "GraphPKU/PiSSA, utils/init_pissa.py"),
+    Count("llama-7b", 319_815_680, "LoRA's of rank 128 on all maps"),
+    Count("roberta-base", 21_233_664, "LoRA's of rank 128 on all maps"),
+    Count("t5-base", 51_904_512, "LoRA's of rank 128 on all maps"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -272,6 +272,7 @@ FACTS = Facts(
     # E_P, W and b; then W_l and b_l of each layer for keys and values.
     Count("roberta-base", 20 * 768 + 769 * 512 + 2 * 12 * 768 * 513, "section 4.3"),
     Count("t5-base", 3 * (20 * 768 + 769 * 512 + 2 * 12 * 768 * 513), "section 4.2: three kinds of attention"),
+    Count("llama-7b", 20 * 4096 + 4097 * 512 + 2 * 32 * 4096 * 513, "section 4.3"),
     Count("roberta-base", 2 * 12 * 20 * 768, "what is stored", {"reparametrize": False}),
 )
 

@@ -14,6 +14,7 @@ from peftlib.conformance.checks import CHECKS
 from peftlib.errors import DataError, LoadError, MergeError, TargetError, UnknownNameError
 from peftlib.methods.base import ConfigError
 from peftlib.methods.unified.propetl.layer import TopMask
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, normal, uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 FORMS = {
@@ -371,3 +372,49 @@ def test_what_cannot_be_is_refused():
     for form in ("adapter", "prefix"):
         with pytest.raises(MergeError, match="propetl has no merge"):
             attached("bert", form).merge()
+
+
+def _rates_and_shares():
+    """scripts/run_adapter.sh, run_lora.sh, run_prefix.sh: sparsity and mask_lr / learning_rate."""
+    for form, share, rate in (("adapter", 0.5, 30.0), ("lora", 0.1, 300.0), ("prefix", 0.1, 1.0)):
+        adapted = attached("bert", form, keep=None)
+        assert adapted.config.share == share
+        assert set(adapted.method.learning_rates().values()) == {rate}
+
+
+CODE = "ChaosCodes/ProPETL, propetl-roberta"
+MASKS = f"{CODE}, adapters/modeling.py"
+FACTS = Facts(
+    "propetl",
+    Default("form", "adapter", "section 4; one of its three"),
+    Default("bottleneck", 64, f"{CODE}, scripts/run_adapter.sh: adapter_reduction_factor=12 of 768"),
+    Default("activation", "relu", f"{CODE}, scripts/run_adapter.sh: pfeiffer"),
+    Default("std", 0.02, f"{MASKS}, init_bert_weights"),
+    Default("length", 64, f"{CODE}, scripts/run_prefix.sh"),
+    Default("rank", 32, f"{CODE}, scripts/run_lora.sh"),
+    Default("alpha", 48.0, f"{CODE}, scripts/run_lora.sh"),
+    Default("combine", "or", "ChaosCodes/ProPETL, propetl-t5/configs/glue: mask_extreme_mode_combine_method"),
+    Holds("shares that are kept and rates of the scores", _rates_and_shares, f"{CODE}, scripts"),
+    Start("*.prototype.down.weight", normal(0.02), f"{MASKS}, init_bert_weights", {"bottleneck": 128}),
+    Start("*.prototype.up.weight", normal(0.02), f"{MASKS}, init_bert_weights", {"bottleneck": 128}),
+    Start("*.prototype.*.bias", zeros(), f"{MASKS}, init_bert_weights"),
+    Start("*.masks.down.scores", uniform(64**-0.5), f"{MASKS}, AdapterSubnet: (d, r), so 1 / sqrt(r); 0.125 at r = 64"),
+    Start("*.masks.up.scores", uniform(32**-0.5), f"{MASKS}, AdapterSubnet: (r, d), so 1 / sqrt(d); 0.036 at d = 768"),
+    Start(
+        "*.masks.table.scores",
+        uniform((20 * 2 * 32) ** -0.5),
+        f"{MASKS}, PrefixSubnet: (layers, m, 2 d), so 1 / sqrt(2 m d); 0.0032 at m = 64, d = 768",
+        {"form": "prefix", "length": 20, "hidden": 16},
+    ),
+    Start("*.masks.A.scores", uniform(32**-0.5), f"{MASKS}, LoraSubnet: (r, d)", {"form": "lora", "rank": 16}),
+    Start("*.masks.B.scores", uniform(16**-0.5), f"{MASKS}, LoraSubnet: (d, r)", {"form": "lora", "rank": 16}),
+    Trains(("*.prototype.*", "*.masks.*.scores"), f"{CODE}: the shared adapter and the masks of all layers"),
+    Count("roberta-base", 1_278_784, "section 3.2: a prototype and scores of its size in 12 layers"),
+    Count("t5-base", 2_458_432, "the same, one prototype for both stacks as in propetl-t5"),
+    Count("llama-7b", 17_305_664, "the same formula"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -12,6 +12,7 @@ from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError
 from peftlib.mechanisms.quantized import QuantizedLinear
 from peftlib.methods.reparameterized.lora.quantization.qa_lora import GroupWeight
+from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, glorot_uniform, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 FAMILIES = ["bert", "t5", "llama", "gpt2"]
@@ -201,3 +202,49 @@ def test_a_fused_projection_can_be_adapted_in_part():
 def test_bad_values(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.attach(backbone("bert"), "qa_lora", **(OPTIONS | options))
+
+
+# What is published
+
+LAYER = "yuhuixu1993/qa-lora, peft_utils.py, GPTQLoraLinear"
+
+
+def check_dropout_after_the_pool():
+    """``lora_dropout(qa_pool(x))``: what is dropped are whole groups' means."""
+    adapted = tiny("qa_lora", dropout=0.5)
+    site, update = next(iter(adapted.method.updates.items()))
+    update.train()
+    seen = []
+    update.dropout.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-1]))
+    update(torch.randn(2, 3, site.in_features), torch.zeros(2, 3, site.out_features))
+    assert seen == [site.in_features // adapted.config.group]
+
+
+def check_ranks_above_the_groups():
+    """``LoraLayer`` has no check: rank 64 stands on 12 pooled inputs, whose product has rank 12 at most."""
+    update = next(iter(peftlib.attach(backbones.shapes("minilm-l6"), "qa_lora").method.updates.values()))
+    assert update.A.shape == (64, 384 // 32)
+
+
+FACTS = Facts(
+    "qa_lora",
+    Default("rank", 64, "yuhuixu1993/qa-lora, qalora.py, TrainingArguments"),
+    Default("alpha", 16.0, "yuhuixu1993/qa-lora, qalora.py, TrainingArguments"),
+    Default("dropout", 0.0, "yuhuixu1993/qa-lora, qalora.py, TrainingArguments"),
+    Default("group", 32, "yuhuixu1993/qa-lora, peft_utils.py: group_size"),
+    Default("bits", 4, "chosen here: the paper has 4, 3 and 2 bits, the code takes the model's"),
+    Default("targets", "all-linear", "yuhuixu1993/qa-lora, qalora.py, find_all_linear_names"),
+    Start("*.lora.A", glorot_uniform(), f"{LAYER}.reset_lora_parameters"),
+    Start("*.lora.B", zeros(), f"{LAYER}.reset_lora_parameters"),
+    Trains(("*.lora.A", "*.lora.B"), LAYER),
+    Holds("dropout comes after the pool", check_dropout_after_the_pool, f"{LAYER}.forward"),
+    Holds("a rank may be above the number of groups", check_ranks_above_the_groups, f"{LAYER}.__init__"),
+    Count("llama-7b", 89_309_184, "r (in / g + out) a map"),
+    Count("roberta-base", 5_474_304, "r (in / g + out) a map"),
+    Count("t5-base", 13_381_632, "r (in / g + out) a map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -11,6 +11,7 @@ from peftlib import backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import PeftlibError, StateError
 from peftlib.mechanisms.quantized import QuantizedLinear
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
 
 
@@ -158,3 +159,28 @@ def test_the_compute_dtype():
 def test_bad_values(options):
     with pytest.raises(PeftlibError, match=str(next(iter(options.values())))):
         peftlib.attach(backbone("bert"), "qlora", **options)
+
+
+# What is published
+
+SCRIPT = "artidoro/qlora, scripts/finetune_guanaco_7b.sh"
+
+FACTS = Facts(
+    "qlora",
+    Default("rank", 64, SCRIPT),
+    Default("alpha", 16.0, SCRIPT),
+    Default("dropout", 0.1, f"{SCRIPT}; 0.05 in those of 13B parameters and more"),
+    Default("targets", "all-linear", f"{SCRIPT}: lora_modules all"),
+    Default("quantize", "all-linear", "artidoro/qlora, qlora.py, get_accelerate_model: load_in_4bit"),
+    Start("*.lora.A", kaiming_uniform(), "HF peft's LoraConfig, in artidoro/qlora, qlora.py, get_accelerate_model"),
+    Start("*.lora.B", zeros(), "HF peft's LoraConfig, in artidoro/qlora, qlora.py, get_accelerate_model"),
+    Trains(("*.lora.A", "*.lora.B"), "artidoro/qlora, qlora.py, get_accelerate_model"),
+    Count("llama-7b", 159_907_840, "r (in + out) a map, all seven kinds"),
+    Count("roberta-base", 10_616_832, "r (in + out) a map, all six kinds"),
+    Count("t5-base", 25_952_256, "r (in + out) a map, those of cross-attention too"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -9,6 +9,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import UnknownNameError
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, normal, ones, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 
@@ -92,3 +93,26 @@ def test_bad_options():
         peftlib.config("residual_adapter", init_std=-1)
     with pytest.raises(UnknownNameError, match=r"'rleu'.*'relu'"):
         peftlib.config("residual_adapter", activation="rleu")
+
+
+CODE = "zlinao/VGLM, pytorch_transformers/modeling_vlm.py"
+FACTS = Facts(
+    "residual_adapter",
+    Default("bottleneck", 64, "chosen here: run.sh has 10, 100 or 300 by task"),
+    Default("activation", "relu", f"{CODE}, Adapter"),
+    Default("dropout", 0.0, f"{CODE}, Adapter: none"),
+    Start("*.down.weight", normal(0.02), f"{CODE}, _init_weights"),
+    Start("*.up.weight", normal(0.02), f"{CODE}, _init_weights"),
+    Start("*.residual_adapter.*.bias", zeros(), f"{CODE}, _init_weights"),
+    Start("*.norm.weight", ones(), f"{CODE}, Adapter: a norm of its own"),
+    Trains(("*.residual_adapter.norm.*", "*.residual_adapter.down.*", "*.residual_adapter.up.*"), f"{CODE}, Adapter"),
+    Count("gpt2", 12 * (2 * 768 * 300 + 300 + 3 * 768), f"{CODE}: 300 for translation", {"bottleneck": 300}),
+    Count("roberta-base", 1_208_064, "its formula at 64; the paper is on GPT-2"),
+    Count("t5-base", 2_416_128, "its formula at 64; both stacks chosen here"),
+    Count("llama-7b", 17_172_480, "its formula at 64"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -15,6 +15,7 @@ from peftlib.methods.base import ConfigError
 from peftlib.methods.hybrid.automatic.s3delta.layer import Gates, LowRankLinear, Stretch
 from peftlib.methods.hybrid.automatic.s3delta.method import LINEAR
 from peftlib.methods.hybrid.automatic.s3delta.search import Search, fitting, gate_gradient, halves
+from tests.methods.facts import Count, Default, Facts, Holds
 from tests.methods.helpers import backbone, inputs, interrupt, perturb, slow_clock
 
 SMALL = {"budget": 0.02, "steps": 1}
@@ -419,3 +420,48 @@ def test_a_loss_that_is_not_finite_is_named():
     model = Sum()
     with pytest.raises(DataError, match="loss is not finite"):
         search(model).run([{"x": b["x"], "labels": b["labels"] * float("nan")} for b in rows()])
+
+
+def _adapters_start():
+    """Rank 1 of width d: W_left (d, 1), W_right (1, inner), uniform below sqrt(2) sqrt(6 / (fan_in + fan_out))."""
+    torch.manual_seed(0)
+    for sizes in ((400, 12), (12, 400)):
+        maps = [LowRankLinear(*sizes, 1) for _ in range(20)]
+        for name, n in (("A", sizes[0]), ("B", sizes[1])):
+            drawn = torch.cat([getattr(m, name).detach().flatten() for m in maps])
+            bound = 2**0.5 * (6 / (n + 1)) ** 0.5
+            assert 0.9 * bound < drawn.abs().max() <= bound
+            assert abs(float(drawn.std()) / (bound / 3**0.5) - 1) < 0.1
+        assert all(m.bias.abs().max() == 0 for m in maps)
+    adapter = peftlib.attach(backbone("bert"), "s3delta").method._adapter(32)
+    assert adapter.up.B.abs().max() > 0
+    assert peftlib.attach(backbone("bert"), "s3delta", zero_up=True).method._adapter(32).up.B.abs().max() == 0
+
+
+CODE = "thunlp/S3Delta, NAS_global"
+FACTS = Facts(
+    "s3delta",
+    Default("gate_rate", 0.1, f"{CODE}/argparser.py: alpha_learning_rate"),
+    Default("beta", 1.0, f"{CODE}/argparser.py"),
+    Default("order", 2, f"{CODE}/architect.py: DARTS of second order"),
+    Default("rank", 1, f"{CODE}/structure_config/mix_low_rank.json: lora_r"),
+    Default("reduction", 32, f"{CODE}/delta_layers.py, LowRankAdapterSequentialLayer"),
+    Default("activation", "gelu_new", f"{CODE}/delta_layers.py, LowRankAdapterSequentialLayer"),
+    Default("zero_up", False, f"{CODE}/delta_layers.py, reset_param: both maps are drawn"),
+    Default("budget", 0.001, "chosen here; the paper has 0.014 % of T5-large and more"),
+    Default("steps", 100, "chosen here; theirs are 15 epochs"),
+    Default("search_rate", 1e-3, f"chosen here; {CODE}/argparser.py has 3e-4"),
+    Holds(
+        "the adapters start Glorot-uniform with gain sqrt(2)",
+        _adapters_start,
+        f"{CODE}/opendelta/delta_models/layers/init.py",
+    ),
+    Count("roberta-base", 124_055, "the budget, 0.1 % of 124,055,040"),
+    Count("t5-base", 222_903, "the budget, 0.1 % of 222,903,552"),
+    Count("llama-7b", 6_607_343, "its candidates together, which are fewer than the budget"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -9,6 +9,8 @@ import peftlib
 from peftlib import backbones
 from peftlib.errors import MergeError, TargetError
 from peftlib.methods.base import ConfigError
+from peftlib.methods.hybrid.automatic.s4 import SETS
+from tests.methods.facts import Count, Default, Facts, Holds, Start, normal, zeros
 from tests.methods.helpers import backbone, inputs, perturb
 
 G1, G2 = {"lora", "sequential_adapter"}, {"prefix", "sequential_adapter"}
@@ -86,3 +88,39 @@ def test_what_cannot_be_is_refused():
         peftlib.config("s4", budget=1.5)
     with pytest.raises(MergeError, match="s4 has no merge"):
         peftlib.attach(backbone("bert"), "s4", budget=0.1).merge()
+
+
+def _the_sets():
+    expected = (
+        {"adapter", "lora"},
+        {"adapter", "prefix"},
+        {"adapter", "prefix", "bitfit"},
+        {"prefix", "bitfit", "lora"},
+    )
+    assert tuple(set(names) for names in SETS) == expected
+
+
+def _a_spindle():
+    sizes = peftlib.config("s4").sizes(12)
+    assert sizes[0] < sizes[1] == sizes[2] > sizes[3]
+    assert sum(sizes) == 12
+
+
+FACTS = Facts(
+    "s4",
+    Default("budget", 0.005, "arXiv:2301.01821: 0.5 % of the parameters of T5-base"),
+    Default("groups", (1, 2, 2, 1), "chosen here; the paper says a spindle, few layers at both ends"),
+    Default("activation", "relu", "amazon-science/peft-design-spaces, configuration.py, PfeifferConfig"),
+    Start("*.sequential_adapter.down.weight", normal(0.02), "amazon-science/peft-design-spaces, modeling.py: bert"),
+    Start("*.lora.B", zeros(), "amazon-science/peft-design-spaces, lora.py"),
+    Count("roberta-base", 605_332, "at most 0.5 %: whole units of each module"),
+    Count("t5-base", 1_050_904, "at most 0.5 %; T5 has no biases"),
+    Count("llama-7b", 32_839_306, "at most 0.5 %; LLaMA has no biases"),
+    Holds("the sets of the four groups", _the_sets, "arXiv:2301.01821, the S4-model of T5-base"),
+    Holds("the groups are a spindle", _a_spindle, "arXiv:2301.01821, design pattern i"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -12,6 +12,27 @@ from peftlib.conformance.case import backbone, batch, tokenizer, train
 from peftlib.errors import ConfigError, TargetError
 from peftlib.mechanisms import sparse
 from peftlib.methods.partial.delta_weight_masking.sam import shares
+from tests.methods.facts import Count, Default, Facts, Trains
+
+CODE = "fuzihaofzh/AnalyzeParameterEfficientFinetune, src/runner.py, run_train_step ('bsearch')"
+
+FACTS = Facts(
+    "sam",
+    Default("density", 0.005, "fuzihaofzh/AnalyzeParameterEfficientFinetune, scripts/train.sh: bsearch=0.005"),
+    Default("batches", 600, "fuzihaofzh/AnalyzeParameterEfficientFinetune, scripts/train.sh: burnin=600"),
+    Default("scope", "tensor", f"{CODE}: topk of int(share * numel) in each tensor"),
+    Default("clip", 1.0, "src/main_runscript.py: max_grad_norm = 1.0, and complex_backpropagate in src/runner.py"),
+    Default("dropout", True, f"{CODE}: jiant_model.train(), unless 'arand' is given"),
+    Trains(("*.parametrizations.*.0.values",), f"{CODE}: gradients are masked", attach=lambda: attached("bert")),
+    Count("roberta-base", int(0.005 * 124_055_040), "0.5 % of the parameters below the head"),
+    Count("t5-base", int(0.005 * 222_903_552), "0.5 % of the parameters"),
+    Count("llama-7b", int(0.005 * 6_607_343_616), "0.5 % of the parameters below the output map"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def parts(family: str, count: int = 4) -> list[dict]:

@@ -5,6 +5,7 @@ import torch
 
 import peftlib
 from peftlib import backbones
+from tests.methods.facts import Count, Default, Facts, Start, Trains, normal, truncated_normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 
@@ -79,3 +80,40 @@ def test_cross_attention_is_an_option(family):
     assert len(adapters) == 2 * 4
     assert len(norms) == {"t5": 2, "bart": 4}[family]
     assert len(extra) == len(adapters) + len(norms)
+
+
+CODE = "google-research/adapter-bert, modeling.py, feedforward_adapter"
+FACTS = Facts(
+    "sequential_adapter",
+    Default("bottleneck", 64, f"{CODE}: hidden_size=64"),
+    Default("activation", "gelu", CODE),
+    Default("dropout", 0.0, f"{CODE}: none"),
+    Default("train_norms", True, "the paper's figure 2: the layer norms of a layer train; optimization.py"),
+    Default("cross_attention", False, "rabeehk/compacter, third_party/models/t5/modeling_t5.py: none there"),
+    Start(
+        "*.down.weight", truncated_normal(0.01), "section 3.6: N(0, 0.01^2) cut at two deviations; the code has 0.001"
+    ),
+    Start("*.up.weight", truncated_normal(0.01), "section 3.6, as above"),
+    Start("*.sequential_adapter.*.bias", zeros(), CODE),
+    Start(
+        "*.down.weight",
+        normal(0.02),
+        "AdapterHub, adapters/modeling.py, init_bert_weights",
+        {"variant": "pfeiffer", "init_std": 0.02},
+    ),
+    Trains(
+        ("*.sequential_adapter.*", "*.attention.output.LayerNorm.*", "*.layer.*.output.LayerNorm.*"),
+        "figure 2; the embeddings' norm, which the code trains too, stays frozen here",
+    ),
+    Count(
+        "bert-large-uncased", 24 * (2 * (2 * 1024 * 64 + 64 + 1024) + 4 * 1024), "figure 2 and section 2.1 with m = 64"
+    ),
+    Count("roberta-base", 2_416_128, "the same formula, 2 (2 d m + d + m) and the norms a layer"),
+    Count("t5-base", 4_795_392, "the same formula; two adapters a layer as in rabeehk/compacter"),
+    Count("llama-7b", 34_082_816, "the same formula"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

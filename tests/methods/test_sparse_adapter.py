@@ -13,7 +13,55 @@ from peftlib.conformance.checks import CHECKS
 from peftlib.errors import LoadError, MergeError, StateError, TargetError, UnknownNameError
 from peftlib.mechanisms import pruned
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, normal, ones, zeros
 from tests.methods.helpers import Spy, linear, perturb
+
+LAYER = "Shwai-He/SparseAdapter, petl/petl_factory.py, Adapter_Layer"
+PLACE = "Shwai-He/SparseAdapter, src/transformers/models/roberta/modeling_roberta.py"
+ROOT = "*.sequential_adapter"
+
+FACTS = Facts(
+    "sparse_adapter",
+    Start(f"{ROOT}.down.weight", normal(0.02), f"{LAYER}, init_bert_weights"),
+    Start(f"{ROOT}.up.weight", normal(0.02), f"{LAYER}, init_bert_weights"),
+    Start(f"{ROOT}.*.bias", zeros(), f"{LAYER}, init_bert_weights"),
+    Start(f"{ROOT}.norm.weight", ones(), f"{LAYER}, adapter_layer_norm_before"),
+    Start("*.lora.A", normal(0.02), "petl/petl_factory.py, Linear: lora_init='bert'", {"form": "lora", "rank": 4}),
+    Start("*.lora.B", normal(0.02), "petl/petl_factory.py, Linear: lora_init='bert'", {"form": "lora", "rank": 4}),
+    Trains(
+        tuple(
+            f"*.{block}.sequential_adapter.{part}"
+            for block in ("attention.output.dense", "*.output.dense")
+            for part in ("down.*", "up.*", "norm.*")
+        ),
+        f"{PLACE}: ef_attn_adapter and ef_ffn_adapter; --unfreeze_params ef_",
+    ),
+    Trains(
+        ("*.prefix.*", "*.parallel_adapter.*"),
+        "src/transformers/pruning/generator.py, prunable: adapters and LoRA; the prefix trains as it is",
+        {"form": "mam", "length": 4, "hidden": 8},
+    ),
+    Default("score", "snip", "arXiv:2210.04284, abstract: a proper method, such as SNIP"),
+    Default("density", 0.6, "arXiv:2210.04284, abstract: a proper ratio, such as 40 % pruned"),
+    Default("scope", "global", "petl/options.py, PruneArguments: mask_scope"),
+    Default("rows", 320, "src/transformers/trainer_sparse.py, get_prune_dataloader: length * 32, length = 10"),
+    Default("bottleneck", 64, "examples/pytorch/text-classification/run_glue.sh: attn_bn=64, ffn_bn=64"),
+    Default("activation", "relu", LAYER),
+    Default("norm", True, f"{LAYER}: adapter_layernorm_option='in'"),
+    Default("dropout", 0.1, f"{PLACE}: dropout=config.hidden_dropout_prob, 0.1 of RoBERTa"),
+    Default("alpha", 32.0, "petl/options.py, TuneArguments: lora_alpha"),
+    Default("hidden", 800, "petl/options.py, TuneArguments: mid_dim"),
+    Default("scale", 1.0, "petl/options.py, TuneArguments: ffn_adapter_scalar"),
+    Count("roberta-base", int(0.6 * 48 * 768 * 64) + 24 * (64 + 3 * 768), "60 % of the matrices, biases and norms"),
+    Count("t5-base", int(0.6 * 96 * 768 * 64) + 48 * (64 + 3 * 768), "60 % of the matrices, biases and norms"),
+    Count("llama-7b", int(0.6 * 128 * 4096 * 64) + 64 * (64 + 3 * 4096), "60 % of the matrices, biases and norms"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
+
 
 FORMS = {
     "adapter": {"form": "adapter", "bottleneck": 6, "dropout": 0.0},

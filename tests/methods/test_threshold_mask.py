@@ -5,11 +5,36 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
 from peftlib.errors import ConfigError, LoadError, StateError, TargetError
 from peftlib.methods.partial.pretrained_weight_masking.threshold_mask import StraightThroughMask, binarize
+from tests.methods.facts import Count, Default, Distribution, Facts, Start, Trains
+
+CODE = "ptlmasking/maskbert, code/masking/maskers.py"
+# (-c, s) with c = 0.02, tau = 0.01, rho = 0.05: s = (c + tau) / rho - c = 0.58.
+SCORES = Distribution("uniform (-0.02, 0.58)", lambda fan_in, fan_out: 1.0, stats.uniform(-0.02, 0.60))
+
+FACTS = Facts(
+    "threshold_mask",
+    Default("threshold", 0.01, "ptlmasking/maskbert, code/parameters.py: --threshold"),
+    Default("scale", 0.02, "ptlmasking/maskbert, code/parameters.py: --init_scale"),
+    Default("biases", False, "ptlmasking/maskbert, code/parameters.py: --mask_biases"),
+    Default("init", "uniform", f"{CODE}, MaskedLinearX: uniform unless controlled_init is given"),
+    Default("sparsity", 0.05, "chosen here: a setting of the masking schedule, for which the code has no default"),
+    Start("*.parametrizations.weight.0.scores", SCORES, f"{CODE}, get_init_scales of MaskedLinear1"),
+    Trains(("*.parametrizations.weight.0.scores",), f"{CODE}, replace: weights and biases do not train"),
+    Count("roberta-base", 84_934_656, "12 x (4 x 768^2 + 2 x 768 x 3,072): one score a weight of the layers' maps"),
+    Count("t5-base", 198_180_864, "12 layers of 4 d^2 + 2 d f and 12 of 8 d^2 + 2 d f, d = 768, f = 3,072"),
+    Count("llama-7b", 6_476_005_376, "32 x (4 x 4,096^2 + 3 x 4,096 x 11,008)"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()
 
 
 def test_the_step_is_strict_and_its_gradient_the_identitys():

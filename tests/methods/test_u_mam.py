@@ -10,6 +10,7 @@ from peftlib.conformance.case import backbone, batch, inputs, logits, train
 from peftlib.errors import MergeError, StateError, TargetError
 from peftlib.mechanisms import warmup
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, kaiming_uniform, normal, zeros
 
 SMALL = {"length": 5, "bottleneck": 6, "steps": 2}
 
@@ -94,3 +95,29 @@ def test_what_cannot_be_is_refused():
         attached(density=1e-5, calibrate=False)
     with pytest.raises(MergeError, match="u_mam has no merge"):
         attached().merge()
+
+
+FACTS = Facts(
+    "u_mam",
+    Default("length", 30, "that of the MAM adapter, jxhe/unify-parameter-efficient-tuning, exps/run_xsum.sh"),
+    Default("bottleneck", 512, "that of the MAM adapter, exps/run_xsum.sh"),
+    Default("scale", 4.0, "that of the MAM adapter, exps/run_xsum.sh"),
+    Default("density", 0.1, "chosen here; no code is public"),
+    Default("rounds", 2, "chosen here; no code is public"),
+    Start("*.parallel_adapter.down.weight", kaiming_uniform(), "that of the MAM adapter, petl/petl_factory.py"),
+    Start("*.parallel_adapter.up.weight", zeros(), "that of the MAM adapter, petl/petl_factory.py"),
+    Start(
+        "*.prefix.key",
+        normal(0.02),
+        "petl/petl_factory.py, init_bert_weights of prefixes without an MLP",
+        {"length": 64},
+    ),
+    Count("roberta-base", 1_000_550, "a tenth of the MAM adapter's entries; the share is chosen here"),
+    Count("t5-base", 2_056_396, "a tenth of the MAM adapter's entries"),
+    Count("llama-7b", 14_222_950, "a tenth of the MAM adapter's entries"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

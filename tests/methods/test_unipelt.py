@@ -9,6 +9,7 @@ from peftlib import backbones
 from peftlib.errors import MergeError, UnsupportedError
 from peftlib.mechanisms import attention
 from peftlib.methods.base import ConfigError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, zeros
 from tests.methods.helpers import Spy, backbone, inputs, linear, perturb
 
 SMALL = {"length": 5, "bottleneck": 6, "rank": 4, "alpha": 6.0, "reparametrize": False}
@@ -133,3 +134,44 @@ def test_what_cannot_be_is_refused():
     mask = given["attention_mask"]
     with pytest.raises(UnsupportedError, match=r"attention mask of shape \(batch, tokens\), and got"):
         attached().model(input_ids=given["input_ids"], attention_mask=mask[:, None, None, :] * mask[:, None, :, None])
+
+
+CODE = "morningmoni/UniPELT"
+FACTS = Facts(
+    "unipelt",
+    Default("length", 10, f"{CODE}, run_glue.py: prefix_len"),
+    Default("reparametrize", True, f"{CODE}, run_glue.py: mid_dim"),
+    Default("hidden", 512, f"{CODE}, run_glue.py: mid_dim"),
+    Default("bottleneck", 48, f"{CODE}, transformers/adapters/configuration.py, PfeifferConfig: 16 of 768"),
+    Default("activation", "relu", f"{CODE}, transformers/adapters/configuration.py, PfeifferConfig"),
+    Default("rank", 8, f"{CODE}, run_glue.py: lora_r"),
+    Default("alpha", 8.0, f"{CODE}, lora_layers.py: a gate takes the place of alpha / r, which is 1 here"),
+    Start(
+        "*.sequential_adapter.down.weight",
+        normal(0.02),
+        f"{CODE}, adapters/modeling.py, init_bert_weights",
+        {"bottleneck": 64},
+    ),
+    Start(
+        "*.sequential_adapter.up.weight",
+        normal(0.02),
+        f"{CODE}, adapters/modeling.py, init_bert_weights",
+        {"bottleneck": 64},
+    ),
+    Start("*_gate.linear.weight", normal(0.02), f"{CODE}, adapters/modeling.py, init_bert_weights"),
+    Start("*_gate.linear.bias", zeros(), f"{CODE}, adapters/modeling.py, init_bert_weights"),
+    Start("*.lora.A", kaiming_uniform(), f"{CODE}, lora_layers.py, reset_parameters", {"rank": 32}),
+    Start("*.lora.B", zeros(), f"{CODE}, lora_layers.py, reset_parameters"),
+    Trains(
+        ("*.prefix.maker.*", "*.sequential_adapter.*", "*.lora.A", "*.lora.B", "*_gate.linear.*"),
+        f"{CODE}, run_glue.py: the three modules and their gates",
+    ),
+    Count("roberta-base", 11_083_376, "its formula; the MLP's 9.9 million are not stored"),
+    Count("t5-base", 32_346_372, "its formula; the code is on BERT"),
+    Count("llama-7b", 154_052_736, "its formula; the code is on BERT"),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -15,6 +15,7 @@ import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import batch, logits, train
 from peftlib.errors import LoadError, TargetError, UnsupportedError
+from tests.methods.facts import Count, Default, Facts, Start, Trains, constant, zeros
 from tests.methods.helpers import Spy, backbone, data, inputs, model, perturb, reload, task, theirs
 
 # family: (our sites, HF peft's target_modules). GPT-2's queries, keys and values are one module, which HF peft adapts
@@ -216,3 +217,31 @@ def test_values_that_cannot_be():
         peftlib.config("vera", projection_seed=-1)
     with pytest.raises(TargetError, match="'attention_query' matches nothing"):
         peftlib.attach(backbone("bert"), "vera", targets=("attention_query",))
+
+
+# What is published
+
+PAPER = "arXiv:2310.11454; read when the method was written"
+COUNT = "L_tuned (d + r), as in the paper"
+
+FACTS = Facts(
+    "vera",
+    Default("rank", 1024, f"{PAPER}: base models"),
+    Default("d_initial", 0.1, f"{PAPER}; also HF peft's VeraConfig"),
+    Default("targets", ("*attention.query", "*attention.value"), PAPER),
+    Default("dropout", 0.0, "HF peft's VeraConfig: vera_dropout"),
+    Default("projection_seed", 0, "HF peft's VeraConfig: projection_prng_key"),
+    Default("save_projection", False, f"{PAPER}: the pair is made from its seed"),
+    Start("*.vera.b", zeros(), f"{PAPER}; HF peft, tuners/vera/layer.py, reset_vera_parameters"),
+    Start("*.vera.d", constant(0.1), f"{PAPER}; HF peft, tuners/vera/layer.py, reset_vera_parameters"),
+    Trains(("*.vera.b", "*.vera.d"), f"{PAPER}; HF peft, tuners/vera"),
+    Count("roberta-base", 24 * (768 + 1024), f"{COUNT}, table 2: 0.043 M"),
+    Count("roberta-large", 48 * (1024 + 256), f"{COUNT}, table 2: 0.061 M", {"rank": 256}),
+    Count("t5-base", 72 * (768 + 1024), COUNT),
+    Count("llama-7b", 64 * (4096 + 1024), COUNT),
+)
+
+
+@FACTS.tests
+def test_published_facts(fact):
+    fact()

@@ -9,11 +9,11 @@ of W, so the start is the identity. Merge: exact, :math:`W \leftarrow \frac{m}{n
 then are of length m. The bias is not scaled. Trained: r (in + out) + out a matrix.
 
 Source: Liu et al. 2024, arXiv:2402.09353, and its code: queries, keys, values and both feed-forward maps (without
-LLaMA's gate), r = 32 or 16 and alpha = 2 r, learning rate 1e-4 to 2e-4. The paper's dropout of 0.05 is off by default;
-where it is on, as in the code, what trains sees the dropped input: of W x the part that m / n - 1 scales, and B A x.
-``detach_norm=False`` lets the gradient go through n, as the paper's first form does. ``rank_stabilized`` divides alpha
-by sqrt(r) instead. Where we differ: n is formed in float32 also on a half-precision backbone and under autocast; a row
-of zeros, which has no direction, stays as it is. Maps of which m alone trains (section 5.6) are not offered.
+LLaMA's gate), r = 32 or 16 and alpha = 2 r, dropout 0.05, learning rate 1e-4 to 2e-4. As in the code, what trains sees
+the dropped input: of W x the part that m / n - 1 scales, and B A x. ``detach_norm=False`` lets the gradient go through
+n, as the paper's first form does. ``rank_stabilized`` divides alpha by sqrt(r) instead. Where we differ: n is formed in
+float32 also on a half-precision backbone and under autocast; a row of zeros, which has no direction, stays as it is.
+Maps of which m alone trains (section 5.6) are not offered.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DoRAConfig(MethodConfig):
         "ffn.up",
         "ffn.down",
     )
-    dropout: float = 0.0
+    dropout: float = 0.05
     detach_norm: bool = True
     rank_stabilized: bool = False
 

@@ -3,12 +3,13 @@ r"""Tiny-attention adapter: an attention of size one over the whole context, beh
 .. math:: h_t \leftarrow h_t + W_2\, W_O \sum_{s} \operatorname{softmax}_s\bigl(q_t \cdot k_s / \sqrt{p}\bigr)\,
           v_s, \qquad (q, k, v) = \operatorname{diag}(W_Q, W_K, W_V)\, W_1 \operatorname{LN}(h)
 
-Shapes, with b rows of n tokens: h (b, n, d); W_1 (3p, d), W_Q, W_K, W_V, W_O (p, p), W_2 (d, p), all with biases; q, k,
-v (b, n, p). LN is a norm of its own, with scale and shift. h is the hidden state behind the attention block, its
+Shapes, with b rows of n tokens: h (b, n, d); W_1 (3p, d), W_Q, W_K, W_V, W_O (p, p), W_2 (d, p), all with biases; q,
+k, v (b, n, p). LN is a norm of its own, with scale and shift. h is the hidden state behind the attention block, its
 residual sum and, where one follows there, its norm; with ``place="parallel"`` the attention reads the state in front of
 the block. s runs over the positions that the block itself attends to: no padding, in decoders none that come later.
-Start: as torch's layers, and W_2 and its bias a hundredth of that, so the output is near the backbone's. Trained: 4dp +
-3d + 4p^2 + 7p a layer for each head. No merge: it depends on the context.
+Start: as torch's layers, and W_2 and its bias a hundredth of that, so the output is near the backbone's. Trained:
+4dp + 3d + 4p^2 + 7p a layer for each head. No merge: it depends on the context.
+
 ``heads`` M are M such attentions, one after the other, each reading what the one before gave and adding 1 / M of its
 output. ``adapted.method.start_heads(state)`` starts all of them from a trained adapter of one head, ``state()`` of an
 adapted model, apart by noise of 1e-6 in W_1. For deployment ``average_heads()`` makes them one, the mean of all their

@@ -10,7 +10,7 @@ logits then move by at most 1e-12 (float64), 1e-5 (float32) or 0.05 (bfloat16, i
 Trained: r (in + out) a matrix.
 
 Source: Hu et al. 2022, arXiv:2106.09685. ``rank_stabilized`` divides alpha by sqrt(r) instead (Kalajdzievski 2023,
-arXiv:2312.03732). Dropout is off by default; the paper's GLUE runs use none to 0.1.
+arXiv:2312.03732). Dropout is off, as in the original's GLUE runs; those of GPT-2 have 0.1.
 """
 
 from __future__ import annotations

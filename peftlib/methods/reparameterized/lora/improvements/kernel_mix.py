@@ -14,10 +14,10 @@ weight: :math:`W_V \mathrel{+}= \operatorname{diag}_h(B'_h A'_h) W_K` and likewi
 Trained: d (H (r_q + r_v) + r_q + 3 r_v + 3 + 2 s_q + 4 s_v) a layer.
 
 Source: Chen et al. 2022, arXiv:2205.03720, and its code, which gives the maps and starts; ranks r_q, r_v, s_q, s_v are
-1, 2, 2, 4 for RoBERTa, 3, 8, 12, 8 and dropout 0.1 for GPT-2. Where we differ: a bias is trained only where the map has
-one, else it could not be merged (T5, LLaMA); with grouped keys the value's heads are the key's; a rotary embedding is
-applied after the key that is used. The paper's lite forms, for queries and values or for all three, have no name in the
-code: ``maps`` chooses the maps and a rank of 0 leaves a part out.
+1, 2, 2, 4 for RoBERTa, 3, 8, 12, 8 for GPT-2, dropout 0.1 for both. Where we differ: a bias is trained only where the
+map has one, else it could not be merged (T5, LLaMA); with grouped keys the value's heads are the key's; a rotary
+embedding is applied after the key that is used. The paper's lite forms, for queries and values or for all three, have
+no name in the code: ``maps`` chooses the maps and a rank of 0 leaves a part out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class KernelMixConfig(MethodConfig):
     shared_rank_value: int = 4
     maps: tuple[str, ...] = MAPS
     init: str = "normal"
-    dropout: float = 0.0
+    dropout: float = 0.1
 
     def __post_init__(self):
         for name in ("rank_query", "rank_value", "shared_rank_query", "shared_rank_value"):

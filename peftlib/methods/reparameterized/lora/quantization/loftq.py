@@ -4,18 +4,20 @@ r"""LoftQ: LoRA starts from the low-rank part of what quantization loses.
     Q_t = q\Bigl(W - \frac{\alpha}{r} B_{t-1} A_{t-1}\Bigr), \quad
     \frac{\alpha}{r} B_t A_t = \operatorname{SVD}_r(W - Q_t)
 
-Shapes: W (out, in), Q as NormalFloat codes in blocks of 64 (q quantizes and computes back), A (r, in), B (out, r). From
-B_0 A_0 = 0, so Q_1 is plain quantization, ``iterations`` T times; the factors are :math:`\sqrt{S} V^\top` and
-:math:`U \sqrt{S}`, each divided by :math:`\sqrt{\alpha / r}`. The start is near the backbone's, nearer than QLoRA's.
-Trained: r (in + out) a matrix. Merging adds the product to the dequantized weight, which then is a plain one.
+Shapes: W (out, in), Q as NormalFloat codes in blocks of 64, or with ``quantizer="uniform"`` as even levels between two
+standard deviations on both sides of W's mean (q quantizes and computes back), A (r, in), B (out, r). From B_0 A_0 = 0,
+so Q_1 is plain quantization, ``iterations`` T times; the factors are :math:`\sqrt{S} V^\top` and :math:`U \sqrt{S}`,
+each divided by :math:`\sqrt{\alpha / r}`. The start is near the backbone's, nearer than QLoRA's. Trained: r (in + out)
+a matrix. Merging adds the product to the dequantized weight, which then is a plain one.
 
 Source: Li et al. 2023, arXiv:2310.08659, and its code: T = 5 (HF peft: 1), 4 or 2 bits, or between, where the first
-layers take 4 bits and the others 2. Where we differ: the best iterate is kept, not the last (the error can rise again:
-at 2 bits after a few iterations, at 4 bits after more); alpha / r is divided out, so that a scale other than 1 leaves
-the start as good (HF peft takes the factors as they are); a map that is quantized and not a target is quantized
-plainly, one that is a target and not quantized gets LoRA's own start. ``double_quantization`` of the scales is off as
-in the code; on, the error counts it. Files hold the factors alone: loading repeats the alternation on the backbone, in
-float64 so that the codes come out the same.
+layers take 4 bits and the others 2; NormalFloat, or as in its GLUE script uniform levels, there with 2 bits, rank 32
+and a scale of 1. That script also decomposes the embeddings, which are left alone here. Where we differ: the best
+iterate is kept, not the last (the error can rise again: at 2 bits after a few iterations, at 4 bits after more); alpha
+/ r is divided out, so that a scale other than 1 leaves the start as good (HF peft takes the factors as they are); a map
+that is quantized and not a target is quantized plainly, one that is a target and not quantized gets LoRA's own start.
+``double_quantization`` of the scales is off as in the code; on, the error counts it. Files hold the factors alone:
+loading repeats the alternation on the backbone, in float64 so that the codes come out the same.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from peftlib.anatomy import Site
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank
-from peftlib.mechanisms.quantized import DTYPES, NormalFloatWeight, QuantizedLinear
+from peftlib.mechanisms.quantized import DTYPES, NormalFloatWeight, QuantizedLinear, UniformWeight
 from peftlib.methods.base import ConfigError, MethodConfig, at_least, one_of
 from peftlib.methods.bases.low_rank import QuantizedUpdates
 
@@ -40,15 +42,16 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 @dataclass(frozen=True)
 class LoftQConfig(MethodConfig):
     """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets`` of the update and ``quantize``, the maps
-    kept in few ``bits`` (site patterns; 4, 2 or a mean between them over the layers), ``iterations`` T, ``dropout`` on
-    the update's input, ``double_quantization`` of the scales, ``compute`` dtype of the frozen products (None: bfloat16
-    on CUDA, elsewhere the input's)."""
+    kept in few ``bits`` (site patterns; 4, 2 or a mean between them over the layers) by the ``quantizer``
+    "normal_float" or "uniform", ``iterations`` T, ``dropout`` on the update's input, ``double_quantization`` of the
+    scales, ``compute`` dtype of the frozen products (None: bfloat16 on CUDA, elsewhere the input's)."""
 
     rank: int = 64
     alpha: float = 64.0
     targets: tuple[str, ...] | str = "all-linear"
     quantize: tuple[str, ...] | str = "all-linear"
     bits: float = 4
+    quantizer: str = "normal_float"
     iterations: int = 5
     dropout: float = 0.0
     double_quantization: bool = False
@@ -63,6 +66,9 @@ class LoftQConfig(MethodConfig):
         if not self.alpha > 0:
             raise ConfigError(f"alpha={self.alpha!r} must be above 0: the start is divided by alpha / rank")
         one_of("compute", self.compute, (None, *DTYPES))
+        one_of("quantizer", self.quantizer, ("normal_float", "uniform"))
+        if self.quantizer == "uniform" and self.double_quantization:
+            raise ConfigError("double_quantization=True is of NormalFloat's scales; a uniform quantizer has one scale")
 
 
 class LoftQ(QuantizedUpdates):
@@ -87,8 +93,14 @@ class LoftQ(QuantizedUpdates):
             modules[path] = host.replace(path, module)
         return modules
 
-    def _fit(self, path: str, parts: dict[str, slice], bits: int, weight: torch.Tensor) -> NormalFloatWeight:
-        quantize = partial(NormalFloatWeight, bits=bits, double=self.config.double_quantization)
+    def _fit(
+        self, path: str, parts: dict[str, slice], bits: int, weight: torch.Tensor
+    ) -> NormalFloatWeight | UniformWeight:
+        quantize: Callable[[torch.Tensor], NormalFloatWeight | UniformWeight]
+        if self.config.quantizer == "uniform":
+            quantize = partial(UniformWeight, bits=bits)
+        else:
+            quantize = partial(NormalFloatWeight, bits=bits, double=self.config.double_quantization)
         if not parts or weight.is_meta:
             return quantize(weight)
         best, found, self.errors[path] = alternate(weight, parts, self.config.rank, quantize, self.config.iterations)
@@ -110,9 +122,9 @@ def alternate(
     weight: torch.Tensor,
     parts: dict[str, slice],
     rank: int,
-    quantize: Callable[[torch.Tensor], NormalFloatWeight],
+    quantize: Callable[[torch.Tensor], NormalFloatWeight | UniformWeight],
     iterations: int,
-) -> tuple[NormalFloatWeight, dict[str, Factors], list[float]]:
+) -> tuple[NormalFloatWeight | UniformWeight, dict[str, Factors], list[float]]:
     """Quantization and decomposition in turn: the best iterate's quantized weight, its factors, one pair for each of
     the ``parts`` (rows of the weight), and the relative errors, of plain quantization and after each iteration. The
     product B A of a pair is the equation's (alpha / r) B A."""

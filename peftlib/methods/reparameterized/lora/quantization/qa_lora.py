@@ -15,10 +15,11 @@ is -beta / s: a float that moves by the update over s.)
 but are peftlib's modules: codes, scales and offsets are in the model's state dict.
 
 Source: Xu et al. 2023, arXiv:2309.14717, and its code: groups of 32, alpha 16, rank 64, the mean as the pool (the
-paper's listing sums). Where we differ: the weight is rounded to the nearest of the levels between a group's smallest
-and largest entry, without GPTQ's corrections from data; scales and offsets are float32 (6 bits a weight together with
-4-bit codes in groups of 32), and 3 bits are not offered. Files hold the factors alone; loading quantizes the backbone
-again, with the same result.
+paper's listing sums), then dropout. As there, r may be above in / g: then A has more rows than its product can have
+rank, which a model of few inputs meets at the defaults. Where we differ: the weight is rounded to the nearest of the
+levels between a group's smallest and largest entry, without GPTQ's corrections from data; scales and offsets are
+float32 (6 bits a weight together with 4-bit codes in groups of 32), and 3 bits are not offered. Files hold the factors
+alone; loading quantizes the backbone again, with the same result.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from peftlib.methods.bases.low_rank import QuantizedUpdates
 @dataclass(frozen=True)
 class QALoRAConfig(MethodConfig):
     """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets``, the maps that are quantized and adapted
-    (site patterns), ``bits`` (4 or 2), ``group`` g of inputs, ``dropout`` on the update's input, ``compute`` dtype of
+    (site patterns), ``bits`` (4 or 2), ``group`` g of inputs, ``dropout`` on the pooled input, ``compute`` dtype of
     the frozen products (None: bfloat16 on CUDA, elsewhere the input's), ``keep_quantized`` through a merge."""
 
     rank: int = 64
@@ -111,7 +112,7 @@ class GroupWeight(nn.Module):
 
 
 class PooledLowRank(LowRank):
-    """``forward(x, y) = y + scale * B A pool(dropout(x))``, the mean of every ``group`` neighbouring inputs.
+    """``forward(x, y) = y + scale * B A dropout(pool(x))``, the mean of every ``group`` neighbouring inputs.
 
     Shapes, with b rows of t tokens: x (b, t, in), y (b, t, out), A (r, in / g), B (out, r). The update of the weight is
     the same for all inputs of a group.
@@ -123,8 +124,8 @@ class PooledLowRank(LowRank):
         nn.init.xavier_uniform_(self.A)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        pooled = self.dropout(x).unflatten(-1, (-1, self.group)).mean(dim=-1)  # (b, t, in) -> (b, t, in / g)
-        Ax = F.linear(cast(pooled, self.A).flatten(0, -2), self.A)  # (b, t, in / g) -> (b t, r)
+        pooled = x.unflatten(-1, (-1, self.group)).mean(dim=-1)  # (b, t, in) -> (b, t, in / g)
+        Ax = F.linear(cast(self.dropout(pooled), self.A).flatten(0, -2), self.A)  # (b, t, in / g) -> (b t, r)
         return low_rank.update(y, Ax, self.B, self.scale)  # (b t, r) -> (b, t, out)
 
     def group_delta(self) -> torch.Tensor:

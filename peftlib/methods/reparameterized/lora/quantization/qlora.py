@@ -9,8 +9,8 @@ Trained: r (in + out) a matrix. The merge adds the product to the dequantized we
 exact with respect to the quantized backbone: it does not bring back what quantization lost.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314: rank 64, alpha 16, every linear map of the layers (embeddings, norms and
-heads stay as they are), bfloat16 products on CUDA; on a CPU they have the input's dtype. The paper's dropout (0.1 up to
-13B parameters, 0.05 above) is off by default. Its paged optimizers live in the optimizer (bitsandbytes), not here. The
+heads stay as they are), dropout 0.1 (0.05 in its code's scripts for 13B parameters and more), bfloat16 products on
+CUDA; on a CPU they have the input's dtype. Its paged optimizers live in the optimizer (bitsandbytes), not here. The
 scales' 8-bit type is the dynamic one of the paper's code. Saved files hold LoRA's factors alone; loading quantizes the
 backbone again, with the same result. ``attach(..., keep_original=False)`` frees the original weights; otherwise they
 wait on the CPU for ``detach()``.
@@ -38,7 +38,7 @@ class QLoRAConfig(MethodConfig):
     alpha: float = 16.0
     targets: tuple[str, ...] | str = "all-linear"
     quantize: tuple[str, ...] | str = "all-linear"
-    dropout: float = 0.0
+    dropout: float = 0.1
     compute: str | None = None
 
     def __post_init__(self):

@@ -3,8 +3,8 @@ r"""DyLoRA: LoRA at a rank that is drawn anew at every step, so that any smaller
 .. math:: y = W x + \frac{\alpha}{b} B_{:, :b} A_{:b, :} x, \qquad b \sim \mathcal U\{r_{\min}, \dots, r\}
 
 Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. A step draws one b for all
-matrices; components above it get no gradient. With ``frozen`` those below it get none either, so that only component b
-learns. Outside of training the rank is r:
+matrices; components above it get no gradient. Those below it are used and get none either, so that only component b
+learns, unless ``frozen`` is off. Outside of training the rank is r:
 
 >>> with adapted.method.at_rank(3):      # look at another one
 ...     evaluate(adapted)
@@ -13,8 +13,8 @@ learns. Outside of training the rank is r:
 The scale is alpha / b at every rank: after a cut the update is LoRA's of rank b with the same alpha. It is linear and
 merges exactly, as LoRA's. Trained: r (in + out) a matrix; stored: as many, or b (in + out).
 
-Source: Valipour et al. 2023, arXiv:2210.07558, and its code. The uniform distribution and that ``frozen`` is off by
-default are chosen here. As in the code, an optimizer's momentum and weight decay also move components without gradient.
+Source: Valipour et al. 2023, arXiv:2210.07558, and its code, whose GLUE runs draw uniformly from 1 to 8 and freeze what
+is below. As in the code, an optimizer's momentum and weight decay also move components without gradient.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DyLoRAConfig(MethodConfig):
     min_rank: int = 1
     alpha: float = 16.0
     targets: tuple[str, ...] | str = ("*attention.query", "*attention.value")
-    frozen: bool = False
+    frozen: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):

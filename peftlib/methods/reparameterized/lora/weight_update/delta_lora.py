@@ -1,17 +1,17 @@
 r"""Delta-LoRA: LoRA whose frozen weight follows the change of the low-rank product from step to step.
 
 .. math:: y = W_t x + \frac{\alpha}{r} B_t A_t x, \qquad
-    W_{t+1} = W_t + \lambda \frac{\alpha}{r} \bigl(B_{t+1} A_{t+1} - B_t A_t\bigr) \text{ for } t \ge K
+    W_{t+1} = W_t + \lambda \frac{\alpha}{r} \bigl(B_{t+1} A_{t+1} - B_t A_t\bigr) \text{ for } t > K
 
 Shapes: W (out, in), A (r, in), B (out, r). B starts at zero, so the start is the identity. W has no gradient and no
 optimizer state: it gets the factors' change as Adam and weight decay made it. There is no dropout, so the gradient of
 the product is the gradient of W. Merge: exact, the present W plus the product. Trained: r (in + out) a matrix.
 
-The steps of W add up to :math:`\lambda \frac{\alpha}{r} (B_T A_T - B_K A_K)`, so a file holds the factors now and those
-at step K, never W. At the end of training W is set to its original plus this sum, rounded once, which takes away the
-rounding of single steps and makes loading exact. This needs the original, so ``attach(..., keep_original=False)``
-leaves W as the steps made it. In bfloat16 most single steps are smaller than W's resolution: keep the weights in
-float32. In a further training W follows from the first step on.
+The steps of W add up to :math:`\lambda \frac{\alpha}{r} (B_T A_T - B_{K+1} A_{K+1})`, so a file holds the factors now
+and those at step K + 1, never W. At the end of training W is set to its original plus this sum, rounded once, which
+takes away the rounding of single steps and makes loading exact. This needs the original, so ``attach(...,
+keep_original=False)`` leaves W as the steps made it. In bfloat16 most single steps are smaller than W's resolution:
+keep the weights in float32. Steps count from 0. In a further training W follows from the first step on.
 
 Source: Zi et al. 2023, arXiv:2309.02411, which has no public code: lambda 0.5 for RoBERTa on GLUE with K the steps of
 the learning rate's warm-up, 2 and 500 for GPT-2, 0.5 and 1000 for BART; queries and values, r = 8. Here K is a share of
@@ -34,7 +34,7 @@ from peftlib.methods.bases.low_rank import LowRankUpdates
 @dataclass(frozen=True)
 class DeltaLoRAConfig(MethodConfig):
     """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets`` (site patterns), ``follow`` lambda,
-    ``warmup``, the share of the steps before the weights follow."""
+    ``warmup``, K as a share of the steps: the weights follow in those after step K."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -51,7 +51,7 @@ class DeltaLoRAConfig(MethodConfig):
 
 
 class Anchored(LowRank):
-    """:class:`LowRank` with a copy of its factors at step K: ``A_anchor`` (r, in), ``B_anchor`` (out, r)."""
+    """:class:`LowRank` with a copy of its factors at step K + 1: ``A_anchor`` (r, in), ``B_anchor`` (out, r)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__(in_features, out_features, rank, scale)
@@ -74,7 +74,7 @@ class Anchored(LowRank):
         return self.delta() - before  # (out, in)
 
     def moved(self) -> torch.Tensor:
-        """The update's change since step K, (out, in)."""
+        """The update's change since step K + 1, (out, in)."""
         return self.change(self.A_anchor, self.B_anchor)
 
 
@@ -97,7 +97,7 @@ class DeltaLoRA(LowRankUpdates):
         self.originals = {site: host.write(site) for site in self.updates}
 
     def on_gradients(self, training: TrainingState) -> None:
-        if not self.following and training.step >= round(self.config.warmup * training.total):
+        if not self.following and training.step > round(self.config.warmup * training.total):
             self.following = True
             for update in self.updates.values():
                 update.anchor()
@@ -115,7 +115,7 @@ class DeltaLoRA(LowRankUpdates):
 
     @torch.no_grad()
     def _follow(self, originals: dict[Site, torch.Tensor]) -> None:
-        """Set the weights to their originals plus lambda times the updates' change since step K, rounded once."""
+        """Set the weights to their originals plus lambda times the updates' change since step K + 1, rounded once."""
         for site, original in originals.items():
             moved = self.config.follow * self.updates[site].moved()  # (out, in)
             site.weight.copy_(original.to(moved) + moved)
