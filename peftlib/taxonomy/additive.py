@@ -108,12 +108,13 @@ METHODS = (
         merge="no",
         merge_note="Routing depends on the input.",
         life=("before training: a phase on unlabelled text converts the dense backbone to a routed one, convert()",),
-        below_head="Two of three tokens skip every layer, and the run has no conversion phase: the paper first trains "
-        "the routed network on unlabelled text, and 80 steps on 256 sentences cannot replace that.",
-        exceptions={
-            "moves on bert": "Behind the last layer only the pooled token counts, which is nearly the same in every "
-            "text: while it is not chosen, or its gate is exactly 1, no gradient reaches that layer's router.",
-        },
+        below_head="Two of three tokens skip every layer, and the conversion is short: a thousand steps on sixteen "
+        "sentences each, where the paper's is a phase of pre-training.",
+        exceptions=dict.fromkeys(
+            ("moves on bert", "moves on roberta", "moves on electra", "moves on distilbert", "trainer"),
+            "Behind an encoder's last layer only its first token counts, which always passes with a gate of one: no "
+            "gradient reaches that layer's router.",
+        ),
     ),
     Entry(
         name="parallel_adapter",

@@ -71,7 +71,7 @@ class MPTConfig(MethodConfig):
     tasks: int | None = None
     distill: float = 0.9
     temperature: float = 1.0
-    task_rate: float = 4 / 3
+    task_rate: float = 1.3333333333333333  # 0.4 / 0.3
     common: int = 5000
     start: Literal["mean", "task", "shared"] = "mean"
     start_task: int = 0
