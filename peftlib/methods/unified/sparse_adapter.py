@@ -104,7 +104,7 @@ class SparseAdapterConfig(MethodConfig):
 
 class SparseAdapter(PrunedCombination):
     Config = SparseAdapterConfig
-    learning_rate = 2e-3
+    learning_rate = 5e-4
 
     def part_configs(self) -> tuple[dict, ...]:
         c = self.config

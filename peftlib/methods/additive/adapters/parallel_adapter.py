@@ -61,7 +61,7 @@ class Parallel(Bottleneck):
 
 class ParallelAdapter(Method):
     Config = ParallelAdapterConfig
-    learning_rate = 5e-4
+    learning_rate = 1e-4
 
     def attach(self, host: Host) -> None:
         for layer in host.anatomy.layers:

@@ -112,7 +112,7 @@ class ProPETLConfig(MethodConfig):
 class ProPETL(PerTask):
     Config = ProPETLConfig
     each_task_has = "a mask"
-    learning_rate = 2e-3
+    learning_rate = 5e-4
 
     def attach(self, host: Host) -> None:
         host.tasks.count = self.config.tasks if self.config.tasks > 1 else None
