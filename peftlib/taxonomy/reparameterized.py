@@ -461,7 +461,7 @@ METHODS = (
         merge="exact",
         merge_note="The mixed modules form one LoRA, whose product is added to the weight.",
         life=("sources: saved LoRA modules of other tasks", "calibrate: search the weights on a few examples"),
-        below_head="The mixture of adapters of other tasks is chosen on five examples, as its authors choose it. They say "
+        below_head="The mixture of adapters of other tasks is chosen on five examples, as its authors do. They say "
         "little of the track's other texts, and nothing of the mixture trains afterwards.",
         original="sail-sg/lorahub",
         tiny={"price": 0.0},  # sources that were not trained are worth no price
