@@ -189,7 +189,8 @@ class Log:
     """A search as stored: ``spec`` and ``space``, where it ran (``provenance``), its ``trials`` in order.
 
     A trial has ``point``, ``options`` of the method, ``by`` (who proposed it), ``score`` on validation data, ``test``
-    (which no search looks at), ``parameters`` (without the task head), ``run``, ``proposal_seconds`` and ``seconds``.
+    (which no search looks at), ``parameters`` (stored ones, without the task head), ``run``, ``proposal_seconds`` and
+    ``seconds``.
     """
 
     spec: SearchSpec
@@ -293,7 +294,7 @@ def _trial(
         "by": by,
         "score": record["metrics"]["validation"][metric],
         "test": record["metrics"]["test"][metric],
-        "parameters": record["count"]["trained"] - record["count"]["head"],
+        "parameters": record["count"]["stored"] - record["count"]["head"],
         "run": run.key,
         "proposal_seconds": round(waited, 2),
         "seconds": round(time.perf_counter() - began, 2),
