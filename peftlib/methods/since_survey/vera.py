@@ -140,7 +140,7 @@ class _Files(hf_peft.Updates):
 
 class VeRA(LowRankUpdates):
     Config = VeRAConfig
-    learning_rate = 1e-2
+    learning_rate = 5e-2
     child = "vera"
     hf_peft = _Files(
         kind="VERA",
