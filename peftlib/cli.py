@@ -310,9 +310,10 @@ def _metric(path) -> str:
 
 def _searched_rate(store, chosen, method: str) -> float | None:
     """The rate that the search on the profile's first track found; None where there was no search."""
-    track = next(iter(chosen.tracks))
-    records = store.searched(chosen.name, track, method)
-    return store.best_rate(chosen.name, track, method, records[0]["metric"]) if records else None
+    from peftlib.experiments.store import best_rate
+
+    runs = store.searched(chosen.name, next(iter(chosen.tracks)), method)
+    return best_rate(runs, runs[0]["metric"]) if runs else None
 
 
 def _front(log) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,14 @@ class Store:
         then the smaller rate.
         """
         runs = self.searched(profile, track, method, seed)
-        if not runs:
-            return None
-        best = max(r["metrics"]["validation"][metric] for r in runs)
-        good = [r for r in runs if r["metrics"]["validation"][metric] >= best - TIE]
-        return min((r["metrics"]["validation"]["loss"], r["spec"]["learning_rate"]) for r in good)[1]
+        return best_rate(runs, metric) if runs else None
+
+
+def best_rate(runs: Sequence[dict[str, Any]], metric: str) -> float:
+    """The learning rate of the best of a search's runs; see :meth:`Store.best_rate`."""
+    best = max(r["metrics"]["validation"][metric] for r in runs)
+    good = [r for r in runs if r["metrics"]["validation"][metric] >= best - TIE]
+    return min((r["metrics"]["validation"]["loss"], r["spec"]["learning_rate"]) for r in good)[1]
 
 
 def summarize(records: list[dict[str, Any]], metric: str, split: str = "test") -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.experiments.run import run
 from peftlib.experiments.spec import RunSpec, next_rate, profile, run_spec, search_specs
-from peftlib.experiments.store import Store
+from peftlib.experiments.store import Store, best_rate
 from peftlib.methods.registry import outside
 
 Outcome = tuple[RunSpec, str]
@@ -124,8 +124,9 @@ def search_rates(
         further = []
         for name in names:
             tried = store.searched(profile_name, track, name, seed)
-            best = store.best_rate(profile_name, track, name, tried[0]["metric"], seed) if tried else None
-            rate = next_rate((r["spec"]["learning_rate"] for r in tried), best) if best else None
+            if not tried:
+                continue
+            rate = next_rate((r["spec"]["learning_rate"] for r in tried), best_rate(tried, tried[0]["metric"]))
             if rate is not None:
                 further.append(run_spec(profile_name, None, name, seed=seed, learning_rate=rate))
         if not further:

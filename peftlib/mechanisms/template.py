@@ -184,13 +184,9 @@ def _insert_around(
     layout = _laid_out(child, call, module, template, limit, lambda ids, mask: template.around(mask, text.end(mask)))
     text.prefilled = layout
     if positions is not None:
-        positions = positions.expand(layout.text.shape[0], -1)  # (b, t)
         # A vector goes on from the token before it; those in front, and all where there is no text, begin with the row.
         behind = (layout.spots > layout.spots[:, :1]).long()  # (b, m)
-        at = (layout.spots - behind).clamp(max=positions.shape[1] - 1)  # (b, m)
-        own = positions.gather(1, at) + behind + layout.vectors - layout.spots  # (b, m)
-        shift = layout.text - torch.arange(positions.shape[1], device=positions.device)  # (b, t)
-        call["position_ids"] = layout.merge(positions + shift, own)  # (b, t + m)
+        call["position_ids"] = _positions(layout, positions, behind)
     return (), call
 
 
@@ -218,17 +214,24 @@ def _insert(
     call = by_name(order, args, kwargs)
     positions, types = call.get("position_ids"), call.get("token_type_ids")
     layout = _laid_out(child, call, module, template, limit, template.spots)
-    rows, tokens = layout.text.shape
     # A vector has the segment and the place of the token before which it goes.
-    at = layout.spots.clamp(max=tokens - 1)  # (b, m)
     if types is not None:
+        at = layout.spots.clamp(max=layout.text.shape[1] - 1)  # (b, m)
         call["token_type_ids"] = layout.merge(types, types.gather(1, at))  # (b, t + m)
     if positions is not None:
-        positions = positions.expand(rows, -1)  # (b, t)
-        steps = layout.vectors - layout.spots  # (b, m)
-        shift = layout.text - torch.arange(tokens, device=at.device)  # (b, t)
-        call["position_ids"] = layout.merge(positions + shift, positions.gather(1, at) + steps)  # (b, t + m)
+        call["position_ids"] = _positions(layout, positions, torch.zeros_like(layout.spots))
     return (), call
+
+
+def _positions(layout: Layout, positions: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """The positions (b, t + m) of tokens, at ``positions`` (b or 1, t) without vectors, and of vectors: each goes on
+    from the token before it where ``behind`` (b, m) is 1, and where it is 0 takes the place of the one after it."""
+    rows, tokens = layout.text.shape
+    positions = positions.expand(rows, -1)  # (b, t)
+    at = (layout.spots - behind).clamp(max=tokens - 1)  # (b, m)
+    own = positions.gather(1, at) + behind + layout.vectors - layout.spots  # (b, m)
+    shift = layout.text - torch.arange(tokens, device=at.device)  # (b, t)
+    return layout.merge(positions + shift, own)
 
 
 def _laid_out(

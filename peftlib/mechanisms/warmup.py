@@ -59,15 +59,12 @@ def train(
     factors = [group.pop("schedule").over(total) for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     flags = [p.requires_grad for p in parameters]
-    mode, device = model.training, parameters[0].device
-    model.train()
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with importance.in_training_mode(model, seed):
             for _, batch in zip(_shown(range(total), total, what), _forever(batches)):
                 value = loss(model, batch)
                 value.backward(inputs=parameters)
@@ -85,7 +82,6 @@ def train(
         for parameter, flag in zip(parameters, flags):
             parameter.requires_grad_(flag)
             parameter.grad = None
-        model.train(mode)
     return total
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from peftlib import taxonomy
 from peftlib.experiments import RATES, Store, profile, summarize
 from peftlib.experiments.spec import comparable
+from peftlib.experiments.store import best_rate
 from peftlib.methods.registry import find
 
 Record = dict[str, Any]
@@ -47,9 +48,11 @@ class Standings:
     @cached_property
     def rates(self) -> dict[str, float]:
         """Method -> the rate at which it is compared: what the search found, else the method's own default."""
-        searched = {r["spec"]["method"]: r["metric"] for r in self.search}
+        searched: dict[str, list[Record]] = {}
+        for record in self.search:
+            searched.setdefault(record["spec"]["method"], []).append(record)
         return {
-            name: self.store.best_rate(self.profile.name, self.first, name, searched[name])
+            name: best_rate(searched[name], searched[name][0]["metric"])
             if name in searched
             else find(name).learning_rate
             for name in taxonomy.methods()

@@ -56,12 +56,10 @@ class Masked(Objective):
 
     def loss(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         batch = self.padded(rows)
-        ids, labels = mask(batch["input_ids"], self._special(rows), self.tokenizer)
+        ids = batch["input_ids"]
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
+        ids, labels = mask(ids, special, self.tokenizer)
         return self.model(input_ids=ids, attention_mask=batch["attention_mask"], labels=labels).loss
-
-    def _special(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        ids = self.padded(rows)["input_ids"]
-        return torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
 
 
 class Spans(Objective):

@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.conformance.case import backbone as facts_backbone
-from peftlib.conformance.case import batch as facts_batch
 from peftlib.errors import ConfigError, DataError
 from peftlib.mechanisms import warmup
 from peftlib.methods.partial.delta_weight_masking import diff_pruning
@@ -20,7 +18,7 @@ from peftlib.methods.partial.delta_weight_masking.diff_pruning import (
     noise_like,
     open_probability,
 )
-from tests.methods.facts import Count, Default, Facts, Holds, Trains
+from tests.methods.facts import Count, Default, Facts, Holds, Trains, calibrated
 
 CODE = "dguo98/DiffPruning, examples/run_glue_diffpruning.py"
 
@@ -29,12 +27,6 @@ def _start_of_the_gates():
     gates = GatedDifference(torch.randn(4, 3), 5.0, True, -1.5, 1.5)
     assert not gates.w.any()
     assert bool((gates.alpha == 5).all()) and gates.group.shape == () and float(gates.group.detach()) == 5
-
-
-def _calibrated():
-    adapted = peftlib.attach(facts_backbone("bert"), "diff_pruning", density=0.05)
-    adapted.calibrate([facts_batch("bert")])
-    return adapted
 
 
 FACTS = Facts(
@@ -49,7 +41,11 @@ FACTS = Facts(
     Default("epochs", 3.0, f"{CODE}: --num_train_epochs"),
     Default("first_rate", 5e-5, f"{CODE}: --learning_rate (README for BERT-large: 1e-5)"),
     Holds("w starts at zero and alpha at 5", _start_of_the_gates, f"{CODE}: p1 and alpha of each parameter"),
-    Trains(("*.parametrizations.*.0.values",), "dguo98/DiffPruning, run_glue_fixmask_finetune.py", attach=_calibrated),
+    Trains(
+        ("*.parametrizations.*.0.values",),
+        "dguo98/DiffPruning, run_glue_fixmask_finetune.py",
+        attach=calibrated("diff_pruning", density=0.05),
+    ),
     Count("roberta-base", int(0.005 * 124_055_040), "0.5 % of the parameters below the head"),
     Count("bert-large-uncased", int(0.005 * 335_141_888), "README of the repository: 0.5 %", percent="0.5"),
     Count("t5-base", int(0.005 * 222_903_552), "0.5 % of the parameters"),

@@ -11,19 +11,11 @@ from safetensors.torch import load_file
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.conformance.case import backbone as facts_backbone
-from peftlib.conformance.case import batch as facts_batch
 from peftlib.errors import ConfigError, StateError, TargetError, UnsupportedError
-from tests.methods.facts import Count, Default, Facts, Trains
+from tests.methods.facts import Count, Default, Facts, Trains, calibrated
 
 CODE = "varunnair18/FISH, transformers/examples/text-classification/run_glue_sparse_update.py"
 SCRIPTS = "varunnair18/FISH, transformers/examples/text-classification/scripts"
-
-
-def _calibrated():
-    adapted = peftlib.attach(facts_backbone("bert"), "fish_mask", density=0.05)
-    adapted.calibrate([facts_batch("bert")])
-    return adapted
 
 
 FACTS = Facts(
@@ -33,7 +25,11 @@ FACTS = Facts(
     Default("fisher", "empirical", f"{SCRIPTS}: label-square, the true labels"),
     Default("absolute", False, f"{SCRIPTS}: label-square (the argument's default is label-absolute)"),
     Default("charge_head", True, f"{CODE}, create_mask_gradient: keep_num = int(all * keep_ratio) - classifier_size"),
-    Trains(("*.parametrizations.*.0.values",), f"{CODE}, create_mask_gradient", attach=_calibrated),
+    Trains(
+        ("*.parametrizations.*.0.values",),
+        f"{CODE}, create_mask_gradient",
+        attach=calibrated("fish_mask", density=0.05),
+    ),
     Count("roberta-base", int(0.005 * 124_647_170) - 592_130, "0.5 % of all parameters, less the head's"),
     Count("bert-base-uncased", int(0.005 * 109_483_778) - 1_538, "0.5 % of all parameters, less the head's"),
     Count("t5-base", 1_114_517, "0.5 % of 222,903,552; a language model's head is no new one"),

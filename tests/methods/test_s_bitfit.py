@@ -10,20 +10,12 @@ import torch
 import peftlib
 from peftlib import backbones
 from peftlib.conformance.case import backbone, batch, logits
-from peftlib.conformance.case import backbone as facts_backbone
-from peftlib.conformance.case import batch as facts_batch
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.mechanisms import importance, warmup
 from peftlib.methods.partial.bias.s_bitfit import best_groups, reachable
-from tests.methods.facts import Count, Default, Facts, Trains
+from tests.methods.facts import Count, Default, Facts, Trains, calibrated
 
 CHOSEN = "chosen here: arXiv:2305.16597 is without code, and its search is not told to this detail"
-
-
-def _calibrated():
-    adapted = peftlib.attach(facts_backbone("bert"), "s_bitfit")
-    adapted.calibrate([facts_batch("bert")])
-    return adapted
 
 
 FACTS = Facts(
@@ -31,7 +23,11 @@ FACTS = Facts(
     Default("density", 0.5, CHOSEN),
     Default("epochs", 1.0, CHOSEN),
     Default("search_rate", 1e-3, CHOSEN),
-    Trains(("*.parametrizations.bias.0.values",), "arXiv:2305.16597: parts of BitFit's biases", attach=_calibrated),
+    Trains(
+        ("*.parametrizations.bias.0.values",),
+        "arXiv:2305.16597: parts of BitFit's biases",
+        attach=calibrated("s_bitfit"),
+    ),
     Count("roberta-base", 50688, "66 x 768: of vectors of 768 and 3,072 entries none make 51,072, half of all"),
 )
 

@@ -8,21 +8,13 @@ from safetensors.torch import load_file
 
 import peftlib
 from peftlib.conformance.case import backbone, batch, logits, train
-from peftlib.conformance.case import backbone as facts_backbone
-from peftlib.conformance.case import batch as facts_batch
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
 from peftlib.mechanisms import warmup
 from peftlib.methods.bases.biases import search_masks
 from peftlib.methods.partial.bias.u_bitfit import largest_entries
-from tests.methods.facts import Count, Default, Facts, Trains
+from tests.methods.facts import Count, Default, Facts, Trains, calibrated
 
 CHOSEN = "chosen here: arXiv:2305.16597 is without code, and its search is not told to this detail"
-
-
-def _calibrated():
-    adapted = peftlib.attach(facts_backbone("bert"), "u_bitfit")
-    adapted.calibrate([facts_batch("bert")])
-    return adapted
 
 
 FACTS = Facts(
@@ -30,7 +22,11 @@ FACTS = Facts(
     Default("density", 0.5, CHOSEN),
     Default("epochs", 1.0, CHOSEN),
     Default("search_rate", 1e-3, CHOSEN),
-    Trains(("*.parametrizations.bias.0.values",), "arXiv:2305.16597: parts of BitFit's biases", attach=_calibrated),
+    Trains(
+        ("*.parametrizations.bias.0.values",),
+        "arXiv:2305.16597: parts of BitFit's biases",
+        attach=calibrated("u_bitfit"),
+    ),
     Count("roberta-base", 51072, "half of the 102,144 biases, rounded down"),
 )
 

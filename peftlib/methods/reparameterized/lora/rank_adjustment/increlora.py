@@ -29,7 +29,9 @@ dropout before it.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -216,21 +218,18 @@ class IncreLoRA(LowRankUpdates):
             scores = scores.float().cpu()
             self.sensitivity.lerp_(scores, 1 - self.config.beta1)
             self.uncertainty.lerp_((scores - self.sensitivity).abs(), 1 - self.config.beta2)
+        rate = self._rate(training)
         for update in updates:
-            vectors, values = self._rates(update, training)
+            vectors, values = _rates(self.born[update], rate)
             if bool((vectors != 1).any() | (values != 1).any()):
                 pairs = ((update.P, vectors), (update.Q, vectors[:, None]), (update.singular, values))
                 self.before[update] = [(p, p.detach().clone(), rate.to(p)) for p, rate in pairs]
 
-    def _rates(self, update: Growing, training: TrainingState) -> torch.Tensor:
-        """The components' own schedules: factors of the optimizer's learning rate for vectors and singular values,
-        (2, capacity)."""
+    def _rate(self, training: TrainingState) -> Callable[[float], float]:
+        """By the step at which something began to train: the factor of the optimizer's learning rate, at this step."""
         share, main = self.config.part_warmup, training.rate()
         rising = None if share is None else round(share * training.total)
-        born, rates = self.born[update], torch.ones_like(self.born[update])
-        for start in born[born.isfinite()].unique().tolist():
-            rates[born == start] = training.rate_since(int(start), rising) / main if main else 0.0
-        return rates
+        return functools.cache(lambda start: training.rate_since(int(start), rising) / main if main else 0.0)
 
     @torch.no_grad()
     def on_step_end(self, training: TrainingState) -> None:
@@ -290,6 +289,14 @@ class IncreLoRA(LowRankUpdates):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self.host.load_state(spread(state, self.named()))
         self._measure_while_growing()
+
+
+def _rates(born: torch.Tensor, rate: Callable[[float], float]) -> torch.Tensor:
+    """The factors of vectors and singular values, (2, capacity): one for what trains from the start."""
+    rates = torch.ones_like(born)
+    for start in born[born.isfinite()].unique().tolist():
+        rates[born == start] = rate(start)
+    return rates
 
 
 class _Measure(torch.autograd.Function):
