@@ -111,8 +111,7 @@ class Changes:
         """Take every change back: bit for bit, or, with ``merge``, after writing parametrized weights into the backbone
         and keeping trained parameters as they are."""
         if merge:
-            for write in self._merges:
-                write()
+            self.fold()
         for step in reversed(self._undo):
             if not (merge and undo.restores(step)):
                 step()
@@ -126,6 +125,16 @@ class Changes:
             parameter.grad = None
 
     # The way back
+
+    def fold(self) -> None:
+        """Write parametrized weights into the backbone, and make them plain parameters again."""
+        for write in self._merges:
+            write()
+        if self._merges:
+            for step in [step for step in reversed(self._undo) if undo.makes_plain(step)]:
+                step()
+                self._undo.remove(step)
+        self._merges.clear()
 
     def restore_on_undo(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Promise that :meth:`remove` puts this parameter's present values back; gives the copy of them."""
