@@ -115,8 +115,8 @@ def dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def unpack(module: nn.Module, weight: torch.Tensor | None = None) -> None:
-    """Make a packed map a plain one, in its place: an nn.Linear or, where it was one, a Conv1D with the same bias, hooks
-    and children, and this (out, in) weight, by default its own."""
+    """Make a packed map a plain one, in its place: an nn.Linear or, where it was one, a Conv1D, with the same bias, hooks
+    and children and this (out, in) weight, by default its own."""
     default, undo = _written.get() or (torch.float32, [])
     kind = getattr(module, "source_cls", nn.Linear)
     values = dequantized(module) if weight is None else weight
@@ -134,8 +134,10 @@ def unpack(module: nn.Module, weight: torch.Tensor | None = None) -> None:
         kept |= {"forward": before[1]["forward"], "_old_forward": MethodType(kind.forward, module)}
     module.__class__ = kind
     vars(module).clear()
-    vars(module).update(vars(nn.Module()) | before[1].get("attributes", sizes) | kept | {"training": before[1]["training"]})
-    module._parameters["weight"] = nn.Parameter(values.T.contiguous() if kind is Conv1D else values, requires_grad=False)
+    vars(module).update(vars(nn.Module()) | before[1].get("attributes", sizes) | kept)
+    module.training = before[1]["training"]
+    values = values.T.contiguous() if kind is Conv1D else values
+    module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
     module._parameters["bias"] = bias
     module._modules.update((n, child) for n, child in before[1]["_modules"].items() if n != "quantized")
     undo.append(partial(_put_back, module, *before))
@@ -202,6 +204,8 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
                     found.pop(prefix + own, None)
             shape = (module.out_features, module.in_features)
             found[f"{prefix}weight"] = shape[::-1] if getattr(module, "source_cls", None) is Conv1D else shape
+            if getattr(module, "bias", None) is not None:
+                found[f"{prefix}bias"] = (module.out_features,)
     return found
 
 

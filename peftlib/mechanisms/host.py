@@ -100,7 +100,7 @@ class Host(Changes):
         self._gate: Gate | None = None
         self._exchange: Callable[[nn.Module], nn.Module] | None = None
         for module in model.modules():
-            # bitsandbytes orders 4-bit codes for a CPU kernel in the first evaluation, and has no gradient from then on.
+            # bitsandbytes orders 4-bit codes for a CPU kernel in an evaluation, and has no gradient from then on.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.state_dict()  # takes the order back
                 self.set(module, "support_avx512bf16_for_cpu", False)
@@ -304,8 +304,8 @@ class Host(Changes):
                 if weights.is_packed(parameter) or (name == "weight" and weights.packed(module)):
                     form = weights.packed(module) or parameter.dtype
                     raise UnsupportedError(
-                        f"{path}.{name} is quantized ({form}) and this changes it, which codes cannot follow. "
-                        + weights.WAY_OUT
+                        f"{path}.{name} is quantized ({form}), and this method trains it, changes it or needs its "
+                        f"gradient. {weights.WAY_OUT}"
                     )
                 if weights.offloaded(module):
                     raise UnsupportedError(
@@ -319,7 +319,7 @@ class Host(Changes):
         for site in sites:
             if (form := site.packed) is not None:
                 raise UnsupportedError(
-                    f"{site} is quantized ({form}) and this changes its weight, which codes cannot follow. "
+                    f"the weight of {site} is quantized ({form}), and this method changes it or needs its gradient. "
                     + weights.WAY_OUT
                 )
             self.check_writable(p for p in [site.module._parameters.get("weight")] if p is not None)
@@ -361,7 +361,7 @@ class Host(Changes):
         owner = self.model.get_submodule(parent)
         old = owner.get_submodule(name)
         if any(m is old for part in self.root._parts() for m, _, _ in part.children):
-            raise StateError(f"another method changes what {path} computes, and this one replaces it; name this one first")
+            raise StateError(f"another method changes what {path} computes, and this one replaces it")
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:

@@ -13,7 +13,7 @@ from torch import nn
 from peftlib.anatomy import Site
 from peftlib.errors import TargetError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.precision import cast
+from peftlib.mechanisms.precision import cast, without_autocast
 
 Init = Callable[[torch.Tensor], torch.Tensor]
 """Fills a tensor and gives it back, as the functions of torch.nn.init do."""
@@ -60,7 +60,8 @@ class LowRank(nn.Module):
 
     def delta(self) -> torch.Tensor:
         """The (out, in) update ``scale * B A``, formed in float32 or wider."""
-        return self.scale * (self.B.detach().to(self.delta_dtype) @ self.A.detach().to(self.delta_dtype))
+        with without_autocast(self.A):
+            return self.scale * (self.B.detach().to(self.delta_dtype) @ self.A.detach().to(self.delta_dtype))
 
 
 def update(y: torch.Tensor, Ax: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:

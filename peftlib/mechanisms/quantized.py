@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peftlib.anatomy import weights
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.precision import autocasts
+from peftlib.mechanisms.precision import autocasts, without_autocast
 
 BLOCK, SCALE_BLOCK = 64, 256
 """Weights that share a scale, and scales that share a scale of their own."""
@@ -306,7 +306,8 @@ def quantize_sites(
 def written(host: Host) -> Iterator[None]:
     """Inside ``with``, the host's packed maps become plain ones as soon as their weights are asked for. On an error all
     of them are packed again; else the model's config no longer says that they are quantized."""
-    with weights.written(host.anatomy.embeddings.weight.dtype) as undo:
+    embedding = host.anatomy.embeddings.weight
+    with weights.written(embedding.dtype) as undo, without_autocast(embedding):
         try:
             yield
         except BaseException:
@@ -318,8 +319,8 @@ def written(host: Host) -> Iterator[None]:
 
 
 def _say_plain(model: Any) -> None:
-    """Let a transformers model say which of its linear maps are not quantized, so that it is saved and read as it is; one
-    without any quantized map says nothing of quantization."""
+    """Let a transformers model say which of its linear maps are not quantized, so that it is saved and read as it is;
+    one without any quantized map says nothing of quantization."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return

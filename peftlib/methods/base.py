@@ -138,6 +138,9 @@ class Method:
     :meth:`start_from`."""
     clips: bool = False
     """Whether :meth:`on_gradients` clips the gradients, in the loop's place, by another norm than what trains has."""
+    replaces: bool = False
+    """Whether :meth:`attach` puts modules in the place of the backbone's, beside which other parts of a combination
+    stand."""
     source_methods: tuple[str, ...] = ()
     """The methods whose saved adapters can be sources of this one; without any it takes no sources."""
     fewest_sources: int = 2

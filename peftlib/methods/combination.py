@@ -53,6 +53,7 @@ class Combination(Method):
         self.parts = make_parts(self.part_configs())
         self.calibrates = any(part.calibrates for part in self.parts)
         self.clips = any(part.clips for part in self.parts)
+        self.replaces = any(part.replaces for part in self.parts)
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
         self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 
@@ -63,8 +64,7 @@ class Combination(Method):
             part.take_sources(tuple(s for s in sources if s.config.method in part.source_methods))
 
     def attach(self, host: Host) -> None:
-        # Those that choose among frozen parameters come last: they leave alone what another part trains.
-        for part in sorted(self.parts, key=lambda part: part.calibrates):
+        for part in self._in_order():
             part.host = self.scope(host, part)
             try:
                 part.attach(part.host)
@@ -75,6 +75,11 @@ class Combination(Method):
                 raise _Conflict(
                     f"{names} cannot be combined: {part.name} wants a place that is taken ({taken})"
                 ) from taken
+
+    def _in_order(self) -> list[Method]:
+        """The parts as they attach: first those that put maps of their own in the place of the backbone's, beside which
+        others can stand; last those that choose among frozen parameters, for they leave alone what another trains."""
+        return sorted(self.parts, key=lambda part: (part.calibrates, not part.replaces))
 
     def head(self, head: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
         for part in self.parts:
@@ -182,7 +187,7 @@ class Combination(Method):
             part.check_mergeable()
 
     def merge(self) -> None:
-        for part in self.parts:
+        for part in self._in_order():
             part.merge()
 
 

@@ -78,6 +78,7 @@ ASPECTS = {
     "__init__.py",
     "stored.py",
     "launch_script.py",
+    "packing.py",
 }
 """Files of tests/ that hold no tests."""
 

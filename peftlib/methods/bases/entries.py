@@ -33,8 +33,10 @@ class Budgeted:
         raise NotImplementedError
 
     def find_candidates(self, host: Host) -> None:
-        """Fix the candidates and a seed for random draws. Raises TargetError where k is not from 1 to all entries."""
+        """Fix the candidates and a seed for random draws. Raises TargetError where k is not from 1 to all entries,
+        UnsupportedError where the candidates are quantized or offloaded."""
         self.candidates: dict[str, nn.Parameter] = self.choices(host)
+        host.check_writable(self.candidates.values())
         self.seed = int(torch.randint(2**31, (), device="cpu"))
         if not 1 <= self.k <= self.entries:
             raise TargetError(

@@ -54,6 +54,8 @@ class LowRankUpdates(Method):
 class QuantizedUpdates(LowRankUpdates):
     """Updates beside maps whose weights are quantized first. ``quantized``: path -> quantized map."""
 
+    replaces = True
+
     def __init__(self, config: MethodConfig):
         super().__init__(config)
         self.quantized: dict[str, QuantizedLinear] = {}

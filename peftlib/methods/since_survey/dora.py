@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftlib.anatomy import Site
+from peftlib.anatomy import Site, weights
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank
@@ -105,7 +105,7 @@ class _Files(hf_peft.LowRank):
     A row of a fused map that no part adapts keeps its own length."""
 
     def untouched(self, attribute: str, first: Site, rows: int, like: torch.Tensor) -> torch.Tensor:
-        weight = first.module.weight.T if first.transposed else first.module.weight
+        weight = weights.of(first.module)
         return torch.linalg.vector_norm(weight.to(like.dtype), dim=1)
 
     def write(self, method: Method) -> tuple[dict, dict]:
@@ -133,11 +133,6 @@ class DoRA(LowRankUpdates):
                 raise UnsupportedError(
                     f"another method changes the output of {site}, and dora measures W x there; name dora before it in "
                     "combine()"
-                )
-            if not site.weight.is_floating_point():
-                raise UnsupportedError(
-                    f"dora measures the rows of {site}, whose weight is stored as {site.weight.dtype}; load the "
-                    "backbone unquantized"
                 )
         return sites
 

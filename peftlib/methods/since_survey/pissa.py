@@ -29,7 +29,6 @@ from types import SimpleNamespace
 import torch
 
 from peftlib.anatomy import Anatomy, Site
-from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank
 from peftlib.methods.base import Method, MethodConfig, at_least
@@ -115,12 +114,7 @@ class PiSSA(LowRankUpdates):
 
     def targets(self, host: Host) -> list[Site]:
         sites = super().targets(host)
-        for site in sites:
-            if not site.weight.is_floating_point():
-                raise UnsupportedError(
-                    f"pissa rewrites the weight of {site}, which is stored as {site.weight.dtype}; load the backbone "
-                    "unquantized"
-                )
+        host.check_dense(sites)
         return sites
 
     def update(self, site: Site) -> Principal:

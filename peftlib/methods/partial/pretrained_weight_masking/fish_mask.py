@@ -59,6 +59,7 @@ class FishMask(ChosenEntries):
     def attach(self, host: Host) -> None:
         self.total = sum(p.numel() for p in host.model.parameters())
         self.candidates = self.choices(host)
+        host.check_writable(self.candidates.values())
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         head = host.anatomy.head

@@ -78,6 +78,8 @@ class LadderSideTuning(Method):
     def attach(self, host: Host) -> None:
         c, parts = self.config, host.anatomy
         check_reduction(parts, c.reduction)
+        if c.init == "fisher":
+            host.check_dense(parts.sites())
         self.ladders = {stack: self._attach(host, stack) for stack in parts.stacks}
         if c.init != "random" and not parts.embeddings.weight.is_meta:
             self._prune(Importance())
@@ -131,10 +133,12 @@ class Importance:
 
     def matrix(self, site: Site) -> torch.Tensor:
         """(out, in), in float64: products of squared gradients are too small for float32."""
+        if self.scores is None:
+            return self.of(site.weight)
         scores = self.of(site.module.weight)
         return (scores.T if site.transposed else scores)[site.rows]
 
-    def of(self, parameter: nn.Parameter) -> torch.Tensor:
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
         return (parameter.detach().abs() if self.scores is None else self.scores[id(parameter)]).double()
 
 

@@ -127,6 +127,7 @@ class LoRAPrune(LowRankUpdates):
             )
         super().attach(host)
         self.blocks = layer.blocks(host, self._layers(host))
+        host.check_dense(site for block in self.blocks for site in (*block.into, block.out))
         if not any(_count(c.ratio, block) for block in self.blocks):
             raise TargetError(
                 f"ratio={c.ratio}, spare_first={c.spare_first} and spare_last={c.spare_last} remove nothing from "
