@@ -265,6 +265,7 @@ class Adapted:
         self.host.fold()
         with quantized.written(self.host):
             self.method.merge()
+            self.method.merge_inputs()
         self._leave(merge=True)
         return self.model
 

@@ -115,8 +115,8 @@ def dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def unpack(module: nn.Module, weight: torch.Tensor | None = None) -> None:
-    """Make a packed map a plain one, in its place: an nn.Linear or, where it was one, a Conv1D, with the same bias, hooks
-    and children and this (out, in) weight, by default its own."""
+    """Make a packed map a plain one, in its place: an nn.Linear or, where it was one, a Conv1D, with the same bias,
+    hooks and children and this (out, in) weight, by default its own."""
     default, undo = _written.get() or (torch.float32, [])
     kind = getattr(module, "source_cls", nn.Linear)
     values = dequantized(module) if weight is None else weight

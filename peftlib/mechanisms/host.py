@@ -272,24 +272,14 @@ class Host(Changes):
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         """Train these parameters of the backbone (biases, norms, a head) in place. Those in half precision become
-        float32, and the backbone computes with them as before (:func:`peftlib.mechanisms.precision.widen`)."""
+        float32, and the backbone computes with them as before (:mod:`peftlib.mechanisms.precision`)."""
         new = [p for p in parameters if not any(p is other for other in self.unfrozen)]
         self.check_writable(new)
-        half = {id(p) for p in new if p.dtype in precision.HALF and not self.keep_half}
-        owners = [(m, [n for n, p in m._parameters.items() if id(p) in half]) for m in self.model.modules()]
-        owners = [(module, names) for module, names in owners if names]
-        for module, names in owners:
-            self._undo.append(partial(precision.narrow, module))
-            precision.widen(module, names)
-        for module in precision.around(self.model, [module for module, _ in owners]):
-            self._hook(module.register_forward_pre_hook(precision.enter, prepend=True))
-            self._hook(module.register_forward_hook(precision.leave, always_call=True))
         for parameter in new:
-            if id(parameter) in half:
-                self._undo.append(partial(undo.put_dtype, parameter, parameter.dtype))
             self.restore_on_undo(parameter)
-            if id(parameter) in half:
-                parameter.data = parameter.data.float()
+        if not self.keep_half:
+            self._undo += precision.to_float32(self.model, new)
+        for parameter in new:
             parameter.requires_grad_(True)
             self.unfrozen.append(parameter)
 

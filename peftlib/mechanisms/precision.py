@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,28 +39,63 @@ def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # A half-precision backbone's own parameters, trained in float32
 
 
-def widen(module: nn.Module, names: Sequence[str]) -> None:
-    """Let these parameters of a module be float32, and let it compute with them in their present dtype.
+def to_float32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Callable[[], None]]:
+    """Let those of a model's parameters that are in half precision be float32, and let the model compute with them
+    rounded to the dtype that they had. Gives the steps that take this back, to be called from the last to the first.
 
-    The parameters stay the objects and keep the names that they had. Within a forward of the module, or of one around
-    it that :func:`enter` and :func:`leave` are hooks of, ``module.weight`` is the rounded one; outside it is the
-    parameter itself.
+    The parameters stay the objects and keep the names that they have. Within a forward of the model, or of a part of it
+    that has one, ``module.weight`` is the rounded one; outside it is the parameter itself.
     """
-    dtype = module.get_parameter(names[0]).dtype
-    kind = type(module)
-    if (widened := getattr(kind, "peftlib_widened", None)) is not None:
-        kind, before = widened
-        names = tuple(dict.fromkeys((*before, *names)))
-    module.register_buffer(LIKE, torch.empty(0, dtype=dtype), persistent=False)
-    module.__class__ = _computing(kind, tuple(names))
+    half = {id(p): p for p in parameters if p.dtype in HALF}
+    owners = {m: [n for n, p in m._parameters.items() if id(p) in half] for m in model.modules()}
+    owners = {module: names for module, names in owners.items() if names}
+    steps: list[Callable[[], None]] = []
+    for module, names in owners.items():
+        _widen(module, names)
+        steps.append(functools.partial(_narrow, module, names))
+    for module in _around(model, owners):
+        steps.append(module.register_forward_pre_hook(_enter, prepend=True).remove)
+        steps.append(module.register_forward_hook(_leave, always_call=True).remove)
+    for parameter in half.values():
+        steps.append(functools.partial(_put_dtype, parameter, parameter.dtype))
+        parameter.data = parameter.data.float()
+    return steps
 
 
-def narrow(module: nn.Module) -> None:
-    """Take :func:`widen` back, but for the parameters' dtype."""
-    if (widened := getattr(type(module), "peftlib_widened", None)) is not None:
-        module.__class__ = widened[0]
-    module._buffers.pop(LIKE, None)
-    module._non_persistent_buffers_set.discard(LIKE)
+@contextlib.contextmanager
+def in_float32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside ``with``, :func:`to_float32`: for a training whose results are taken before the end."""
+    steps = to_float32(model, parameters)
+    try:
+        yield
+    finally:
+        for step in reversed(steps):
+            step()
+
+
+def _put_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype)
+
+
+def _widened(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """The module's own class, and which of its parameters it rounds."""
+    return getattr(type(module), "peftlib_widened", (type(module), ()))
+
+
+def _widen(module: nn.Module, names: Sequence[str]) -> None:
+    kind, before = _widened(module)
+    like = torch.empty(0, dtype=module.get_parameter(names[0]).dtype, device=module.get_parameter(names[0]).device)
+    module.register_buffer(LIKE, like, persistent=False)
+    module.__class__ = _computing(kind, (*before, *names))
+
+
+def _narrow(module: nn.Module, names: Sequence[str]) -> None:
+    kind, before = _widened(module)
+    left = tuple(name for name in before if name not in names)
+    if before and not left:
+        module._buffers.pop(LIKE)
+        module._non_persistent_buffers_set.discard(LIKE)
+    module.__class__ = _computing(kind, left) if left else kind
 
 
 LIKE = "peftlib_like"
@@ -102,24 +137,22 @@ def _set(name: str, module: nn.Module, value: torch.Tensor) -> None:
     vars(module)[name] = value
 
 
-def enter(module: nn.Module, args: Args) -> None:
-    """A hook before a forward."""
+def _enter(module: nn.Module, args: Args) -> None:
     if not torch.compiler.is_compiling():
         _forwards.__dict__.setdefault("running", []).append(id(module))
 
 
-def leave(module: nn.Module, args: Args, output: Any) -> None:
-    """A hook after it, also where it fails."""
+def _leave(module: nn.Module, args: Args, output: Any) -> None:
     running = None if torch.compiler.is_compiling() else getattr(_forwards, "running", None)
     if running and running[-1] == id(module):
         running.pop()
 
 
-def around(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+def _around(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     """These modules and all that contain them, without those that have the hooks."""
     ids = {id(m) for m in modules}
     return [
         m
         for m in model.modules()
-        if not ids.isdisjoint(map(id, m.modules())) and enter not in m._forward_pre_hooks.values()
+        if not ids.isdisjoint(map(id, m.modules())) and _enter not in m._forward_pre_hooks.values()
     ]

@@ -57,10 +57,6 @@ def copy_back(parameter: nn.Parameter, original: torch.Tensor) -> None:
         parameter.copy_(original)
 
 
-def put_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    parameter.data = parameter.data.to(dtype)
-
-
 def makes_plain(undo: Callable[[], None]) -> bool:
     return isinstance(undo, partial) and undo.func is unparametrize
 

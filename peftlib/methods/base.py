@@ -284,6 +284,10 @@ class Method:
         """Write the method into the backbone's weights; the host then removes it. Parametrized weights and trained
         backbone parameters need nothing here."""
 
+    def merge_inputs(self) -> None:
+        """Write what the method does to the inputs of maps into their weights: after :meth:`merge` of all parts of a
+        combination, for what these add to a map's output is computed from the input that this gives."""
+
     def check_mergeable(self) -> None:
         """Raise MergeError that says why, where the method cannot be folded into plain weights."""
         if self.entry.merge == "no":

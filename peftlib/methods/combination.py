@@ -190,6 +190,10 @@ class Combination(Method):
         for part in self._in_order():
             part.merge()
 
+    def merge_inputs(self) -> None:
+        for part in reversed(self._in_order()):
+            part.merge_inputs()
+
 
 def combine(*parts: str | MethodConfig) -> CombinationConfig:
     """Several methods as one: ``attach(model, combine("prefix_tuning", "parallel_adapter"))``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from bitsandbytes import nn as bnb
 from torch import nn
 from transformers.pytorch_utils import Conv1D

@@ -188,6 +188,6 @@ class OFT(Method):
                 rotation.constrain(self.config.eps / math.sqrt(len(rotation.Q)))
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge_inputs(self) -> None:
         for site, rotation in self.updates.items():
             site.weight.copy_(rotation.merged(site.weight))

@@ -66,5 +66,12 @@ class IA3(Method):
             self.scales[site] = host.before(site, "ia3", ScaleInput(site.in_features))
 
     def merge(self) -> None:
+        self._fold(ScaleOutput)
+
+    def merge_inputs(self) -> None:
+        self._fold(ScaleInput)
+
+    def _fold(self, kind: type[ScaleInput] | type[ScaleOutput]) -> None:
         for site, scale in self.scales.items():
-            scale.fold(site)
+            if isinstance(scale, kind):
+                scale.fold(site)

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import TargetError
-from peftlib.mechanisms import importance, sparse, warmup
+from peftlib.mechanisms import importance, precision, sparse, warmup
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import ForwardPass, MethodConfig, TrainingState, at_least, between
@@ -95,23 +95,24 @@ class LTSFT(ChosenEntries):
             value = importance.loss(model, batch)
             return value + self._distance(zip(theta, theta_0)) if c.l1 else value
 
-        warmup.train(
-            self.host.model,
-            [{"params": theta, "lr": c.first_rate}],
-            batches,
-            epochs=c.epochs,
-            steps=c.steps,
-            schedule=Schedule("linear"),
-            seed=self.seed,
-            what="lt_sft, warm-up training of everything",
-            loss=loss,
-        )
         change = []
-        with torch.no_grad():
-            for theta_1, start in zip(theta, theta_0):
-                start = start.to(theta_1.device)
-                change.append((theta_1 - start).float().abs())  # |theta_1 - theta_0|, of the tensor's shape
-                theta_1.copy_(start)
+        with precision.in_float32(self.host.model, theta):
+            warmup.train(
+                self.host.model,
+                [{"params": theta, "lr": c.first_rate}],
+                batches,
+                epochs=c.epochs,
+                steps=c.steps,
+                schedule=Schedule("linear"),
+                seed=self.seed,
+                what="lt_sft, warm-up training of everything",
+                loss=loss,
+            )
+            with torch.no_grad():
+                for theta_1, start in zip(theta, theta_0):
+                    start = start.to(theta_1.device)
+                    change.append((theta_1 - start).float().abs())  # |theta_1 - theta_0|, of the tensor's shape
+                    theta_1.copy_(start)
         chosen = iter(sparse.top_entries(change[: len(free)], self.k))
         none = torch.empty(0, dtype=torch.int64, device=self.host.device)
         self.train(none if id(p) in self.frozen else next(chosen) for p in self.candidates.values())
