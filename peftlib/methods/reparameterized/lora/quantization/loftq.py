@@ -12,7 +12,8 @@ a matrix. Merging adds the product to the dequantized weight, which then is a pl
 
 Source: Li et al. 2023, arXiv:2310.08659, and its code: T = 5 (HF peft: 1), 4 or 2 bits, or between, where the first
 layers take 4 bits and the others 2; NormalFloat, or as in its GLUE script uniform levels, there with 2 bits, rank 32
-and a scale of 1. That script also decomposes the embeddings, which are left alone here. Where we differ: the best
+and a scale of 1. That script also decomposes the embeddings (``--quant_embedding``, off unless named, and not possible
+in the code's path through HF peft); here they stay as they are. Where we differ: the best
 iterate is kept, not the last (the error can rise again: at 2 bits after a few iterations, at 4 bits after more); alpha
 / r is divided out, so that a scale other than 1 leaves the start as good (HF peft takes the factors as they are); a map
 that is quantized and not a target is quantized plainly, one that is a target and not quantized gets LoRA's own start.
