@@ -128,6 +128,13 @@ def best_rate(runs: Sequence[dict[str, Any]], metric: str) -> float:
     return min((r["metrics"]["validation"]["loss"], r["spec"]["learning_rate"]) for r in good)[1]
 
 
+def decided(runs: Sequence[dict[str, Any]], metric: str) -> bool:
+    """Whether a search's runs differ by more than noise on validation data, by 2 ``TIE``. Where no rate was high enough
+    to learn anything, they do not."""
+    values = [r["metrics"]["validation"][metric] for r in runs]
+    return max(values) - min(values) > 2 * TIE
+
+
 def summarize(records: list[dict[str, Any]], metric: str, split: str = "test") -> list[dict[str, Any]]:
     """One row a method, settings and rate: mean and standard deviation of a metric over seeds, sizes and costs.
 
