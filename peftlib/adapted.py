@@ -359,6 +359,7 @@ def _attach(
             chosen.host = host
             host.take_task_ids()
             chosen.attach(host)
+            host.name_task_ids()
             head = chosen.head(head) if train_head else {}
             host.train(head.values())
         host.name_once()

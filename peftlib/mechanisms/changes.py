@@ -13,7 +13,7 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import LoadError
-from peftlib.mechanisms import undo
+from peftlib.mechanisms import call, undo
 
 
 class Changes:
@@ -146,7 +146,7 @@ class Changes:
         """
         self._undo.append(partial(undo.restore, function) if restores else function)
 
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+    def _hook(self, handle: call.Handle) -> None:
         self._undo.append(handle.remove)
 
     # The names in a state dict

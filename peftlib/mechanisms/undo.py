@@ -12,6 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
+def name_of(module: nn.Module, child: nn.Module) -> str:
+    """The child's name in the module."""
+    return next(name for name, candidate in module.named_children() if candidate is child)
+
+
 def take_out(module: nn.Module, name: str) -> None:
     del module._modules[name]
 

@@ -12,6 +12,7 @@ import torch
 
 from peftlib import taxonomy
 from peftlib.errors import ConfigError, MergeError
+from peftlib.mechanisms.call import plainly
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.schedules import Schedule, Stage, current, staged
 
@@ -65,7 +66,7 @@ class ForwardPass:
 
     def replay(self) -> Any:
         """The output of a second forward, with draws (dropout and the like) of its own; no penalty is added to it."""
-        return self.model.forward(*self.args, **self.kwargs)
+        return plainly(self.model, self.args, self.kwargs)
 
     def logits(self, output: Any = None) -> torch.Tensor:
         """The logits in this or another output."""
