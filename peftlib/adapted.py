@@ -57,6 +57,7 @@ class Adapted:
         self._head = head
         self._identity = identity
         self._attached = True
+        self._disabled = False
 
     @property
     def calibrated(self) -> bool:
@@ -74,6 +75,8 @@ class Adapted:
     def __repr__(self) -> str:
         if not self._attached:
             return f"Adapted({type(self.model).__name__}, {self.config}, no longer attached)"
+        if self._disabled:
+            return f"Adapted({type(self.model).__name__}, {self.config}, disabled)"
         count = self.count()
         return (
             f"Adapted({type(self.model).__name__}, {self.config}, "
@@ -82,7 +85,7 @@ class Adapted:
 
     def __str__(self) -> str:
         """What trains, of how much, and where: a target that matched fewer layers than was meant shows here."""
-        if not self._attached:
+        if not self._attached or self._disabled:
             return repr(self)
         count = self.count()
         head = f", {count.head:,} of them the task head's" if count.head else ""
@@ -206,6 +209,34 @@ class Adapted:
 
         return PeftCallback(self.guard)
 
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Inside ``with``, the model is the backbone as it was before :func:`attach` and answers as that did, bit for
+        bit: a reference for DPO, a teacher, a comparison. Gives the model.
+
+        >>> with torch.no_grad(), adapted.disabled() as backbone:
+        ...     reference = backbone(**batch).logits
+
+        The task head counts as part of the method: where it trains, the one from before answers. What was trained waits
+        untouched, as the same parameters; meanwhile it cannot be counted, saved, trained or taken off. The whole model
+        is disabled, for every thread. What is computed inside is also differentiated inside: gradient checkpointing
+        computes again in the backward pass. Originals that wait on the CPU are copied to the model's device each time,
+        and compiled parts run without their compiled code.
+
+        Raises StateError after ``attach(..., keep_original=False)`` when originals are needed.
+        """
+        if self._disabled:
+            yield self.model
+            return
+        self._check_attached()
+        self._check_originals()
+        with self.host.suspended():
+            self._disabled = True
+            try:
+                yield self.model
+            finally:
+                self._disabled = False
+
     # Files
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -270,11 +301,7 @@ class Adapted:
         Raises StateError after ``attach(..., keep_original=False)`` when originals were needed.
         """
         self._check_attached()
-        if not self.host.can_restore:
-            raise StateError(
-                f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
-                "load the backbone again"
-            )
+        self._check_originals()
         self._leave(merge=False)
         return self.model
 
@@ -286,6 +313,15 @@ class Adapted:
     def _check_attached(self) -> None:
         if not self._attached:
             raise StateError(f"{self.name} is no longer attached (it was merged or detached); attach it again")
+        if self._disabled:
+            raise StateError(f"{self.name} is disabled; leave `with adapted.disabled()` first")
+
+    def _check_originals(self) -> None:
+        if not self.host.can_restore:
+            raise StateError(
+                f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
+                "load the backbone again"
+            )
 
 
 class _OnDevice:

@@ -4,7 +4,8 @@ entries a method owns, and the way back."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -142,12 +143,21 @@ class Changes:
 
         Give ``functools.partial`` over a module-level function with the modules and tensors as arguments: a deep copy
         of the model then undoes its own changes, where a closure or a bound method of a container would undo the
-        original's.
+        original's. How its change is suspended is declared with :func:`peftlib.mechanisms.undo.suspends`.
         """
         self._undo.append(partial(undo.restore, function) if restores else function)
 
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._undo.append(handle.remove)
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle, stays: bool = False) -> None:
+        self._undo.append(partial(undo.unhook, handle, stays))
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside ``with``, the model computes as without the changes, bit for bit; see :meth:`Adapted.disabled`."""
+        # What was compiled has the changes in it.
+        with torch.compiler.set_stance("force_eager"), ExitStack() as resume:
+            for step in reversed(self._undo):
+                resume.callback(undo.suspend(self.model, step))
+            yield
 
     # The names in a state dict
 
@@ -159,7 +169,7 @@ class Changes:
         mine = {id(t) for child in self.paths().values() for t in (*child.parameters(), *child.buffers())}
         again = tuple(n for kind in kinds for n, t in kind(remove_duplicate=False) if id(t) in mine and n not in first)
         if again:
-            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)))
+            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)), stays=True)
 
 
 def _without(

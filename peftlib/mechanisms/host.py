@@ -229,10 +229,13 @@ class Host(Changes):
         gate = self.gate(where, module, name)
         return child if gate is None else partial(_gated, child, gate)
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
-        """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False, stays: bool = False
+    ) -> None:
+        """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword. One
+        that ``stays`` acts while the method is suspended too."""
         register = module.register_forward_pre_hook if before else module.register_forward_hook
-        self._hook(register(partial(function, *args), with_kwargs=True))
+        self._hook(register(partial(function, *args), with_kwargs=True), stays)
 
     def parametrize(self, parameter: nn.Parameter, child: nn.Module) -> nn.Module:
         """Compute a backbone parameter as ``child(parameter)`` at every use, on each module that shares it."""
@@ -330,8 +333,8 @@ class Host(Changes):
 
     def take_task_ids(self) -> None:
         """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
-        self.hook(self.model, partial(take_task_ids, self.tasks), before=True)
-        self.hook(self.model, partial(leave_model, self.tasks))
+        self.hook(self.model, partial(take_task_ids, self.tasks), before=True, stays=True)
+        self.hook(self.model, partial(leave_model, self.tasks), stays=True)
 
 
 class DryRun(Host):
@@ -348,7 +351,7 @@ class DryRun(Host):
     def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         pass
 
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle, stays: bool = False) -> None:
         handle.remove()
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
