@@ -14,6 +14,7 @@ from torch import nn
 
 from peftlib import saved
 from peftlib.errors import LoadError, StateError
+from peftlib.mechanisms import atomic
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -131,7 +132,7 @@ class Adapted:
 
         ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
         no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.
-        Raises StateError when it was done already.
+        One that fails in the middle leaves the model as it was. Raises StateError when it was done already.
         """
         self._check_attached()
         if not self.method.calibrates:
@@ -142,7 +143,11 @@ class Adapted:
         mode = self.model.training
         self.model.eval()
         try:
-            with self.guard.open():
+            with (
+                self.guard.open(),
+                atomic.kept(self.host.state().values()),
+                self.host.all_or_nothing(*self.method.parts_and_itself(), writes=False),
+            ):
                 self.method.calibrate(_OnDevice(batches, device), None if checkpoint is None else Path(checkpoint))
         finally:
             self.model.train(mode)
@@ -158,7 +163,8 @@ class Adapted:
         # Under another head a backbone may lack its pooler; the method compares the shapes of what it takes.
         shapes = (given.backbone or {}).get("shapes")
         saved.check_backbone(given, self._identity | {"shapes": shapes})
-        self.method.start_from(given)
+        with self.host.all_or_nothing(*self.method.parts_and_itself()):
+            self.method.start_from(given)
 
     # Training
 
@@ -287,12 +293,15 @@ class Adapted:
     def merge(self) -> nn.Module:
         """Fold the method into plain backbone weights and return the model, free of peftlib.
 
-        Raises MergeError that names why, for a method that has no merge.
+        A merge that fails in the middle leaves the model as it was; until it is done, the CPU keeps a copy of the
+        weights that it writes. Raises MergeError that names why, for a method that has no merge.
         """
         self._check_attached()
         self.method.check_mergeable()
-        self.method.merge()
-        self._leave(merge=True)
+        with self.host.all_or_nothing(*self.method.parts_and_itself()):
+            self.method.merge()
+            self.host.write_computed()
+            self._leave(merge=True)
         return self.model
 
     def detach(self) -> nn.Module:
@@ -302,7 +311,8 @@ class Adapted:
         """
         self._check_attached()
         self._check_originals()
-        self._leave(merge=False)
+        with self.host.all_or_nothing(writes=False):  # values that were put back stay: a second try does them again
+            self._leave(merge=False)
         return self.model
 
     def _leave(self, merge: bool) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import LoadError
-from peftlib.mechanisms import undo
+from peftlib.mechanisms import atomic, undo
 
 
 class Changes:
@@ -108,12 +108,14 @@ class Changes:
             for name, tensor in mine.items():
                 tensor.copy_(state[name])
 
+    def write_computed(self) -> None:
+        """Write parametrized weights into the backbone, for a merge."""
+        for write in self._merges:
+            write()
+
     def remove(self, merge: bool = False) -> None:
-        """Take every change back: bit for bit, or, with ``merge``, after writing parametrized weights into the backbone
-        and keeping trained parameters as they are."""
-        if merge:
-            for write in self._merges:
-                write()
+        """Take every change back: bit for bit, or, with ``merge``, keeping written and trained parameters as they
+        are."""
         for step in reversed(self._undo):
             if not (merge and undo.restores(step)):
                 step()
@@ -149,6 +151,13 @@ class Changes:
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle, stays: bool = False) -> None:
         self._undo.append(partial(undo.unhook, handle, stays))
+
+    @contextmanager
+    def all_or_nothing(self, *holders: object, writes: bool = True) -> Iterator[None]:
+        """Inside ``with``, an exception takes back what happened to the model, to the list of changes and to the
+        attributes of the ``holders``; see :func:`peftlib.mechanisms.atomic.all_or_nothing`."""
+        with atomic.all_or_nothing(self.model, *self._parts(), *holders, writes=writes):
+            yield
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

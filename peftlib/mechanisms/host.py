@@ -295,11 +295,11 @@ class Host(Changes):
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
+            self._undo.append(partial(undo.put_module, owner, name, old))
             shared = {id(parameter) for parameter in module.parameters()}
             for parameter in old.parameters():
                 if id(parameter) not in shared and not parameter.is_meta:
                     parameter.data = parameter.data.cpu()
-            self._undo.append(partial(undo.put_module, owner, name, old))
         else:
             self.root.can_restore = False
         self.root._anatomy = None  # looked up when it is next asked for
@@ -313,8 +313,8 @@ class Host(Changes):
         old = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(values.detach(), requires_grad=False)
         if self.keep_original:
-            old.data = old.data.cpu()
             self.on_remove(partial(undo.put_parameter, module, name, old), restores=True)
+            old.data = old.data.cpu()
         else:
             self.root.can_restore = False
 

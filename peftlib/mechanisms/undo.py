@@ -21,8 +21,8 @@ _SUSPENSIONS: dict[Callable[..., None], Callable[..., Step]] = {}
 
 
 def suspends(undo: Callable[..., None]) -> Callable[[Callable[..., Step]], Callable[..., Step]]:
-    """Declare a function ``f(model, *arguments of undo)`` as what suspends the change that ``undo`` takes back; it gives
-    what takes the change up again."""
+    """Declare a function ``f(model, *arguments of undo)`` as what suspends the change that ``undo`` takes back; it
+    gives what takes the change up again."""
 
     def declare(function: Callable[..., Step]) -> Callable[..., Step]:
         _SUSPENSIONS[undo] = function
@@ -132,7 +132,9 @@ def _suspend_own_attribute(model: nn.Module, module: nn.Module, name: str, value
 
 
 def unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
-    """Make the parameter plain again, in its old place among the module's."""
+    """Make the parameter plain again, in its old place among the module's; nothing where it never ceased to be."""
+    if not parametrize.is_parametrized(module, name):
+        return
     # torch keeps the computed parameter on a class of the module's own and takes it from there; deep copies share that
     # class, so this module gets its own first.
     shared = type(module)
