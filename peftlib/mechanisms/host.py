@@ -233,9 +233,12 @@ class Host(Changes):
         gate = self.gate(where, module, name)
         return partial(_changed, name, None if gate is None else undo.name_of(module, gate))
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False, stays: bool = False
+    ) -> None:
         """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword. On a
-        model of transformers it acts also where a program calls the model's ``forward`` itself.
+        model of transformers it acts also where a program calls the model's ``forward`` itself. One
+        that ``stays`` acts while the method is suspended too.
 
         A function that is to work in the replicas of torch's DataParallel takes no module among ``args``: it finds its
         child by name on the module that it is handed. Others are refused there.
@@ -245,15 +248,15 @@ class Host(Changes):
         function = partial(function, *args)
         if isinstance(module, PreTrainedModel):
             forward = call.around(module)
-            self._hook(call.Place(forward, forward.before if before else forward.behind, function))
+            self._hook(call.Place(forward, forward.before if before else forward.behind, function), stays)
         else:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
-            self._hook(register(function, with_kwargs=True))
+            self._hook(register(function, with_kwargs=True), stays)
 
-    def at_end(self, module: PreTrainedModel, function: Callable[..., Any], *args: Any) -> None:
+    def at_end(self, module: PreTrainedModel, function: Callable[..., Any], *args: Any, stays: bool = False) -> None:
         """Call ``function(*args, module)`` whenever the model's forward ends, also where it raises."""
         forward = call.around(module)
-        self._hook(call.Place(forward, forward.leaving, partial(function, *args)))
+        self._hook(call.Place(forward, forward.leaving, partial(function, *args)), stays)
 
     def parametrize(self, parameter: nn.Parameter, child: nn.Module) -> nn.Module:
         """Compute a backbone parameter as ``child(parameter)`` at every use, on each module that shares it."""
@@ -313,11 +316,11 @@ class Host(Changes):
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
+            self._undo.append(partial(undo.put_module, owner, name, old))
             shared = {id(parameter) for parameter in module.parameters()}
             for parameter in old.parameters():
                 if id(parameter) not in shared and not parameter.is_meta:
                     parameter.data = parameter.data.cpu()
-            self._undo.append(partial(undo.put_module, owner, name, old))
         else:
             self.root.can_restore = False
         self.root._anatomy = None  # looked up when it is next asked for
@@ -331,8 +334,8 @@ class Host(Changes):
         old = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(values.detach(), requires_grad=False)
         if self.keep_original:
-            old.data = old.data.cpu()
             self.on_remove(partial(undo.put_parameter, module, name, old), restores=True)
+            old.data = old.data.cpu()
         else:
             self.root.can_restore = False
 
@@ -364,8 +367,8 @@ class Host(Changes):
         parts = self.anatomy
         inputs = [parts.stack_inputs(stack) for stack in parts.stacks]
         for module in {id(m): m for m in (self.model, parts.base, *inputs)}.values():
-            self.hook(module, enter_model, self.tasks, before=True)
-            self.at_end(cast(PreTrainedModel, module), leave_model, self.tasks)
+            self.hook(module, enter_model, self.tasks, before=True, stays=True)
+            self.at_end(cast(PreTrainedModel, module), leave_model, self.tasks, stays=True)
 
     def name_task_ids(self) -> None:
         """Let the model's signature name ``task_ids``, so that ``transformers.Trainer`` keeps the column, and its
@@ -394,7 +397,7 @@ class DryRun(Host):
     def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         pass
 
-    def _hook(self, handle: call.Handle) -> None:
+    def _hook(self, handle: call.Handle, stays: bool = False) -> None:
         handle.remove()
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import LoadError
-from peftlib.mechanisms import bits
+from peftlib.mechanisms import bits, undo
 from peftlib.mechanisms.host import Host
 
 
@@ -111,6 +111,17 @@ class SparseValues(nn.Module):
 def _restore(child: SparseValues, tensor: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.view(-1)[child.indices.long()] = child.original
+
+
+@undo.suspends(_restore)
+def _suspend(model: nn.Module, child: SparseValues, tensor: torch.Tensor) -> undo.Step:
+    _write(child, tensor, child.original)
+    return partial(_write, child, tensor, child.values.detach())
+
+
+def _write(child: SparseValues, tensor: torch.Tensor, values: torch.Tensor) -> None:
+    # Through .data, as in the forward pass.
+    tensor.data.view(-1)[child.indices.long()] = values.to(tensor.dtype)
 
 
 def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) -> SparseValues:

@@ -164,6 +164,10 @@ class Method:
     def entry(self) -> taxonomy.Entry:
         return taxonomy.entry(self.name)
 
+    def parts_and_itself(self) -> tuple[Method, ...]:
+        """The methods whose state this one's attributes hold: itself and, of a combination, its parts."""
+        return (self,)
+
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         """Keep the adapters that this method builds on. Raises ConfigError for too few, or of a wrong method."""
         if not self.source_methods:

@@ -56,6 +56,9 @@ class Combination(Method):
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
         self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 
+    def parts_and_itself(self) -> tuple[Method, ...]:
+        return (self, *(method for part in self.parts for method in part.parts_and_itself()))
+
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         """Each part that builds on sources gets those of its kinds."""
         super().take_sources(sources)

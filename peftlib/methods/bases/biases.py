@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import UnsupportedError
-from peftlib.mechanisms import importance, warmup
+from peftlib.mechanisms import atomic, importance, warmup
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.importance import Batch
 from peftlib.methods.base import MethodConfig, at_least, between
@@ -102,31 +102,31 @@ def search_masks(
     """
     parameters, beside = list(parameters), list(beside)
     batches = batches if warmup.sized(batches) else list(batches)
-    starts = [p.detach().clone() for p in (*parameters, *beside)]
-    masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
-    total = sum(p.numel() for p in parameters)
+    with atomic.kept((*parameters, *beside)) as starts:
+        masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        total = sum(p.numel() for p in parameters)
 
-    @torch.no_grad()
-    def set_back() -> None:
-        for parameter, mask, start in zip(parameters, masks, starts):
-            parameter.copy_(torch.where(mask, parameter, start))
+        @torch.no_grad()
+        def set_back() -> None:
+            for parameter, mask, start in zip(parameters, masks, starts):
+                parameter.copy_(torch.where(mask, parameter, start))
 
-    for round_ in range(1, rounds + 1):
-        warmup.train(
-            model,
-            [{"params": [*parameters, *beside], "lr": rate}],
-            batches,
-            epochs=epochs / rounds,
-            steps=None if steps is None else math.ceil(steps / rounds),
-            seed=seed + round_,
-            what=f"{what}, round {round_} of {rounds}",
-            after_step=set_back,
-        )
-        scores = importance.first_order(model, parameters, batches, limit, starts[: len(parameters)])
-        kept = budget if round_ == rounds else round(total * (budget / total) ** (round_ / rounds))
-        masks = choose(scores, masks, kept)
-        set_back()
-    with torch.no_grad():
-        for parameter, start in zip((*parameters, *beside), starts):
-            parameter.copy_(start)
-    return masks
+        for round_ in range(1, rounds + 1):
+            warmup.train(
+                model,
+                [{"params": [*parameters, *beside], "lr": rate}],
+                batches,
+                epochs=epochs / rounds,
+                steps=None if steps is None else math.ceil(steps / rounds),
+                seed=seed + round_,
+                what=f"{what}, round {round_} of {rounds}",
+                after_step=set_back,
+            )
+            scores = importance.first_order(model, parameters, batches, limit, starts[: len(parameters)])
+            kept = budget if round_ == rounds else round(total * (budget / total) ** (round_ / rounds))
+            masks = choose(scores, masks, kept)
+            set_back()
+        with torch.no_grad():
+            for parameter, start in zip((*parameters, *beside), starts):
+                parameter.copy_(start)
+        return masks
