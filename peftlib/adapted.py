@@ -190,7 +190,8 @@ class Adapted:
 
     @contextmanager
     def task(self, index: int) -> Iterator[Adapted]:
-        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``.
+        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``. With
+        several tasks, rows that name none are an error outside.
 
         Raises DataError for a task that the method does not know.
         """

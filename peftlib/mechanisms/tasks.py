@@ -17,7 +17,7 @@ class Tasks:
     def __init__(self) -> None:
         self.given: torch.Tensor | None = None
         self.running = False
-        self.default = 0
+        self.default: int | None = None
         self.count: int | None = None
         """How many tasks the method knows; None where it knows none, or one for all."""
 
@@ -38,11 +38,21 @@ class Tasks:
         """The tasks of equal parts of the rows. The batch's count during the model's forward and where checkpointing
         repeats a part of it; an encoder that ``generate()`` runs on its own belongs to the default task."""
         if self.given is None or not (self.running or torch.is_grad_enabled()):
-            return torch.full((1,), self.default, device=device)
+            return torch.full((1,), self._unnamed(), device=device)
         given = self.given.to(device)
         if rows % len(given):
             raise DataError(f"the batch has {len(given)} task_ids, which do not fit {rows} rows")
         return given
+
+    def _unnamed(self) -> int:
+        """The task of rows that name none. Raises DataError where there are several and nothing says which."""
+        if self.default is None and (self.count or 1) > 1:
+            raise DataError(
+                f"this adapter serves {self.count} tasks, and nothing says which one these rows are of: give task_ids "
+                "(rows,) beside the model's inputs (transformers.Trainer drops that column unless its arguments have "
+                "remove_unused_columns=False), or run inside `with adapted.task(number)`"
+            )
+        return self.default or 0
 
     def check(self, ids: torch.Tensor | int) -> None:
         """Raise DataError for a task that the method does not know."""
