@@ -18,6 +18,7 @@ from peftlib.mechanisms import atomic
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
+from peftlib.training import accumulation
 from peftlib.training.lifecycle import Guard, Lifecycle
 
 if TYPE_CHECKING:
@@ -168,11 +169,14 @@ class Adapted:
 
     # Training
 
-    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle:
+    def lifecycle(
+        self, total_steps: int, step: int = 0, max_norm: float | None = None, *, accumulation: int = 1
+    ) -> Lifecycle:
         """The method's training hooks for a loop of your own; see :class:`peftlib.training.Lifecycle`. A resumed run
-        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves."""
+        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves;
+        ``accumulation`` is how many backward passes an optimizer step has at most."""
         self._check_attached()
-        return Lifecycle(self.guard, total_steps, step, max_norm)
+        return Lifecycle(self.guard, total_steps, step, max_norm, accumulation)
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
@@ -195,7 +199,8 @@ class Adapted:
 
     @contextmanager
     def task(self, index: int) -> Iterator[Adapted]:
-        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``.
+        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``. With
+        several tasks, rows that name none are an error outside.
 
         Raises DataError for a task that the method does not know.
         """
@@ -415,8 +420,10 @@ def _attach(
     adapted = Adapted(model, chosen, host, head, here)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
+    host.hook(model, accumulation.take_share, before=True)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
+    host.hook(model, accumulation.give_share)
     cast(Any, model).peftlib_adapted = adapted
     return adapted
 

@@ -19,7 +19,7 @@ class InModel(Local):
     the tasks of the rows that ``generate()`` was given."""
 
     depth = 0
-    default = 0
+    default: int | None = None
     generating: torch.Tensor | None = None
 
 
@@ -33,12 +33,12 @@ class Tasks:
         self._here = InModel()
 
     @property
-    def default(self) -> int:
+    def default(self) -> int | None:
         """The task, in this thread, of rows that name none."""
         return self._here.default
 
     @default.setter
-    def default(self, task: int) -> None:
+    def default(self, task: int | None) -> None:
         self._here.default = task
 
     def ids(self, rows: int, device: torch.device) -> torch.Tensor:
@@ -79,9 +79,17 @@ class Tasks:
             )
 
     def _unnamed(self) -> torch.Tensor:
-        """The tasks of rows without ``task_ids``."""
+        """The tasks of rows without ``task_ids``. Raises DataError where there are several and nothing says which."""
         here = self._here
-        return torch.full((1,), here.default) if here.generating is None else here.generating
+        if here.generating is not None:
+            return here.generating
+        if here.default is None and (self.count or 1) > 1:
+            raise DataError(
+                f"this adapter serves {self.count} tasks, and nothing says which one these rows are of: give task_ids "
+                "(rows,) beside the model's inputs (transformers.Trainer drops that column unless its arguments have "
+                "remove_unused_columns=False), or run inside `with adapted.task(number)`"
+            )
+        return torch.full((1,), here.default or 0)
 
     def enter(self, ids: torch.Tensor | None) -> None:
         """A forward begins; one inside another has the other's tasks."""

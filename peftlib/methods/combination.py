@@ -122,6 +122,9 @@ class Combination(Method):
             )
         return next(iter(found.values()), super().stages(total))
 
+    def counts_passes(self, training: TrainingState) -> bool:
+        return any(part.counts_passes(training) for part in self.parts)
+
     def on_step_start(self, training: TrainingState) -> None:
         for part in self.parts:
             part.on_step_start(training)
