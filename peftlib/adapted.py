@@ -14,7 +14,7 @@ from torch import nn
 
 from peftlib import saved
 from peftlib.errors import LoadError, StateError
-from peftlib.mechanisms import atomic
+from peftlib.mechanisms import atomic, quantized
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -299,13 +299,16 @@ class Adapted:
         """Fold the method into plain backbone weights and return the model, free of peftlib.
 
         A merge that fails in the middle leaves the model as it was; until it is done, the CPU keeps a copy of the
-        weights that it writes. Raises MergeError that names why, for a method that has no merge.
+        weights that it writes. Maps of a quantized backbone into which something is merged become plain ones: the codes
+        that they had could not follow. Raises MergeError that names why, for a method that has no merge, or an offloaded
+        weight.
         """
         self._check_attached()
         self.method.check_mergeable()
         with self.host.all_or_nothing(*self.method.parts_and_itself()):
-            self.method.merge()
-            self.host.write_computed()
+            self.host.fold()
+            with quantized.written(self.host):
+                self.method.merge()
             self._leave(merge=True)
         return self.model
 
@@ -359,6 +362,7 @@ def attach(
     sources: Sequence[str | os.PathLike[str] | SavedAdapter] = (),
     train_head: bool = True,
     keep_original: bool = True,
+    keep_half: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Adapted:
@@ -372,6 +376,8 @@ def attach(
         train_head: train the new task head too (classification, token and span heads; language-model heads are
             pretrained and stay frozen).
         keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
+        keep_half: on a half-precision backbone let what trains be in half precision too, which loses small steps. By
+            default it is float32, and the backbone computes with it rounded to its own dtype.
         seed: seeds the new parameters; the global random state is left alone.
 
     Raises:
@@ -388,7 +394,7 @@ def attach(
     here = saved.identity(model)
     for source in given:
         saved.check_backbone(source, here)
-    return _attach(model, chosen, given, here, train_head, keep_original, seed)
+    return _attach(model, chosen, given, here, train_head, keep_original, keep_half, seed)
 
 
 def _attach(
@@ -398,10 +404,11 @@ def _attach(
     here: dict[str, Any],
     train_head: bool,
     keep_original: bool,
+    keep_half: bool = False,
     seed: int = 0,
 ) -> Adapted:
     chosen.take_sources(sources)
-    host = Host(model, keep_original=keep_original)
+    host = Host(model, keep_original, keep_half)
     head = dict(host.anatomy.head)
     devices = [host.device] if host.device.type == "cuda" else []
     try:
@@ -428,14 +435,20 @@ def _attach(
     return adapted
 
 
-def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, keep_original: bool = True) -> Adapted:
+def load(
+    model: nn.Module,
+    adapter: str | os.PathLike[str] | SavedAdapter,
+    *,
+    keep_original: bool = True,
+    keep_half: bool = False,
+) -> Adapted:
     """Attach a saved adapter to the backbone it was made for.
 
     Args:
         model: the backbone, of the same family and shapes as when it was saved.
         adapter: the folder that :meth:`Adapted.save` wrote, or what :func:`peftlib.read` and
             :meth:`Adapted.snapshot` give.
-        keep_original: as in :func:`attach`.
+        keep_original, keep_half: as in :func:`attach`.
 
     Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
     changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
@@ -448,7 +461,7 @@ def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, ke
     assert given.state is not None, "a source without its tensors cannot be loaded"
     # What the sources gave is in the adapter's own tensors; how they were built is all that is needed of them.
     sources = tuple(replace(source, state=None) for source in given.sources)
-    adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original)
+    adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original, keep_half)
     try:
         adapted._load_state(given.state)
     except BaseException:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftlib import anatomy
-from peftlib.errors import LoadError, StateError
+from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.methods.base import SavedAdapter
 from peftlib.methods.registry import config as method_config
 
@@ -45,6 +45,8 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
         assert saved.state is not None, "a source without its tensors cannot be written"
         save_file(saved.state, scratch / WEIGHTS, metadata={"format": "pt"})
         document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in saved.state.values() if t.is_floating_point()}
+        document["dtype"] = " and ".join(sorted(dtypes))
         if saved.notes:
             document["notes"] = saved.notes
         if saved.sources:
@@ -99,16 +101,29 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
 def identity(model: nn.Module) -> dict[str, Any]:
     """What tells one backbone from another: class, shapes, and a hash of one weight."""
     parts = anatomy.of(model)
-    shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
-    weight = cast(torch.Tensor, parts.sites()[0].module.weight)
+    first = parts.sites()[0]
+    shapes = sorted(anatomy.weights.shapes(parts.base).items())
     return {
         "model_type": parts.config.model_type,
         "class": type(model).__name__,
         "name": getattr(parts.config, "_name_or_path", ""),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": anatomy.weights.count(model),
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-        "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
+        "dtype": first.packed or str(first.module.get_parameter("weight").dtype).removeprefix("torch."),
+        "weights": _hash(first),
     }
+
+
+def _hash(site: anatomy.Site) -> str:
+    """Of a site's weight, as the numbers that it stands for; empty where they are not there."""
+    weight = site.module._parameters.get("weight")
+    if weight is not None and weight.is_meta:
+        return ""
+    try:
+        values = anatomy.weights.dequantized(site.module) if site.packed else cast(torch.Tensor, weight)
+    except UnsupportedError:
+        return ""
+    return hashlib.sha256(_bytes(values)).hexdigest()
 
 
 def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
@@ -123,7 +138,10 @@ def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
             f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
             f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
         )
-    if saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
+    kinds = {saved.get("dtype", "float32"), here.get("dtype", "float32")}
+    # The hash is of bfloat16 numbers: those of the other forms are rounded otherwise.
+    comparable = len(kinds) == 1 or kinds <= {"float32", "bfloat16", "float64"}
+    if comparable and saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
         warnings.warn(
             f"{folder} was trained on {saved.get('name') or 'a backbone'} with other weights than this model has; "
             "results will differ from those it was saved with",

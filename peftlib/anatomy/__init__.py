@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from peftlib.anatomy import weights
 from peftlib.anatomy.families import FAMILIES, Family, Stack
 from peftlib.errors import TargetError, UnsupportedError
 
@@ -60,8 +61,7 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Whether the module stores its weight as (in, out), as transformers' Conv1D does."""
-        # A parametrized module has a class of its own, below the one that it had.
-        return any(cls.__name__ == "Conv1D" for cls in type(self.module).__mro__)
+        return weights.transposed(self.module)
 
     @property
     def in_features(self) -> int:
@@ -80,9 +80,15 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The (out_features, in_features) weight; a view, so writing to it changes the module."""
-        weight = self._map.weight.T if self.transposed else self._map.weight
-        return weight[self.rows]
+        """The (out_features, in_features) weight; a view, so writing to it changes the module. Of a packed or offloaded
+        weight it is a copy in floating point (:mod:`peftlib.anatomy.weights`); within a merge a packed one is unpacked
+        first."""
+        return weights.of(self.module)[self.rows]
+
+    @property
+    def packed(self) -> str | None:
+        """The form in which the weight is kept, where it is not plain numbers: "Params4bit", "int8", ...; else None."""
+        return weights.packed(self.module)
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -108,11 +108,6 @@ class Changes:
             for name, tensor in mine.items():
                 tensor.copy_(state[name])
 
-    def write_computed(self) -> None:
-        """Write parametrized weights into the backbone, for a merge."""
-        for write in self._merges:
-            write()
-
     def remove(self, merge: bool = False) -> None:
         """Take every change back: bit for bit, or, with ``merge``, keeping written and trained parameters as they
         are."""
@@ -129,6 +124,16 @@ class Changes:
             parameter.grad = None
 
     # The way back
+
+    def fold(self) -> None:
+        """Write parametrized weights into the backbone, and make them plain parameters again."""
+        for write in self._merges:
+            write()
+        if self._merges:
+            for step in [step for step in reversed(self._undo) if undo.makes_plain(step)]:
+                step()
+                self._undo.remove(step)
+        self._merges.clear()
 
     def restore_on_undo(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Promise that :meth:`remove` puts this parameter's present values back; gives the copy of them."""

@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from peftlib import anatomy
-from peftlib.anatomy import Anatomy, Layer, Site
-from peftlib.errors import StateError
-from peftlib.mechanisms import call, undo
+from peftlib.anatomy import Anatomy, Layer, Site, weights
+from peftlib.errors import StateError, UnsupportedError
+from peftlib.mechanisms import call, precision, undo
 from peftlib.mechanisms.changes import Changes
 from peftlib.mechanisms.outputs import Args, state_of, with_state
 from peftlib.mechanisms.tasks import Tasks, enter_model, generate_with_tasks, leave_model
@@ -44,11 +44,12 @@ def _changed(name: str, gate: str | None, module: nn.Module, x: torch.Tensor, y:
 
 
 def _after(change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> torch.Tensor:
+    x = args[0].to(output.device)  # accelerate brings it to the module after the hooks before the forward
     if part is None:
-        return change(module, args[0], output)
+        return change(module, x, output)
     index, of = part
     pieces = list(output.chunk(of, dim=-1))
-    pieces[index] = change(module, args[0], pieces[index])
+    pieces[index] = change(module, x, pieces[index])
     return torch.cat(pieces, dim=-1)
 
 
@@ -89,17 +90,24 @@ class Host(Changes):
         model: a transformers model of a family that :mod:`peftlib.anatomy` knows. Every parameter is frozen.
         keep_original: keep copies of backbone parameters that are trained or replaced, so that :meth:`remove` can
             restore them. Costs their memory on the CPU.
+        keep_half: on a half-precision backbone let what trains be in half precision too.
     """
 
     root: Host
 
-    def __init__(self, model: nn.Module, keep_original: bool = True):
+    def __init__(self, model: nn.Module, keep_original: bool = True, keep_half: bool = False):
         super().__init__(model, keep_original)
+        self.keep_half = keep_half
         self.tasks = Tasks()
         self._anatomy: Anatomy | None = anatomy.of(model)
         self._layers: tuple[int, ...] | None = None
         self._gate: Gate | None = None
         self._exchange: Callable[[nn.Module], nn.Module] | None = None
+        for module in model.modules():
+            # bitsandbytes orders 4-bit codes for a CPU kernel in the first evaluation, and has no gradient from then on.
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.state_dict()  # takes the order back
+                self.set(module, "support_avx512bf16_for_cpu", False)
 
     def scope(
         self,
@@ -156,13 +164,18 @@ class Host(Changes):
 
     @property
     def device(self) -> torch.device:
-        return self.anatomy.embeddings.weight.device
+        """Where the model takes its inputs."""
+        return weights.device(self.anatomy.embeddings) or torch.device("cpu")
 
     @property
     def size(self) -> int:
         """How many parameters the backbone has below its task head, without what was added to it."""
         added = {id(p) for part in self.root._parts() for _, _, child in part.children for p in child.parameters()}
-        return sum(p.numel() for p in self.anatomy.named_parameters().values() if id(p) not in added)
+        found = 0
+        for root in [self.anatomy.base] if self.anatomy.whole else [layer.module for layer in self.anatomy.layers]:
+            here = {n for n, p in root.named_parameters() if id(p) in added}
+            found += sum(torch.Size(shape).numel() for n, shape in weights.shapes(root).items() if n not in here)
+        return found
 
     # The seams
 
@@ -173,6 +186,7 @@ class Host(Changes):
         if self._exchange is not None:
             child = self._exchange(child)
         module.add_module(name, child)
+        self._fit(child, module)
         child.train(module.training)
         self.children.append((module, name, child))
         self._undo.append(partial(undo.take_out, module, name))
@@ -269,7 +283,8 @@ class Host(Changes):
         ]
         if not owners:
             raise StateError("a weight is computed by another method already; detach() that one, or combine others")
-        child.to(parameter.device)
+        self.check_writable([parameter])
+        self._fit(child, owners[0][0])
         for module, name in owners:
             self._undo.append(partial(undo.unparametrize, module, name, list(module._parameters)))
             parametrize.register_parametrization(module, name, child, unsafe=True)
@@ -280,17 +295,73 @@ class Host(Changes):
         return child
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Train these parameters of the backbone (biases, norms, a head) in place."""
-        for parameter in parameters:
-            if any(parameter is p for p in self.unfrozen):
-                continue
+        """Train these parameters of the backbone (biases, norms, a head) in place. Those in half precision become
+        float32, and the backbone computes with them as before (:func:`peftlib.mechanisms.precision.widen`)."""
+        new = [p for p in parameters if not any(p is other for other in self.unfrozen)]
+        self.check_writable(new)
+        half = {id(p) for p in new if p.dtype in precision.HALF and not self.keep_half}
+        owners = [(m, [n for n, p in m._parameters.items() if id(p) in half]) for m in self.model.modules()]
+        owners = [(module, names) for module, names in owners if names]
+        for module, names in owners:
+            self._undo.append(partial(precision.narrow, module))
+            precision.widen(module, names)
+        for module in precision.around(self.model, [module for module, _ in owners]):
+            self._hook(module.register_forward_pre_hook(precision.enter, prepend=True))
+            self._hook(module.register_forward_hook(precision.leave, always_call=True))
+        for parameter in new:
+            if id(parameter) in half:
+                self._undo.append(partial(undo.put_dtype, parameter, parameter.dtype))
+            self.restore_on_undo(parameter)
+            if id(parameter) in half:
+                parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             self.unfrozen.append(parameter)
-            self.restore_on_undo(parameter)
+
+    def check_writable(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Raise UnsupportedError where one of these parameters of the backbone is no plain tensor that stays where it
+        is: where it is packed by a quantization, or offloaded."""
+        ids = {id(p) for p in parameters}
+        for path, module in self.model.named_modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) not in ids:
+                    continue
+                if weights.is_packed(parameter) or (name == "weight" and weights.packed(module)):
+                    form = weights.packed(module) or parameter.dtype
+                    raise UnsupportedError(
+                        f"{path}.{name} is quantized ({form}) and this changes it, which codes cannot follow. "
+                        + weights.WAY_OUT
+                    )
+                if weights.offloaded(module):
+                    raise UnsupportedError(
+                        f"{path}.{name} is offloaded, so it cannot be trained or changed; name {path!r} in device_map "
+                        "to keep it on a device, leave a head as it is with train_head=False, or choose a method that "
+                        "leaves weights as they are (lora, ia3, ...)"
+                    )
+
+    def check_dense(self, sites: Iterable[Site]) -> None:
+        """:meth:`check_writable` for the weights of these sites."""
+        for site in sites:
+            if (form := site.packed) is not None:
+                raise UnsupportedError(
+                    f"{site} is quantized ({form}) and this changes its weight, which codes cannot follow. "
+                    + weights.WAY_OUT
+                )
+            self.check_writable(p for p in [site.module._parameters.get("weight")] if p is not None)
+
+    def _fit(self, child: nn.Module, module: nn.Module) -> None:
+        """Bring a new child to the device of the module that it changes and, where half precision is kept, to its
+        dtype."""
+        if (device := weights.device(module)) is not None and all(p.device != device for p in child.parameters()):
+            child.to(device)
+        if self.keep_half:
+            dtype = next((p.dtype for p in module.parameters() if p.dtype in weights.PLAIN), None)
+            if dtype in precision.HALF:
+                child.to(dtype)
 
     def write(self, site: Site) -> torch.Tensor | None:
         """Declare that the method writes into a site's frozen weight, without a gradient. Gives the weight (out, in) as
         it is now, on the CPU; None where no copy is kept."""
+        self.check_dense([site])
         weight = site.module._parameters.get("weight")
         if weight is None or weight.requires_grad:
             raise StateError(f"the weight of {site} is computed or trained by another method; detach() that one first")
@@ -313,6 +384,10 @@ class Host(Changes):
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
         old = owner.get_submodule(name)
+        if any(m is old for part in self.root._parts() for m, _, _ in part.children):
+            raise StateError(
+                f"another method changes what {path} computes, and this one replaces it; name this one first"
+            )
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:

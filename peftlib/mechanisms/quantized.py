@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftlib.anatomy import weights
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import autocasts
@@ -241,7 +243,12 @@ class QuantizedLinear(nn.Module):
             raise UnsupportedError(
                 f"only nn.Linear and transformers' Conv1D can be quantized, not {type(module).__name__}"
             )
-        self.original = type(module)
+        if (form := weights.packed(module)) is not None:
+            raise UnsupportedError(
+                f"the weight of a {type(module).__name__} is kept as {form} already; load the backbone unquantized, or "
+                "attach lora, which trains beside it as it is"
+            )
+        self.source_cls = type(module)
         self.attributes = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         self.out_features, self.in_features = weight.shape
@@ -250,14 +257,14 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", module.bias)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The dtype that the weight would have."""
         return cast(torch.Tensor, self.quantized.like).dtype
 
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized (out, in) weight: a fresh tensor, so writing to it changes nothing."""
-        return self.quantized(self._dtype)
+        return self.quantized(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if autocasts(x):
@@ -268,20 +275,9 @@ class QuantizedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Linear.apply(x.to(dtype), bias, self.quantized)
 
-    def dense(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The dequantized (out, in) weight in float32 or wider, to compute a merged one from."""
-        return self.quantized(torch.promote_types(self._dtype, torch.float32))
-
-    def plain(self, weight: torch.Tensor) -> nn.Module:
-        """An unquantized module of the original's class and attributes with this (out, in) weight, rounded to the
-        original's dtype, and the same bias parameter."""
-        weight = weight.to(self._dtype)
-        module = self.original.__new__(self.original)
-        nn.Module.__init__(module)
-        vars(module).update(self.attributes)
-        module.weight = nn.Parameter(weight.T.contiguous() if self.original is Conv1D else weight)
-        module.register_parameter("bias", self.bias)
-        return module.train(self.training)
+        return self.quantized(torch.promote_types(self.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -304,3 +300,35 @@ def quantize_sites(
         module = QuantizedLinear(host.model.get_submodule(path), dtype, quantize)
         modules[path] = host.replace(path, module)
     return modules
+
+
+@contextmanager
+def written(host: Host) -> Iterator[None]:
+    """Inside ``with``, the host's packed maps become plain ones as soon as their weights are asked for. On an error all
+    of them are packed again; else the model's config no longer says that they are quantized."""
+    with weights.written(host.anatomy.embeddings.weight.dtype) as undo:
+        try:
+            yield
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+    if undo:
+        _say_plain(host.model)
+
+
+def _say_plain(model: Any) -> None:
+    """Let a transformers model say which of its linear maps are not quantized, so that it is saved and read as it is; one
+    without any quantized map says nothing of quantization."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return
+    maps = {n: m for n, m in model.named_modules() if hasattr(m, "in_features") or isinstance(m, Conv1D)}
+    if any(weights.packed(m) for m in maps.values()):
+        name = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+        plain = [n for n, m in maps.items() if weights.packed(m) is None]
+        setattr(config, name, sorted({*(getattr(config, name, None) or ()), *plain}))
+    else:
+        del model.config.quantization_config
+        for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+            vars(model).pop(name, None)

@@ -196,6 +196,19 @@ def _resume_values(places: list[tuple[nn.Module, str]], parameter: nn.Parameter)
         module._parameters[name] = parameter
 
 
+def put_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype)
+
+
+@suspends(put_dtype)
+def _suspend_dtype(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> Step:
+    return nothing  # the values from before have theirs
+
+
+def makes_plain(undo: Callable[[], None]) -> bool:
+    return isinstance(undo, partial) and undo.func is unparametrize
+
+
 def puts_back(undo: Callable[[], None], parameter: nn.Parameter) -> TypeGuard[partial[None]]:
     return isinstance(undo, partial) and undo.func is copy_back and undo.args[0] is parameter
 

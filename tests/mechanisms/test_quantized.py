@@ -8,6 +8,7 @@ from scipy.stats import norm
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftlib.anatomy import weights
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import quantized
 from peftlib.mechanisms.quantized import NF4, NormalFloatWeight, QuantizedLinear, dynamic_levels
@@ -222,7 +223,8 @@ def test_the_dequantized_weight_is_not_kept_for_the_backward_pass(mode):
 def test_plain_is_a_module_of_the_same_kind(kind):
     module = _modules(kind)
     mine = QuantizedLinear(module)
-    plain = mine.plain(mine.dense())
+    weights.unpack(mine)
+    plain = mine
     assert type(plain) is type(module)
     assert plain.bias is module.bias
     assert list(plain.state_dict()) == list(module.state_dict())

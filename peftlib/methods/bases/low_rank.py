@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peftlib.anatomy import Site
+from peftlib.anatomy import Site, weights
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight, sites_of_rank
 from peftlib.mechanisms.quantized import QuantizedLinear
@@ -68,13 +68,17 @@ class QuantizedUpdates(LowRankUpdates):
         super().attach(host)
 
     def merge(self) -> None:
-        """Put plain maps in the place of the quantized ones: ``W <- dequantized W + delta``, rounded once."""
-        for path, module in self.quantized.items():
-            weight = module.dense()  # (out, in)
+        """Make the quantized maps plain ones: ``W <- dequantized W + delta``, rounded once."""
+        merged = set()
+        for module in self.quantized.values():
+            if weights.packed(module) is None:
+                continue  # another part of a combination has written into it
+            weight = module.dequantize()  # (out, in)
             for site, update in self.updates.items():
                 if site.module is module:
                     weight[site.rows] += update.delta()
-            self.host.replace(path, module.plain(weight))
+                    merged.add(site)
+            weights.unpack(module, weight)
         for site, update in self.updates.items():
-            if site.path not in self.quantized:
+            if site not in merged:
                 add_to_weight(site, update.delta())
