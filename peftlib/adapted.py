@@ -300,8 +300,8 @@ class Adapted:
 
         A merge that fails in the middle leaves the model as it was; until it is done, the CPU keeps a copy of the
         weights that it writes. Maps of a quantized backbone into which something is merged become plain ones: the codes
-        that they had could not follow. Raises MergeError that names why, for a method that has no merge, or an offloaded
-        weight.
+        that they had could not follow. Raises MergeError that names why, for a method that has no merge, or an
+        offloaded weight.
         """
         self._check_attached()
         self.method.check_mergeable()

@@ -93,6 +93,14 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight)  # (b, t) -> (b, t, d)
 
+    def unpack(self, weight: torch.Tensor) -> None:
+        """Become a plain table with this weight; hooks and children stay."""
+        plain = nn.Embedding.from_pretrained(weight.to(self.weight.dtype))
+        del self.quantized
+        self.__class__ = nn.Embedding  # type: ignore[assignment]
+        vars(self).update({name: value for name, value in vars(plain).items() if not name.startswith("_")})
+        self.register_parameter("weight", plain.weight)
+
 
 class EmbeddingUpdate(nn.Module):
     """``forward(ids, y) = y + scale * B[ids] A`` for the output y (b, t, d) of a table: B (V, r), A (r, d)."""
@@ -173,9 +181,8 @@ class LoftQ(QuantizedUpdates):
 
     def merge(self) -> None:
         super().merge()
-        for path, (table, update) in self.tables.items():
-            weight = table.quantized(torch.float32) + update.delta()  # (V, d)
-            self.host.replace(path, nn.Embedding.from_pretrained(weight.to(table.weight.dtype)))
+        for table, update in self.tables.values():
+            table.unpack(table.quantized(torch.float32) + update.delta())  # (V, d)
 
 
 def find_tables(host: Host, names: tuple[str, ...], rank: int) -> dict[str, nn.Embedding]:
