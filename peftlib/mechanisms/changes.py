@@ -109,8 +109,10 @@ class Changes:
                 tensor.copy_(state[name])
 
     def remove(self, merge: bool = False) -> None:
-        """Take every change back: bit for bit, or, with ``merge``, keeping written and trained parameters as they
-        are."""
+        """Take every change back: bit for bit, or, with ``merge``, after :meth:`fold` and keeping written and trained
+        parameters as they are."""
+        if merge:
+            self.fold()
         for step in reversed(self._undo):
             if not (merge and undo.restores(step)):
                 step()
