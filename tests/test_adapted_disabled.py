@@ -12,10 +12,17 @@ import peftlib
 from peftlib.conformance.case import Case, backbone, logits
 from peftlib.conformance.checks import assert_same_structure, structure_of
 from peftlib.errors import StateError
+from peftlib.mechanisms import tasks
 from tests.conformance import matrix
 from tests.methods.helpers import perturb
 
 LORA = Case("lora", "bert")
+
+
+@pytest.fixture(autouse=True)
+def rows_are_of_task_zero():
+    with tasks.unnamed_rows(0):
+        yield
 
 
 def attached(method: str, family: str) -> tuple[Case, torch.Tensor, peftlib.Adapted]:

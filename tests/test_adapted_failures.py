@@ -9,12 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftlib
 from peftlib.conformance.case import Case, supported_family
 from peftlib.conformance.checks import assert_same_structure, structure_of
+from peftlib.mechanisms import tasks
 from peftlib.taxonomy import entry
 from tests.methods.helpers import perturb
 
 METHODS = peftlib.methods()
 MERGING = [name for name in METHODS if entry(name).merge != "no"]
 CALIBRATING = [name for name in METHODS if peftlib.find(name).calibrates]
+
+
+@pytest.fixture(autouse=True)
+def rows_are_of_task_zero():
+    with tasks.unnamed_rows(0):
+        yield
 
 
 class Fails(TorchDispatchMode):

@@ -23,6 +23,16 @@ class InModel(Local):
     generating: torch.Tensor | None = None
 
 
+@contextmanager
+def unnamed_rows(task: int) -> Iterator[None]:
+    """Inside ``with``, rows that name no task are of this one, in every model and thread: for checks of any method."""
+    before, InModel.default = InModel.default, task
+    try:
+        yield
+    finally:
+        InModel.default = before
+
+
 class Tasks:
     """Which task each row of the batch in the model belongs to. Children of multi-task methods ask it."""
 
