@@ -14,10 +14,11 @@ from torch import nn
 
 from peftlib import saved
 from peftlib.errors import LoadError, StateError
-from peftlib.mechanisms import quantized
+from peftlib.mechanisms import atomic, quantized
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
+from peftlib.training import accumulation
 from peftlib.training.lifecycle import Guard, Lifecycle
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Adapted:
         self._head = head
         self._identity = identity
         self._attached = True
+        self._disabled = False
 
     @property
     def calibrated(self) -> bool:
@@ -75,6 +77,8 @@ class Adapted:
     def __repr__(self) -> str:
         if not self._attached:
             return f"Adapted({type(self.model).__name__}, {self.config}, no longer attached)"
+        if self._disabled:
+            return f"Adapted({type(self.model).__name__}, {self.config}, disabled)"
         count = self.count()
         return (
             f"Adapted({type(self.model).__name__}, {self.config}, "
@@ -83,7 +87,7 @@ class Adapted:
 
     def __str__(self) -> str:
         """What trains, of how much, and where: a target that matched fewer layers than was meant shows here."""
-        if not self._attached:
+        if not self._attached or self._disabled:
             return repr(self)
         count = self.count()
         head = f", {count.head:,} of them the task head's" if count.head else ""
@@ -129,7 +133,7 @@ class Adapted:
 
         ``batches`` are model inputs with ``labels``; :func:`peftlib.fit` calls this by itself. For methods that need
         no calibration it does nothing. Call it before building an optimizer: it can create the trained parameters.
-        Raises StateError when it was done already.
+        One that fails in the middle leaves the model as it was. Raises StateError when it was done already.
         """
         self._check_attached()
         if not self.method.calibrates:
@@ -140,7 +144,11 @@ class Adapted:
         mode = self.model.training
         self.model.eval()
         try:
-            with self.guard.open():
+            with (
+                self.guard.open(),
+                atomic.kept(self.host.state().values()),
+                self.host.all_or_nothing(*self.method.parts_and_itself(), writes=False),
+            ):
                 self.method.calibrate(_OnDevice(batches, device), None if checkpoint is None else Path(checkpoint))
         finally:
             self.model.train(mode)
@@ -156,15 +164,19 @@ class Adapted:
         # Under another head a backbone may lack its pooler; the method compares the shapes of what it takes.
         shapes = (given.backbone or {}).get("shapes")
         saved.check_backbone(given, self._identity | {"shapes": shapes})
-        self.method.start_from(given)
+        with self.host.all_or_nothing(*self.method.parts_and_itself()):
+            self.method.start_from(given)
 
     # Training
 
-    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle:
+    def lifecycle(
+        self, total_steps: int, step: int = 0, max_norm: float | None = None, *, accumulation: int = 1
+    ) -> Lifecycle:
         """The method's training hooks for a loop of your own; see :class:`peftlib.training.Lifecycle`. A resumed run
-        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves."""
+        starts at another ``step`` than 0; ``max_norm`` is for methods that clip the gradients themselves;
+        ``accumulation`` is how many backward passes an optimizer step has at most."""
         self._check_attached()
-        return Lifecycle(self.guard, total_steps, step, max_norm)
+        return Lifecycle(self.guard, total_steps, step, max_norm, accumulation)
 
     def parameter_groups(
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
@@ -187,7 +199,8 @@ class Adapted:
 
     @contextmanager
     def task(self, index: int) -> Iterator[Adapted]:
-        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``.
+        """Inside ``with``, rows belong to this task where a batch has no ``task_ids``, as in ``generate()``. With
+        several tasks, rows that name none are an error outside.
 
         Raises DataError for a task that the method does not know.
         """
@@ -206,6 +219,34 @@ class Adapted:
         from peftlib.training.callback import PeftCallback
 
         return PeftCallback(self.guard)
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Inside ``with``, the model is the backbone as it was before :func:`attach` and answers as that did, bit for
+        bit: a reference for DPO, a teacher, a comparison. Gives the model.
+
+        >>> with torch.no_grad(), adapted.disabled() as backbone:
+        ...     reference = backbone(**batch).logits
+
+        The task head counts as part of the method: where it trains, the one from before answers. What was trained waits
+        untouched, as the same parameters; meanwhile it cannot be counted, saved, trained or taken off. The whole model
+        is disabled, for every thread. What is computed inside is also differentiated inside: gradient checkpointing
+        computes again in the backward pass. Originals that wait on the CPU are copied to the model's device each time,
+        and compiled parts run without their compiled code.
+
+        Raises StateError after ``attach(..., keep_original=False)`` when originals are needed.
+        """
+        if self._disabled:
+            yield self.model
+            return
+        self._check_attached()
+        self._check_originals()
+        with self.host.suspended():
+            self._disabled = True
+            try:
+                yield self.model
+            finally:
+                self._disabled = False
 
     # Files
 
@@ -257,16 +298,19 @@ class Adapted:
     def merge(self) -> nn.Module:
         """Fold the method into plain backbone weights and return the model, free of peftlib.
 
-        Maps of a quantized backbone into which something is merged become plain ones: the codes that they had could
-        not follow. Raises MergeError that names why, for a method that has no merge, or an offloaded weight.
+        A merge that fails in the middle leaves the model as it was; until it is done, the CPU keeps a copy of the
+        weights that it writes. Maps of a quantized backbone into which something is merged become plain ones: the codes
+        that they had could not follow. Raises MergeError that names why, for a method that has no merge, or an
+        offloaded weight.
         """
         self._check_attached()
         self.method.check_mergeable()
-        self.host.fold()
-        with quantized.written(self.host):
-            self.method.merge()
-            self.method.merge_inputs()
-        self._leave(merge=True)
+        with self.host.all_or_nothing(*self.method.parts_and_itself()):
+            self.host.fold()
+            with quantized.written(self.host):
+                self.method.merge()
+                self.method.merge_inputs()
+            self._leave(merge=True)
         return self.model
 
     def detach(self) -> nn.Module:
@@ -275,12 +319,9 @@ class Adapted:
         Raises StateError after ``attach(..., keep_original=False)`` when originals were needed.
         """
         self._check_attached()
-        if not self.host.can_restore:
-            raise StateError(
-                f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
-                "load the backbone again"
-            )
-        self._leave(merge=False)
+        self._check_originals()
+        with self.host.all_or_nothing(writes=False):  # values that were put back stay: a second try does them again
+            self._leave(merge=False)
         return self.model
 
     def _leave(self, merge: bool) -> None:
@@ -291,6 +332,15 @@ class Adapted:
     def _check_attached(self) -> None:
         if not self._attached:
             raise StateError(f"{self.name} is no longer attached (it was merged or detached); attach it again")
+        if self._disabled:
+            raise StateError(f"{self.name} is disabled; leave `with adapted.disabled()` first")
+
+    def _check_originals(self) -> None:
+        if not self.host.can_restore:
+            raise StateError(
+                f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
+                "load the backbone again"
+            )
 
 
 class _OnDevice:
@@ -368,6 +418,7 @@ def _attach(
             chosen.host = host
             host.take_task_ids()
             chosen.attach(host)
+            host.name_task_ids()
             head = chosen.head(head) if train_head else {}
             host.train(head.values())
         host.name_once()
@@ -377,8 +428,10 @@ def _attach(
     adapted = Adapted(model, chosen, host, head, here)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
+    host.hook(model, accumulation.take_share, before=True)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
+    host.hook(model, accumulation.give_share)
     cast(Any, model).peftlib_adapted = adapted
     return adapted
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import BatchSampler
 
 from peftlib import backbones, saved, sources
 from peftlib.adapted import attach
@@ -28,9 +29,10 @@ from peftlib.errors import ConfigError, DataError
 from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import MethodConfig, SavedAdapter, at_least
 from peftlib.methods.registry import resolve
+from peftlib.tasks.task import LengthGrouped
 from peftlib.training import objectives
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a conversion computes something else, so that no older cache is read."""
 
 
@@ -153,10 +155,7 @@ def _train(backbone: Backbone, config: MethodConfig, texts: Sequence[str], how: 
 def _batches(rows: Sequence[Sequence[int]], how: Conversion) -> Iterator[list[Sequence[int]]]:
     """Batches without end, in random order: of rows of similar length, each row once before any comes again."""
     size = min(how.batch_size, len(rows))
-    window = 50 * size
+    order = LengthGrouped([len(row) for row in rows], size, torch.Generator().manual_seed(how.seed))
     while True:
-        order = torch.randperm(len(rows)).tolist()
-        groups = [sorted(order[at : at + window], key=lambda i: len(rows[i])) for at in range(0, len(order), window)]
-        batches = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
-        for number in torch.randperm(len(batches)).tolist():
-            yield [rows[i] for i in batches[number]]
+        for batch in BatchSampler(order, size, drop_last=False):
+            yield [rows[i] for i in batch]

@@ -194,6 +194,11 @@ class Anatomy:
         return self.config.max_position_embeddings - self.first_position
 
     @property
+    def sliding_window(self) -> int | None:
+        """How many positions back an attention of the model looks; None where all look at the whole text."""
+        return getattr(self.config, "sliding_window", None)
+
+    @property
     def stacks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layer.stack for layer in self.layers))
 

@@ -7,10 +7,9 @@ in integers with scales beside them (bitsandbytes), in a tensor class of their o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -29,7 +28,7 @@ WAY_OUT = (
     "sequential_adapter, prefix_tuning, ...)."
 )
 
-_written: ContextVar[tuple[torch.dtype, list[Callable[[], None]]] | None] = ContextVar("_written", default=None)
+_written: ContextVar[tuple[torch.dtype, list[nn.Module]] | None] = ContextVar("_written", default=None)
 
 
 def packed(module: nn.Module) -> str | None:
@@ -117,46 +116,40 @@ def dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 def unpack(module: nn.Module, weight: torch.Tensor | None = None) -> None:
     """Make a packed map a plain one, in its place: an nn.Linear or, where it was one, a Conv1D, with the same bias,
     hooks and children and this (out, in) weight, by default its own."""
-    default, undo = _written.get() or (torch.float32, [])
+    default, unpacked = _written.get() or (torch.float32, [])
     kind = getattr(module, "source_cls", nn.Linear)
     values = dequantized(module) if weight is None else weight
     values = values.to(dtype(module, default))
     old: Any = module
-    before = type(module), dict(vars(module))
+    before = dict(vars(module))
     bias = old.bias
     if bias is not None and not isinstance(bias, nn.Parameter):
         bias = nn.Parameter(bias, requires_grad=False)
     sizes = {"nf": old.out_features, "nx": old.in_features}
     if kind is not Conv1D:
         sizes = {"in_features": old.in_features, "out_features": old.out_features}
-    kept = {k: v for k, v in before[1].items() if k[0] == "_" and k not in ("_parameters", "_buffers", "_modules")}
+    kept = {k: v for k, v in before.items() if k[0] == "_" and k not in ("_parameters", "_buffers", "_modules")}
     if "_hf_hook" in kept:
-        kept |= {"forward": before[1]["forward"], "_old_forward": MethodType(kind.forward, module)}
+        kept |= {"forward": before["forward"], "_old_forward": MethodType(kind.forward, module)}
     module.__class__ = kind
     vars(module).clear()
-    vars(module).update(vars(nn.Module()) | before[1].get("attributes", sizes) | kept)
-    module.training = before[1]["training"]
+    vars(module).update(vars(nn.Module()) | before.get("attributes", sizes) | kept)
+    module.training = before["training"]
     values = values.T.contiguous() if kind is Conv1D else values
     module._parameters["weight"] = nn.Parameter(values, requires_grad=False)
     module._parameters["bias"] = bias
-    module._modules.update((n, child) for n, child in before[1]["_modules"].items() if n != "quantized")
-    undo.append(partial(_put_back, module, *before))
-
-
-def _put_back(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
-    module.__class__ = kind
-    vars(module).clear()
-    vars(module).update(attributes)
+    module._modules.update((n, child) for n, child in before["_modules"].items() if n != "quantized")
+    unpacked.append(module)
 
 
 @contextmanager
-def written(default: torch.dtype) -> Iterator[list[Callable[[], None]]]:
+def written(default: torch.dtype) -> Iterator[list[nn.Module]]:
     """Inside ``with``, packed weights become plain ones as soon as they are asked for, of their former dtype or, where
-    that is not known, of ``default``. Gives the steps that take this back, in their order."""
-    undo: list[Callable[[], None]] = []
-    token = _written.set((default, undo))
+    that is not known, of ``default``. Gives the modules to which that happened."""
+    unpacked: list[nn.Module] = []
+    token = _written.set((default, unpacked))
     try:
-        yield undo
+        yield unpacked
     finally:
         _written.reset(token)
 

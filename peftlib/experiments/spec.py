@@ -218,7 +218,8 @@ def comparable(spec: dict[str, Any]) -> bool:
 SEARCH_RATES = (1e-4, 5e-4, 2e-3, 1e-2)
 """The learning rates that the search tries first, the same for every method."""
 RATES = (4e-6, 2e-5, *SEARCH_RATES, 5e-2, 0.2, 1.0)
-"""All that it may come to: where the best of those tried is the lowest or the highest, the next one is tried."""
+"""All that it may come to: where the best of those tried is the lowest or the highest, the next one is tried, and where
+none learned, a higher one."""
 
 
 def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list[RunSpec]:
@@ -232,13 +233,16 @@ def search_specs(profile_name: str, names: Iterable[str], seed: int = 0) -> list
     ]
 
 
-def next_rate(tried: Iterable[float], best: float) -> float | None:
+def next_rate(tried: Iterable[float], best: float, decided: bool = True) -> float | None:
     """The rate that the search tries next: beyond the best of those tried, where that is the lowest or the highest of
-    them; None where the best is between others, or the end of ``RATES``."""
+    them; None where the best is between others, or the end of ``RATES``. Where the runs did not decide, which rate is
+    best is noise, and the next higher one is tried first."""
     tried = set(tried)
-    known = [rate for rate in RATES if rate in tried]
+    known = [RATES.index(rate) for rate in RATES if rate in tried]
+    if not decided and known[-1] + 1 < len(RATES):
+        return RATES[known[-1] + 1]
     for end, step in ((0, -1), (-1, 1)):
-        place = RATES.index(known[end]) + step
-        if best == known[end] and 0 <= place < len(RATES):
+        place = known[end] + step
+        if best == RATES[known[end]] and 0 <= place < len(RATES):
             return RATES[place]
     return None

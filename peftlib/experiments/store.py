@@ -17,6 +17,7 @@ from peftlib import taxonomy
 from peftlib.conformance import fingerprint
 from peftlib.errors import DataError
 from peftlib.experiments.spec import RATES, RunSpec, comparable, with_defaults
+from peftlib.methods.registry import find
 from peftlib.sources import write_text
 
 RESULTS = Path("results")
@@ -115,7 +116,7 @@ class Store:
         methods' (default options, the track's settings); None without such runs.
 
         Values within ``TIE`` of the best are equally good: of these the run with the lowest validation loss decides,
-        then the smaller rate.
+        then the smaller rate. Where the runs did not decide (:func:`decided`), it is the method's own rate.
         """
         runs = self.searched(profile, track, method, seed)
         return best_rate(runs, metric) if runs else None
@@ -123,9 +124,19 @@ class Store:
 
 def best_rate(runs: Sequence[dict[str, Any]], metric: str) -> float:
     """The learning rate of the best of a search's runs; see :meth:`Store.best_rate`."""
+    own = find(runs[0]["spec"]["method"]).learning_rate
+    if not decided(runs, metric) and any(r["spec"]["learning_rate"] == own for r in runs):
+        return own
     best = max(r["metrics"]["validation"][metric] for r in runs)
     good = [r for r in runs if r["metrics"]["validation"][metric] >= best - TIE]
     return min((r["metrics"]["validation"]["loss"], r["spec"]["learning_rate"]) for r in good)[1]
+
+
+def decided(runs: Sequence[dict[str, Any]], metric: str) -> bool:
+    """Whether a search's runs differ by more than noise on validation data, by 2 ``TIE``. Where no rate was high enough
+    to learn anything, they do not."""
+    values = [r["metrics"]["validation"][metric] for r in runs]
+    return max(values) - min(values) > 2 * TIE
 
 
 def summarize(records: list[dict[str, Any]], metric: str, split: str = "test") -> list[dict[str, Any]]:

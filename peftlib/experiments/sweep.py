@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.experiments.run import run
 from peftlib.experiments.spec import RunSpec, next_rate, profile, run_spec, search_specs
-from peftlib.experiments.store import Store, best_rate
+from peftlib.experiments.store import Store, best_rate, decided
 from peftlib.methods.registry import outside
 
 Outcome = tuple[RunSpec, str]
@@ -113,7 +113,8 @@ def search_rates(
     profile_name: str, names: Iterable[str], store: Store | None = None, *, seed: int = 0, **settings
 ) -> Counter:
     """The stated search for each method's learning rate, on the profile's first track: the rates of ``SEARCH_RATES``,
-    and, where the best of those tried is the lowest or the highest of them, the next one of ``RATES`` until it is not.
+    and, where the best of those tried is the lowest or the highest of them, the next one of ``RATES`` until it is not;
+    as long as they do not differ by more than noise, the next higher one.
 
     ``settings`` are those of :func:`sweep`. Returns what it returns, summed; a method with failed runs goes no further.
     """
@@ -126,7 +127,9 @@ def search_rates(
             tried = store.searched(profile_name, track, name, seed)
             if not tried:
                 continue
-            rate = next_rate((r["spec"]["learning_rate"] for r in tried), best_rate(tried, tried[0]["metric"]))
+            metric = tried[0]["metric"]
+            rates = [r["spec"]["learning_rate"] for r in tried]
+            rate = next_rate(rates, best_rate(tried, metric), decided(tried, metric))
             if rate is not None:
                 further.append(run_spec(profile_name, None, name, seed=seed, learning_rate=rate))
         if not further:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftlib.mechanisms import undo
 from peftlib.mechanisms.host import Host
 
 NAME = "peftlib"
@@ -99,7 +100,17 @@ def use(host: Host) -> None:
     if before == NAME:
         return
     model.set_attn_implementation(NAME)
-    host.on_remove(partial(model.set_attn_implementation, before))
+    host.on_remove(partial(_use, model, before))
+
+
+def _use(model: PreTrainedModel, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+
+
+@undo.suspends(_use)
+def _use_again(whole: nn.Module, model: PreTrainedModel, implementation: str) -> undo.Step:
+    model.set_attn_implementation(implementation)
+    return partial(_use, model, NAME)
 
 
 def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -118,7 +129,7 @@ def keep_heads_of_bias(host: Host, module: nn.Module, name: str, heads: torch.Te
     before = model.config._attn_implementation
     if before != NAME:
         model.set_attn_implementation(NAME)
-        host.on_remove(partial(model.set_attn_implementation, before), restores=True)
+        host.on_remove(partial(_use, model, before), restores=True)
     module.add_module(name, _HeadsOfBias(heads))
     _ask(module, name)
     host.on_remove(partial(_take_out, module, name), restores=True)
@@ -153,6 +164,14 @@ def _forget(module: Any, name: str) -> None:
         module.peftlib_attention = left
     else:
         del module.peftlib_attention
+
+
+@undo.suspends(_take_out)
+@undo.suspends(_forget)
+def _ask_nobody(model: nn.Module, module: Any, name: str) -> undo.Step:
+    asked = module.peftlib_attention
+    _forget(module, name)
+    return partial(setattr, module, "peftlib_attention", asked)
 
 
 class Recorder(nn.Module):

@@ -24,3 +24,5 @@ def grow(cache: Any, layers: int) -> None:
             like = part.layers[0] if part.layers else None
             sliding = like.sliding_window if isinstance(like, DynamicSlidingWindowLayer) else None
             part.layers.append(DynamicLayer() if sliding is None else DynamicSlidingWindowLayer(sliding))
+            if getattr(like, "record_past", False):  # wrong guesses of assisted decoding are cut back
+                part.layers[-1].activate_past_recording()

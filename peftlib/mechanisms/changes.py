@@ -4,7 +4,8 @@ entries a method owns, and the way back."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.errors import LoadError
-from peftlib.mechanisms import undo
+from peftlib.mechanisms import atomic, call, undo
 
 
 class Changes:
@@ -108,8 +109,8 @@ class Changes:
                 tensor.copy_(state[name])
 
     def remove(self, merge: bool = False) -> None:
-        """Take every change back: bit for bit, or, with ``merge``, after writing parametrized weights into the backbone
-        and keeping trained parameters as they are."""
+        """Take every change back: bit for bit, or, with ``merge``, after :meth:`fold` and keeping written and trained
+        parameters as they are."""
         if merge:
             self.fold()
         for step in reversed(self._undo):
@@ -151,12 +152,28 @@ class Changes:
 
         Give ``functools.partial`` over a module-level function with the modules and tensors as arguments: a deep copy
         of the model then undoes its own changes, where a closure or a bound method of a container would undo the
-        original's.
+        original's. How its change is suspended is declared with :func:`peftlib.mechanisms.undo.suspends`.
         """
         self._undo.append(partial(undo.restore, function) if restores else function)
 
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._undo.append(handle.remove)
+    def _hook(self, handle: call.Handle, stays: bool = False) -> None:
+        self._undo.append(partial(undo.unhook, handle, stays))
+
+    @contextmanager
+    def all_or_nothing(self, *holders: object, writes: bool = True) -> Iterator[None]:
+        """Inside ``with``, an exception takes back what happened to the model, to the list of changes and to the
+        attributes of the ``holders``; see :func:`peftlib.mechanisms.atomic.all_or_nothing`."""
+        with atomic.all_or_nothing(self.model, *self._parts(), *holders, writes=writes):
+            yield
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside ``with``, the model computes as without the changes, bit for bit; see :meth:`Adapted.disabled`."""
+        # What was compiled has the changes in it.
+        with torch.compiler.set_stance("force_eager"), ExitStack() as resume:
+            for step in reversed(self._undo):
+                resume.callback(undo.suspend(self.model, step))
+            yield
 
     # The names in a state dict
 
@@ -168,7 +185,7 @@ class Changes:
         mine = {id(t) for child in self.paths().values() for t in (*child.parameters(), *child.buffers())}
         again = tuple(n for kind in kinds for n, t in kind(remove_duplicate=False) if id(t) in mine and n not in first)
         if again:
-            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)))
+            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)), stays=True)
 
 
 def _without(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import Args, Kwargs
 from peftlib.mechanisms.positions import by_name, names
@@ -25,25 +26,19 @@ def with_mask(vectors: torch.Tensor, mask: torch.Tensor, at: int) -> torch.Tenso
 def answer_with_classes(host: Host) -> None:
     """Let a masked language model whose head gives the classes' scores at one position (b, 1, classes) take a label a
     row (b) and answer like a classification model: logits (b, classes), and the loss on them."""
-    labels = Labels()
+    labels = Handed()
     host.hook(host.model, _withhold, labels, names(host.model), before=True)
     host.hook(host.model, _answer, labels)
 
 
-class Labels:
-    """Those of the present forward, (b) or None."""
-
-    now: torch.Tensor | None = None
-
-
-def _withhold(labels: Labels, order: tuple[str, ...], model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+def _withhold(labels: Handed, order: tuple[str, ...], model: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     call = by_name(order, args, kwargs)
-    labels.now = call.pop("labels", None)
+    labels.value = call.pop("labels", None)
     return (), call
 
 
-def _answer(kept: Labels, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    labels, kept.now = kept.now, None  # (b)
+def _answer(kept: Handed, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    labels = kept.take()  # (b)
     as_tuple = isinstance(output, tuple)
     logits = (output[0] if as_tuple else output.logits)[:, 0]  # (b, 1, classes) -> (b, classes)
     loss = None

@@ -16,66 +16,70 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from peftlib import anatomy
 from peftlib.anatomy import Anatomy, Layer, Site, weights
 from peftlib.errors import StateError, UnsupportedError
-from peftlib.mechanisms import precision, undo
+from peftlib.mechanisms import call, precision, undo
 from peftlib.mechanisms.changes import Changes
 from peftlib.mechanisms.outputs import Args, state_of, with_state
-from peftlib.mechanisms.tasks import Tasks, leave_model, take_task_ids
+from peftlib.mechanisms.tasks import Tasks, enter_model, generate_with_tasks, leave_model
 
 Part = tuple[int, int]
 """``(index, of)``: one of so many equal parts of a fused map's output; see :class:`peftlib.anatomy.Site`."""
-Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From the input x and the output y of a module to the new output."""
+Change = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the module that a child hangs on, its input x and its output y to the new output."""
 Gate = Callable[[Site | Layer | nn.Module, nn.Module, str], nn.Module]
 """See :meth:`Host.scope`."""
 Replacement = TypeVar("Replacement", bound=nn.Module)
 
 
+# Hooks find a child by its name on the module that they are handed: in a replica of the model it is another one.
+
+
+def _changed(name: str, gate: str | None, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    changed = getattr(module, name)(x, y)
+    return changed if gate is None else y + (getattr(module, gate)(x) * (changed - y)).to(y.dtype)
+
+
 def _after(change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> torch.Tensor:
     x = args[0].to(output.device)  # accelerate brings it to the module after the hooks before the forward
     if part is None:
-        return change(x, output)
+        return change(module, x, output)
     index, of = part
     pieces = list(output.chunk(of, dim=-1))
-    pieces[index] = change(x, pieces[index])
+    pieces[index] = change(module, x, pieces[index])
     return torch.cat(pieces, dim=-1)
 
 
-def _before(child: nn.Module, module: nn.Module, args: Args) -> Args:
-    return (child(args[0]), *args[1:])
+def _before(name: str, module: nn.Module, args: Args) -> Args:
+    return (getattr(module, name)(args[0]), *args[1:])
 
 
-def _after_layer(child: nn.Module, module: nn.Module, args: Args, output: Any) -> Any:
-    return with_state(output, child(state_of(output)))
+def _after_layer(name: str, module: nn.Module, args: Args, output: Any) -> Any:
+    return with_state(output, getattr(module, name)(state_of(output)))
 
 
-def _gated(child: nn.Module, gate: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return y + (gate(x) * (child(x, y) - y)).to(y.dtype)
+def _keep_input(kept: call.Handed, module: nn.Module, args: Args) -> None:
+    kept.value = args[0]
 
 
-def _keep_input(child: Any, module: nn.Module, args: Args) -> None:
-    child.kept = args[0]
-
-
-def _keep_output(child: Any, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> None:
-    child.kept = output if part is None else output.chunk(part[1], dim=-1)[part[0]]
+def _keep_output(kept: call.Handed, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor) -> None:
+    kept.value = output if part is None else output.chunk(part[1], dim=-1)[part[0]]
 
 
 def _use_kept(
-    child: Any, change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor
+    kept: call.Handed, change: Change, part: Part | None, module: nn.Module, args: Args, output: torch.Tensor
 ) -> torch.Tensor:
-    kept, child.kept = child.kept, None
-    return _after(change, part, module, (kept,), output)
+    return _after(change, part, module, (kept.take(),), output)
 
 
 def _from_part(
     change: Change, source: Part, target: Part, module: nn.Module, args: Args, output: torch.Tensor
 ) -> torch.Tensor:
     pieces = list(output.chunk(target[1], dim=-1))
-    pieces[target[0]] = change(pieces[source[0]], pieces[target[0]])
+    pieces[target[0]] = change(module, pieces[source[0]], pieces[target[0]])
     return torch.cat(pieces, dim=-1)
 
 
@@ -193,20 +197,20 @@ class Host(Changes):
         module, part = _place(where)
         name = _part_name(name, part)
         child = self.add(module, name, child)
-        self._hook(module.register_forward_hook(partial(_after, self._change(where, module, name, child), part)))
+        self._hook(module.register_forward_hook(partial(_after, self._change(where, module, name), part)))
         return child
 
     def after_layer(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``h <- child(h)`` for the hidden state h that a layer gives, alone or as the first of a tuple."""
         child = self.add(layer, name, child)
-        self._hook(layer.register_forward_hook(partial(_after_layer, child)))
+        self._hook(layer.register_forward_hook(partial(_after_layer, name)))
         return child
 
     def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``x <- child(x)`` for the input x of a site or module."""
         module, _ = _place(where)
         child = self.add(module, name, child)
-        self._hook(module.register_forward_pre_hook(partial(_before, child)))
+        self._hook(module.register_forward_pre_hook(partial(_before, name)))
         return child
 
     def connect(
@@ -221,32 +225,52 @@ class Host(Changes):
         child lives. The source is computed first; both may be parts of one module, whose output is read."""
         (first, source_part), (last, part) = map(_place, (source, target))
         name = _part_name(name, part)
-        hung: Any = self.add(last, name, child)
-        change = self._change(source if reads == "input" else target, last, name, hung)
+        child = self.add(last, name, child)
+        change = self._change(source if reads == "input" else target, last, name)
         if reads == "output" and first is last:
             assert source_part is not None and part is not None, "the source and the target are two parts of a module"
             self._hook(last.register_forward_hook(partial(_from_part, change, source_part, part)))
-            return hung
-        hung.kept = None
+            return child
+        kept = call.Handed()
         if reads == "input":
-            self._hook(first.register_forward_pre_hook(partial(_keep_input, hung)))
+            self._hook(first.register_forward_pre_hook(partial(_keep_input, kept)))
         else:
-            self._hook(first.register_forward_hook(partial(_keep_output, hung, source_part)))
-        self._hook(last.register_forward_hook(partial(_use_kept, hung, change, part)))
-        return hung
+            self._hook(first.register_forward_hook(partial(_keep_output, kept, source_part)))
+        self._hook(last.register_forward_hook(partial(_use_kept, kept, change, part)))
+        return child
 
     def gate(self, where: Site | Layer | nn.Module, module: nn.Module, name: str) -> nn.Module | None:
         """What scales the change of a child ``name`` of ``module``, in a scope that gates; see :meth:`scope`."""
         return None if self._gate is None else self._gate(where, module, name)
 
-    def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str, child: nn.Module) -> Change:
+    def _change(self, where: Site | Layer | nn.Module, module: nn.Module, name: str) -> Change:
         gate = self.gate(where, module, name)
-        return child if gate is None else partial(_gated, child, gate)
+        return partial(_changed, name, None if gate is None else undo.name_of(module, gate))
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
-        """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword."""
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        self._hook(register(partial(function, *args), with_kwargs=True))
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False, stays: bool = False
+    ) -> None:
+        """A raw hook, ``function(*args, module, call_args, call_kwargs[, output])``, for inputs given by keyword. On a
+        model of transformers it acts also where a program calls the model's ``forward`` itself. One
+        that ``stays`` acts while the method is suspended too.
+
+        A function that is to work in the replicas of torch's DataParallel takes no module among ``args``: it finds its
+        child by name on the module that it is handed. Others are refused there.
+        """
+        if any(isinstance(arg, nn.Module) for arg in args):
+            self._refuse_replicas()
+        function = partial(function, *args)
+        if isinstance(module, PreTrainedModel):
+            forward = call.around(module)
+            self._hook(call.Place(forward, forward.before if before else forward.behind, function), stays)
+        else:
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            self._hook(register(function, with_kwargs=True), stays)
+
+    def at_end(self, module: PreTrainedModel, function: Callable[..., Any], *args: Any, stays: bool = False) -> None:
+        """Call ``function(*args, module)`` whenever the model's forward ends, also where it raises."""
+        forward = call.around(module)
+        self._hook(call.Place(forward, forward.leaving, partial(function, *args)), stays)
 
     def parametrize(self, parameter: nn.Parameter, child: nn.Module) -> nn.Module:
         """Compute a backbone parameter as ``child(parameter)`` at every use, on each module that shares it."""
@@ -355,11 +379,11 @@ class Host(Changes):
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
+            self._undo.append(partial(undo.put_module, owner, name, old))
             shared = {id(parameter) for parameter in module.parameters()}
             for parameter in old.parameters():
                 if id(parameter) not in shared and not parameter.is_meta:
                     parameter.data = parameter.data.cpu()
-            self._undo.append(partial(undo.put_module, owner, name, old))
         else:
             self.root.can_restore = False
         self.root._anatomy = None  # looked up when it is next asked for
@@ -373,8 +397,8 @@ class Host(Changes):
         old = module.get_parameter(name)
         module._parameters[name] = nn.Parameter(values.detach(), requires_grad=False)
         if self.keep_original:
-            old.data = old.data.cpu()
             self.on_remove(partial(undo.put_parameter, module, name, old), restores=True)
+            old.data = old.data.cpu()
         else:
             self.root.can_restore = False
 
@@ -391,10 +415,32 @@ class Host(Changes):
         self.on_remove(partial(undo.put_attribute, model, "generate", present))
         model.generate = partial(function, *args, generate)
 
+    def _refuse_replicas(self) -> None:
+        forward = call.around(self.model)
+        self.on_remove(partial(setattr, forward, "refusal", forward.refusal))
+        forward.refusal = (
+            "the parts of this method know each other, and in the replicas of torch's DataParallel they would call "
+            "those of the original; use DistributedDataParallel (torchrun), as torch recommends, or one device "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def take_task_ids(self) -> None:
-        """Let the model's forward accept ``task_ids`` (rows,), whether or not the method asks for them."""
-        self.hook(self.model, partial(take_task_ids, self.tasks), before=True)
-        self.hook(self.model, partial(leave_model, self.tasks))
+        """Let the forward of the model, and of the models inside it that a program may call, accept ``task_ids``
+        (rows,), whether or not the method asks for them."""
+        parts = self.anatomy
+        inputs = [parts.stack_inputs(stack) for stack in parts.stacks]
+        for module in {id(m): m for m in (self.model, parts.base, *inputs)}.values():
+            self.hook(module, enter_model, self.tasks, before=True, stays=True)
+            self.at_end(cast(PreTrainedModel, module), leave_model, self.tasks, stays=True)
+
+    def name_task_ids(self) -> None:
+        """Let the model's signature name ``task_ids``, so that ``transformers.Trainer`` keeps the column, and its
+        ``generate()`` take them, where the method knows tasks."""
+        if self.tasks.count is None:
+            return
+        call.around(self.model).inputs = ("task_ids",)
+        if self.anatomy.generates:
+            self.around_generate(generate_with_tasks, self.tasks)
 
 
 class DryRun(Host):
@@ -408,10 +454,13 @@ class DryRun(Host):
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         self.unfrozen.extend(parameters)
 
+    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
+        pass
+
     def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         pass
 
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+    def _hook(self, handle: call.Handle, stays: bool = False) -> None:
         handle.remove()
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:

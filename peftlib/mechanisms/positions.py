@@ -28,6 +28,25 @@ def past_length(call: Kwargs) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
+def refuse_packed(call: Kwargs, why: str) -> None:
+    """Raise UnsupportedError for several texts in a row, whose ``position_ids`` start anew; ``why`` says what stands
+    against them. In a compiled graph it is a RuntimeError."""
+    message = (
+        f"{why}, and position_ids that start anew pack several into it; give each text a row of its own "
+        "(packing=False, or a collator that pads)"
+    )
+    if call.get("cu_seq_lens_q") is not None:
+        raise UnsupportedError(message)
+    positions = call.get("position_ids")
+    if positions is None or call.get("attention_mask") is not None or call.get("past_key_values") is not None:
+        return
+    goes_on = (positions.diff(dim=-1) == 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(goes_on, message)
+    elif not goes_on:
+        raise UnsupportedError(message)
+
+
 def check_length(tokens: int, extra: int, limit: int | None) -> None:
     """Raise UnsupportedError when ``tokens`` and ``extra`` trained positions exceed the backbone's ``limit``."""
     if limit is not None and tokens + extra > limit:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlib.mechanisms import undo
+from peftlib.mechanisms import undo
 from peftlib.mechanisms.outputs import Args
 
 HALF = (torch.float16, torch.bfloat16)
@@ -54,8 +56,11 @@ def to_float32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Cal
         _widen(module, names)
         steps.append(functools.partial(_narrow, module, names))
     for module in _around(model, owners):
-        steps.append(module.register_forward_pre_hook(_enter, prepend=True).remove)
-        steps.append(module.register_forward_hook(_leave, always_call=True).remove)
+        handles = (
+            module.register_forward_pre_hook(_enter, prepend=True),
+            module.register_forward_hook(_leave, always_call=True),
+        )
+        steps += [functools.partial(undo.unhook, handle, True) for handle in handles]
     for parameter in half.values():
         steps.append(functools.partial(_put_dtype, parameter, parameter.dtype))
         parameter.data = parameter.data.float()
@@ -77,6 +82,11 @@ def _put_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     parameter.data = parameter.data.to(dtype)
 
 
+@undo.suspends(_put_dtype)
+def _keep_dtype(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> undo.Step:
+    return undo.nothing  # the values from before, which are then in its place, have their own
+
+
 def _widened(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
     """The module's own class, and which of its parameters it rounds."""
     return getattr(type(module), "peftlib_widened", (type(module), ()))
@@ -96,6 +106,16 @@ def _narrow(module: nn.Module, names: Sequence[str]) -> None:
         module._buffers.pop(LIKE)
         module._non_persistent_buffers_set.discard(LIKE)
     module.__class__ = _computing(kind, left) if left else kind
+
+
+@undo.suspends(_narrow)
+def _keep_wide(model: nn.Module, module: nn.Module, names: Sequence[str]) -> undo.Step:
+    return undo.nothing  # rounding leaves half precision as it is
+
+
+@undo.suspends(narrow)
+def _stay_wide(model: nn.Module, module: nn.Module) -> undo.Step:
+    return undo.nothing  # within a suspended forward the parameters from before are read, in their own dtype
 
 
 LIKE = "peftlib_like"

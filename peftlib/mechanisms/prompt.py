@@ -11,7 +11,9 @@ Shapes: b rows, t tokens, m prompt vectors, e the width of the embedding, d the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,9 +21,11 @@ from torch import nn
 
 from peftlib.anatomy import Anatomy
 from peftlib.errors import UnsupportedError
+from peftlib.mechanisms import template
+from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import Args, Kwargs, with_state
-from peftlib.mechanisms.positions import by_name, check_length, names, past_length
+from peftlib.mechanisms.outputs import Args, Kwargs, cut_keys, cut_states, state_of
+from peftlib.mechanisms.positions import by_name, check_length, names, past_length, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +66,14 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
     child with ``reads_mask`` is called with the input's mask too, (b, t) or None.
 
     ``position``: ``"front"`` of the input, or ``"after_first"`` token (encoders only), which leaves [CLS] in front,
-    where pooling heads look.
+    where pooling heads look. A decoder with a sliding window has the vectors behind a row's padding, which else would
+    move them out of the text's window.
+
+    Hidden states and attentions that a model is asked for have the text's positions alone.
 
     Raises UnsupportedError for ``"after_first"`` on other than an encoder, and, when the model is called, for an input
-    that leaves too few positions or a mask that is not (b, t).
+    that leaves too few positions, a mask that is not (b, t), several texts in a row, or a cache that ``generate()`` is
+    to go on with.
     """
     parts = host.anatomy
     encoder_only = parts.stacks == ("encoder",)
@@ -74,6 +82,8 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
             f'position="after_first" keeps the token that an encoder pools in front; {type(host.model).__name__} is no '
             'encoder. Use position="front".'
         )
+    if parts.stacks == ("decoder",) and parts.sliding_window:
+        return template.attach(host, child, template.Template(length, 0, 0))
     module = _input_module(parts)
     seam = Seam(
         length=length,
@@ -82,13 +92,17 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
         first_position=parts.first_position,
         max_length=parts.max_length,
     )
+    inserted = Handed()
     host.add(module, "prompt", child)
-    host.hook(module, _insert, child, seam, before=True)
+    host.hook(module, _insert, seam, inserted, before=True)
+    pools = encoder_only and seam.at == 0 and type(host.model).__name__.endswith(_POOLING_HEADS)
+    host.hook(module, _take_out, seam, inserted, pools or len(parts.stacks) > 1)
     if len(parts.stacks) > 1:
         decoder = parts.stack_inputs("decoder")
         host.hook(decoder, _extend_cross_mask, length, names(decoder), before=True)
-    elif not (encoder_only and seam.at == 0 and type(host.model).__name__.endswith(_POOLING_HEADS)):
-        host.hook(module, _take_out, seam)
+        host.hook(decoder, _cut_cross, seam)
+    elif parts.generates:
+        host.around_generate(refuse_filled)
     return child
 
 
@@ -101,8 +115,15 @@ def _put(x: torch.Tensor, piece: torch.Tensor, at: int) -> torch.Tensor:
     return torch.cat([x[:, :at], piece.to(x.dtype), x[:, at:]], dim=1)
 
 
-def _insert(child: nn.Module, seam: Seam, module: PreTrainedModel, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    call = by_name(seam.names, args, kwargs)
+def _cut(seam: Seam, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x without the prompt's positions along a dimension, (..., t + m, ...) -> (..., t, ...)."""
+    behind = seam.at + seam.length
+    return torch.cat([x.narrow(dim, 0, seam.at), x.narrow(dim, behind, x.shape[dim] - behind)], dim=dim)
+
+
+def _insert(seam: Seam, inserted: Handed, module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    call, child = by_name(seam.names, args, kwargs), module.prompt
+    refuse_packed(call, "a prompt stands before one text a row")
     mask, positions, types = (call.get(k) for k in ("attention_mask", "position_ids", "token_type_ids"))
     if mask is not None:
         if mask.dim() != 2:
@@ -112,6 +133,7 @@ def _insert(child: nn.Module, seam: Seam, module: PreTrainedModel, args: Args, k
             )
         call["attention_mask"] = _put(mask, mask.new_ones(mask.shape[0], seam.length), seam.at)  # (b, t + m)
     past = past_length(call)
+    inserted.value = not past > 0
     if past > 0:
         # The prompt is in the cache, and the caller's positions do not count it.
         if positions is not None:
@@ -134,13 +156,28 @@ def _insert(child: nn.Module, seam: Seam, module: PreTrainedModel, args: Args, k
     return (), call
 
 
-def _take_out(seam: Seam, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    h = output[0]  # (b, t + m, d)
-    if past_length(by_name(seam.names, args, kwargs)) > h.shape[1]:
-        # A later step of generation: the prompt came with an earlier one.
-        return None
-    h = torch.cat([h[:, : seam.at], h[:, seam.at + seam.length :]], dim=1)  # (b, t + m, d) -> (b, t, d)
-    return with_state(output, h)
+def _take_out(
+    seam: Seam, inserted: Handed, keeps_last: bool, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
+    cut = partial(_cut, seam)
+    if not inserted.take():
+        return cut_keys(output, cut)  # a later step of generation: the prompt came with an earlier one
+    return cut_states(output, cut, None if keeps_last else cut(state_of(output), 1))  # (b, t + m, d) -> (b, t, d)
+
+
+def _cut_cross(seam: Seam, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    return cut_keys(output, partial(_cut, seam), "cross_attentions")
+
+
+def refuse_filled(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the place of ``generate(...)`` where a cache holds more positions than its text has tokens. Raises
+    UnsupportedError for a cache of an earlier turn, by whose length transformers would cut the text."""
+    if past_length(kwargs) > 0:
+        raise UnsupportedError(
+            "a prompt's positions are in the cache, and generate() takes its length for that of the text; give the "
+            "whole text without past_key_values"
+        )
+    return generate(*args, **kwargs)
 
 
 def _extend_cross_mask(

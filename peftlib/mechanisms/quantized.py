@@ -304,17 +304,12 @@ def quantize_sites(
 
 @contextmanager
 def written(host: Host) -> Iterator[None]:
-    """Inside ``with``, the host's packed maps become plain ones as soon as their weights are asked for. On an error all
-    of them are packed again; else the model's config no longer says that they are quantized."""
+    """Inside ``with``, the host's packed maps become plain ones as soon as their weights are asked for; the model's
+    config then no longer says that these are quantized."""
     embedding = host.anatomy.embeddings.weight
-    with weights.written(embedding.dtype) as undo, without_autocast(embedding):
-        try:
-            yield
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
-    if undo:
+    with weights.written(embedding.dtype) as unpacked, without_autocast(embedding):
+        yield
+    if unpacked:
         _say_plain(host.model)
 
 

@@ -16,17 +16,21 @@ import torch
 from torch import nn
 
 from peftlib.errors import LoadError
-from peftlib.mechanisms import bits
+from peftlib.mechanisms import bits, undo
 from peftlib.mechanisms.host import Host
 
 
 class _Splice(torch.autograd.Function):
     """The tensor with its chosen entries set to ``values``; the gradient of ``values`` is gathered from its own. The
-    "gradient" of ``dropped``, a number, is the sum of the squares of the rest."""
+    "gradient" of ``dropped``, a number, is the sum of the squares of the rest; ``rest`` sums the rest up."""
 
     @staticmethod
     def forward(
-        values: torch.Tensor, tensor: torch.Tensor, indices: torch.Tensor, dropped: torch.Tensor | None
+        values: torch.Tensor,
+        tensor: torch.Tensor,
+        indices: torch.Tensor,
+        dropped: torch.Tensor | None,
+        rest: torch.Tensor | None,
     ) -> torch.Tensor:
         # Through .data: a recomputation (gradient checkpointing) writes the same values again, which must not
         # invalidate what autograd saved of this tensor.
@@ -35,22 +39,25 @@ class _Splice(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        values, _, indices, _ = inputs
+        values, _, indices, _, ctx.rest = inputs
         ctx.save_for_backward(indices)
         ctx.dtype = values.dtype
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None, None]:
         (indices,) = ctx.saved_tensors
         chosen = gradient.reshape(-1)[indices.long()].to(ctx.dtype)  # the tensor's shape -> (k,)
         squares = None
-        if ctx.needs_input_grad[3]:
+        if ctx.rest is not None:
+            ctx.rest.add_(gradient)
+            ctx.rest.view(-1)[indices.long()] = 0
+        elif ctx.needs_input_grad[3]:
             whole, part = (
                 torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
                 for t in (gradient, chosen)
             )
             squares = (whole.square() - part.square()).clamp(min=0)  # ()
-        return chosen, None, None, squares
+        return chosen, None, None, squares, None
 
 
 class SparseValues(nn.Module):
@@ -60,13 +67,14 @@ class SparseValues(nn.Module):
     entries themselves, so the start is bit-identical. Do not step the optimizer between a forward and its backward:
     both read the same storage.
 
-    ``dropped``, where :func:`watch` made it: its ``grad`` sums up the squares of the gradient's other entries, pass by
-    pass.
+    ``dropped``, where :func:`watch` made it: its ``grad`` is the sum of the squares of the gradient's other entries;
+    ``rest``, where a step has several passes: these entries' sum over the passes.
     """
 
     indices: torch.Tensor
     original: torch.Tensor
     dropped: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
 
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
         super().__init__()
@@ -79,7 +87,7 @@ class SparseValues(nn.Module):
         self.values = nn.Parameter(original.to(torch.promote_types(original.dtype, torch.float32), copy=True))
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _Splice.apply(self.values, tensor, self.indices, self.dropped)  # the tensor's shape
+        return _Splice.apply(self.values, tensor, self.indices, self.dropped, self.rest)  # the tensor's shape
 
     @torch.no_grad()
     def add(self, tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -113,6 +121,17 @@ def _restore(child: SparseValues, tensor: torch.Tensor) -> None:
         tensor.view(-1)[child.indices.long()] = child.original
 
 
+@undo.suspends(_restore)
+def _suspend(model: nn.Module, child: SparseValues, tensor: torch.Tensor) -> undo.Step:
+    _write(child, tensor, child.original)
+    return partial(_write, child, tensor, child.values.detach())
+
+
+def _write(child: SparseValues, tensor: torch.Tensor, values: torch.Tensor) -> None:
+    # Through .data, as in the forward pass.
+    tensor.data.view(-1)[child.indices.long()] = values.to(tensor.dtype)
+
+
 def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) -> SparseValues:
     """Train the entries of a frozen backbone parameter at these flat indices; detaching restores them bit for bit."""
     child = SparseValues(parameter, indices)
@@ -122,9 +141,11 @@ def train_entries(host: Host, parameter: nn.Parameter, indices: torch.Tensor) ->
     return child
 
 
-def watch(children: Iterable[SparseValues]) -> None:
-    """From now on count what the children drop of their tensors' gradients."""
+def watch(children: Iterable[SparseValues], passes: int = 1) -> None:
+    """From now on count what the children drop of their tensors' gradients; with several backward passes before the
+    next :func:`clip_whole` that takes a dense tensor each."""
     for child in children:
+        child.rest = child.values.new_zeros(child.shape) if passes > 1 else None
         if child.dropped is None or child.dropped.device != child.values.device:
             child.dropped = torch.zeros((), device=child.values.device, requires_grad=True)
         child.dropped.grad = None
@@ -135,11 +156,12 @@ def clip_whole(parameters: Iterable[nn.Parameter], children: Iterable[SparseValu
     """Scale the gradients of all trained parameters as if every entry of the children's tensors trained and the whole
     gradient were clipped to ``max_norm``, since :func:`watch`. Gives the whole gradient's norm.
 
-    It is exact for one backward pass a step in which each tensor is used once. Those of several passes, uses or
-    processes are taken to be at right angles, so that no dense gradient has to be kept.
+    It is exact where each tensor is used once in a pass. Those of several uses or processes are taken to be at right
+    angles, so that no dense gradient has to be kept.
     """
-    parameters = list(parameters)
+    parameters, children = list(parameters), list(children)
     squares = [c.dropped.grad for c in children if c.dropped is not None and c.dropped.grad is not None]
+    squares += [torch.linalg.vector_norm(c.rest).square() for c in children if c.rest is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     whole = nn.utils.get_total_norm(gradients).square()
     if squares:

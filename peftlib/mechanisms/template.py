@@ -16,18 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from peftlib.errors import UnsupportedError
+from peftlib.mechanisms.call import Handed, Local
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.outputs import Args, Kwargs, with_state
-from peftlib.mechanisms.positions import by_name, check_length, names, past_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from peftlib.mechanisms.outputs import Args, Kwargs, cut_keys, cut_states, state_of
+from peftlib.mechanisms.positions import by_name, check_length, names, past_length, refuse_packed
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,12 @@ class Layout:
         """The entries at these places (b, k) of (b, t + m, ...), (b, k, ...)."""
         return merged.gather(1, _like(index, merged))
 
+    def of_text(self, merged: torch.Tensor, dim: int) -> torch.Tensor:
+        """What is the text's along a dimension that begins with these t + m places, (b, ..., k, ...)."""
+        whole = self.text.shape[1] + self.vectors.shape[1]  # t + m
+        front, behind = merged.transpose(1, dim).split([whole, merged.shape[dim] - whole], dim=1)
+        return torch.cat([self.at(self.text, front), behind], dim=1).transpose(1, dim)
+
 
 def _like(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """An index (b, k) for gather and scatter on (b, n, ...): (b, k, ...)."""
@@ -107,29 +111,27 @@ def attach(host: Host, child: nn.Module, template: Template, only: int | None = 
             "decoder. Put all of them in front."
         )
     (stack,) = parts.stacks
-    module = parts.stack_inputs(stack)
-    child.layout = None  # type: ignore[assignment]  # what one hook leaves for the other, no part of the model
+    module, laid = parts.stack_inputs(stack), Handed()
     host.add(module, "prompt", child)
     if stack == "encoder":
-        host.hook(module, _insert, child, template, names(module), parts.max_length, before=True)
-        host.hook(module, _take_out, child, only)
+        host.hook(module, _insert, laid, template, names(module), parts.max_length, before=True)
+        host.hook(module, _take_out, laid, only)
         return child
     text = Text()
     host.hook(host.model, _see_labels, text, names(host.model), before=True)
-    host.hook(module, _insert_around, child, template, text, names(module), parts.max_length, before=True)
-    host.hook(module, _take_out_around, child, text)
+    host.hook(module, _insert_around, laid, template, text, names(module), parts.max_length, before=True)
+    host.hook(module, _take_out_around, laid, names(module))
     if parts.generates:
         host.around_generate(_generate, text)
     return child
 
 
-class Text:
+class Text(Local):
     """Where the text of a decoder's rows ends: ``ends`` (b), from the labels of the present forward; ``given``: how
-    many tokens ``generate()`` was given. ``prefilled``: the layout whose keys and values the cache holds."""
+    many tokens ``generate()`` was given."""
 
     ends: torch.Tensor | None = None
     given: int | None = None
-    prefilled: Layout | None = None
 
     def end(self, mask: torch.Tensor) -> torch.Tensor:
         """The index of the first token behind the text of each row, (b)."""
@@ -150,39 +152,52 @@ def _see_labels(text: Text, order: tuple[str, ...], model: nn.Module, args: Args
 
 def _generate(text: Text, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In the place of ``generate(...)``."""
-    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if past_length(kwargs) > 0:
+        raise UnsupportedError(
+            "the vectors' positions are in the cache, among those of the text of an earlier turn; give the whole text "
+            "without past_key_values"
+        )
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    given = next((x for x in (*args[:1], *named) if x is not None), None)
     text.given = None if given is None else given.shape[1]
     try:
         return generate(*args, **kwargs)
     finally:
-        text.given = text.prefilled = None
+        text.given = None
 
 
 def _insert_around(
-    child: Any,
+    laid: Handed,
     template: Template,
     text: Text,
     order: tuple[str, ...],
     limit: int | None,
-    module: PreTrainedModel,
+    module: Any,
     args: Args,
     kwargs: Kwargs,
 ) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
+    refuse_packed(call, "the vectors stand around one text a row")
     past, mask, positions = past_length(call), call.get("attention_mask"), call.get("position_ids")
     if past > 0:
-        layout = text.prefilled
-        if layout is None:
-            raise UnsupportedError("the cache was filled before the vectors were attached; begin with an empty one")
-        t = layout.text.shape[1]
         if mask is not None:
+            layout = _in_cache(call["past_key_values"], len(mask))
+            t = layout.text.shape[1]
             whole = layout.merge(mask[:, :t], mask.new_ones(layout.vectors.shape))  # (b, t + m)
             call["attention_mask"] = torch.cat([whole, mask[:, t:]], dim=1)
         if positions is not None:
             call["position_ids"] = positions + template.length
+        laid.value = None
         return (), call
-    layout = _laid_out(child, call, module, template, limit, lambda ids, mask: template.around(mask, text.end(mask)))
-    text.prefilled = layout
+    tokens = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[1]
+    if text.given is not None and tokens < text.given and text.ends is None:
+        raise UnsupportedError(
+            f"vectors stand behind a text of {text.given} tokens, and the model got its first {tokens} alone; generate "
+            "without prefill_chunk_size"
+        )
+    layout = _laid_out(laid, call, module, template, limit, lambda ids, mask: template.around(mask, text.end(mask)))
+    if (cache := call.get("past_key_values")) is not None:
+        cache.peftlib_layout = layout
     if positions is not None:
         # A vector goes on from the token before it; those in front, and all where there is no text, begin with the row.
         behind = (layout.spots > layout.spots[:, :1]).long()  # (b, m)
@@ -190,30 +205,49 @@ def _insert_around(
     return (), call
 
 
-def _take_out_around(child: Any, text: Text, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    layout, child.layout = child.layout, None
-    if layout is None:
-        return None  # a later step of generation
-    h = layout.at(layout.text, output[0])  # (b, t + m, d) -> (b, t, d)
+def _in_cache(cache: Any, rows: int) -> Layout:
+    """The layout whose keys and values a cache holds, for as many rows as it has now."""
+    layout = getattr(cache, "peftlib_layout", None)
+    if layout is None or rows % len(layout.spots):
+        raise UnsupportedError(
+            "the cache was filled without the vectors, or has other rows than it had; begin with an empty one"
+        )
+    if rows == len(layout.spots):
+        return layout
+    return Layout(layout.spots.repeat_interleave(rows // len(layout.spots), dim=0), layout.text.shape[1])
+
+
+def _take_out_around(
+    laid: Handed, order: tuple[str, ...], module: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
+    layout = laid.take()
+    if layout is None:  # a later step of generation
+        cache = by_name(order, args, kwargs)["past_key_values"]
+        rows = len(state_of(output))
+        return cut_keys(output, lambda x, dim: _in_cache(cache, rows).of_text(x, dim))
+    if (cache := getattr(output, "past_key_values", None)) is not None:
+        cache.peftlib_layout = layout  # the stack has made it itself
+    h = layout.of_text(output[0], 1)  # (b, t + m, d) -> (b, t, d)
     answer = layout.at(layout.vectors[:, -1:], output[0])  # (b, 1, d)
     last = layout.spots[:, -1:] - 1  # (b, 1), the text's last token
     place = torch.arange(h.shape[1], device=h.device)  # (t)
     has_text = layout.spots[:, -1:] > layout.spots[:, :1]  # (b, 1)
-    return with_state(output, torch.where(((place == last) & has_text)[..., None], answer, h))  # (b, t, d)
+    h = torch.where(((place == last) & has_text)[..., None], answer, h)  # (b, t, d)
+    return cut_states(output, layout.of_text, h)
 
 
 def _insert(
-    child: Any,
+    laid: Handed,
     template: Template,
     order: tuple[str, ...],
     limit: int | None,
-    module: PreTrainedModel,
+    module: Any,
     args: Args,
     kwargs: Kwargs,
 ) -> tuple[Args, Kwargs]:
     call = by_name(order, args, kwargs)
     positions, types = call.get("position_ids"), call.get("token_type_ids")
-    layout = _laid_out(child, call, module, template, limit, template.spots)
+    layout = _laid_out(laid, call, module, template, limit, template.spots)
     # A vector has the segment and the place of the token before which it goes.
     if types is not None:
         at = layout.spots.clamp(max=layout.text.shape[1] - 1)  # (b, m)
@@ -235,37 +269,40 @@ def _positions(layout: Layout, positions: torch.Tensor, behind: torch.Tensor) ->
 
 
 def _laid_out(
-    child: Any,
+    laid: Handed,
     call: Kwargs,
-    module: PreTrainedModel,
+    module: Any,
     template: Template,
     limit: int | None,
-    spots: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    spots: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor],
 ) -> Layout:
     """The layout of a call, whose ids and mask become embeddings and a mask with the vectors among them; ``spots``
     gives the vectors' places from ids and mask."""
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
-    if ids is None:
+    child, ids, x, given = module.prompt, call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
+    if ids is None and template.sep is not None:
         raise UnsupportedError(
             "where the texts end is seen from the tokens' ids, and the model was given embeddings without ids; call it "
             "with input_ids"
         )
-    if mask is None:
-        mask = torch.ones_like(ids)
-    if mask.shape != ids.shape:
+    if x is None:
+        x = module.get_input_embeddings()(ids)  # (b, t) -> (b, t, e)
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if given is None else given  # (b, t)
+    if mask.shape != x.shape[:2]:
         raise UnsupportedError(
-            f"vectors inside the text need an attention mask of shape (batch, tokens), and got {tuple(mask.shape)}"
+            f"vectors inside the text need an attention mask of shape (batch, tokens), and got {tuple(mask.shape)}; "
+            "static caches and ready-made masks do not go with them"
         )
-    check_length(ids.shape[1], template.length, limit)
-    layout = child.layout = Layout(spots(ids, mask), ids.shape[1])
-    x = module.get_input_embeddings()(ids)  # (b, t) -> (b, t, e)
+    check_length(x.shape[1], template.length, limit)
+    layout = laid.value = Layout(spots(ids, mask), x.shape[1])
+    P = child(x, given) if getattr(child, "reads_mask", False) else child(x)  # (b, m, e)
     call["input_ids"] = None
-    call["inputs_embeds"] = layout.merge(x, child(x))  # (b, t + m, e)
+    call["inputs_embeds"] = layout.merge(x, P)  # (b, t + m, e)
     call["attention_mask"] = layout.merge(mask, mask.new_ones(layout.vectors.shape))  # (b, t + m)
     return layout
 
 
-def _take_out(child: Any, only: int | None, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    layout, child.layout = child.layout, None
+def _take_out(laid: Handed, only: int | None, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    layout = laid.take()
     index = layout.text if only is None else layout.vectors[:, only : only + 1]
-    return with_state(output, layout.at(index, output[0]))  # (b, t + m, d) -> (b, t, d) or (b, 1, d)
+    # (b, t + m, d) -> (b, t, d) or (b, 1, d)
+    return cut_states(output, layout.of_text, layout.at(index, output[0]))

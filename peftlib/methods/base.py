@@ -12,6 +12,7 @@ import torch
 
 from peftlib import taxonomy
 from peftlib.errors import ConfigError, MergeError
+from peftlib.mechanisms.call import plainly
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.schedules import Schedule, Stage, current, staged
 
@@ -22,13 +23,17 @@ HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_en
 class TrainingState:
     """Where training stands: ``step`` counts optimizer steps from 0, ``total`` is how many there will be; ``schedule``
     is that of the learning rate and ``stages`` are the method's. ``max_norm``: the norm to which the method itself is
-    to clip gradients, where it does that (:attr:`Method.clips`)."""
+    to clip gradients, where it does that (:attr:`Method.clips`). ``accumulation``: how many backward passes a step has
+    at most; ``loss_scale``: by which the loss was multiplied in them (GradScaler), and what they left beside the
+    gradients of what trains."""
 
     step: int
     total: int
     schedule: Schedule = field(default_factory=Schedule)
     stages: tuple[Stage, ...] = ()
     max_norm: float | None = None
+    accumulation: int = 1
+    loss_scale: float = 1.0
 
     @property
     def fraction(self) -> float:
@@ -65,7 +70,7 @@ class ForwardPass:
 
     def replay(self) -> Any:
         """The output of a second forward, with draws (dropout and the like) of its own; no penalty is added to it."""
-        return self.model.forward(*self.args, **self.kwargs)
+        return plainly(self.model, self.args, self.kwargs)
 
     def logits(self, output: Any = None) -> torch.Tensor:
         """The logits in this or another output."""
@@ -166,6 +171,10 @@ class Method:
     def entry(self) -> taxonomy.Entry:
         return taxonomy.entry(self.name)
 
+    def parts_and_itself(self) -> tuple[Method, ...]:
+        """The methods whose state this one's attributes hold: itself and, of a combination, its parts."""
+        return (self,)
+
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         """Keep the adapters that this method builds on. Raises ConfigError for too few, or of a wrong method."""
         if not self.source_methods:
@@ -229,6 +238,11 @@ class Method:
     def stages(self, total: int) -> tuple[Stage, ...]:
         """The parts of a training of ``total`` steps, in order; each has the learning-rate schedule for itself."""
         return (Stage("training", total),)
+
+    def counts_passes(self, training: TrainingState) -> bool:
+        """Whether it reads what a backward pass leaves beside gradients, which do not add up over passes, and thus has
+        to know how many a step has."""
+        return False
 
     def on_step_start(self, training: TrainingState) -> None:
         """Before the first forward of an optimizer step."""

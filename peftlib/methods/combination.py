@@ -57,6 +57,9 @@ class Combination(Method):
         self.source_methods = tuple(dict.fromkeys(m for part in self.parts for m in part.source_methods))
         self.fewest_sources = min((part.fewest_sources for part in self.parts if part.source_methods), default=0)
 
+    def parts_and_itself(self) -> tuple[Method, ...]:
+        return (self, *(method for part in self.parts for method in part.parts_and_itself()))
+
     def take_sources(self, sources: tuple[SavedAdapter, ...]) -> None:
         """Each part that builds on sources gets those of its kinds."""
         super().take_sources(sources)
@@ -123,6 +126,9 @@ class Combination(Method):
                 "or load it as it is, then attach the other"
             )
         return next(iter(found.values()), super().stages(total))
+
+    def counts_passes(self, training: TrainingState) -> bool:
+        return any(part.counts_passes(training) for part in self.parts)
 
     def on_step_start(self, training: TrainingState) -> None:
         for part in self.parts:

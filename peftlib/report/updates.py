@@ -106,7 +106,7 @@ def singular_values(adapted: Adapted) -> pd.DataFrame:
     updates = _method(adapted, "updates", "low-rank update of single matrices, as LoRA and its kin have").updates
     rows = {}
     for site, update in updates.items():
-        task = (adapted.host.tasks.default,) if isinstance(update, Experts) else ()
+        task = (adapted.host.tasks.default or 0,) if isinstance(update, Experts) else ()
         delta = update.delta(*task)
         values = torch.linalg.svdvals(delta.float())
         # What is left of an exact zero after rounding is one.

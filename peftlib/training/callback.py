@@ -61,7 +61,9 @@ class PeftCallback(TrainerCallback):
         if self.method.clips and args.max_grad_norm and not args.fp16:
             # The method clips in the Trainer's place; with fp16, where the loss is scaled, it cannot.
             self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-        self.life = Lifecycle(self.guard, state.max_steps, step=state.global_step, max_norm=self.max_norm)
+        self.life = Lifecycle(
+            self.guard, state.max_steps, state.global_step, self.max_norm, args.gradient_accumulation_steps
+        )
         self._schedule(args, getattr(lr_scheduler, "scheduler", lr_scheduler), optimizer)
         self.life.__enter__()
         if state.global_step:
@@ -100,9 +102,18 @@ class PeftCallback(TrainerCallback):
         self._running().step_start()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self._running().gradients()
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and not args.max_grad_norm:
+            # Clipping has the gradients without the scale; here the method is to have them.
+            scaler.unscale_(optimizer.optimizer)
+        self._running().gradients(1.0 if scaler is None else scaler.get_scale())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running().step_end()

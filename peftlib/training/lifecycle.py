@@ -39,8 +39,10 @@ class Guard:
 
     def require_lifecycle(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """A forward hook: a training forward outside the lifecycle would silently be another method."""
-        if not (model.training and torch.is_grad_enabled()) or self.running is not None or self._open:
+        if not (model.training and torch.is_grad_enabled()) or self._open:
             return
+        if self.running is not None:
+            return self.running.count_forward()
         name = self.method.name
         raise StateError(
             f"{name} acts during training ({', '.join(self.method.hooks()) or 'calibrate'}) and nothing runs it. Train "
@@ -84,13 +86,24 @@ class Lifecycle:
     schedule of your own knows nothing of a method's stages. ``step`` counts optimizer steps from 0; a run that resumes
     starts at another one. A method that clips gradients itself (``adapted.method.clips``) cuts them to ``max_norm``,
     where one is given; the loop leaves them as they are.
+
+    A step of several forwards and backward passes has one ``step_start`` before and one ``gradients`` after all of
+    them, and says how many they are at most, ``accumulation``. Their losses add up to that of one forward over all
+    rows: divide each by their number, or hand ``num_items_in_batch``, the step's number of labels, to the model,
+    whose losses are then shares of it. With GradScaler, ``unscale_`` comes before :meth:`gradients`; a step whose
+    gradients are not finite, which the scaler leaves out, is none for the method.
     """
 
-    def __init__(self, guard: Guard, total_steps: int, step: int = 0, max_norm: float | None = None):
+    def __init__(
+        self, guard: Guard, total_steps: int, step: int = 0, max_norm: float | None = None, accumulation: int = 1
+    ):
         self.guard = guard
         self.total = total_steps
         self.step = step
         self.max_norm = max_norm
+        self.accumulation = accumulation
+        self.forwards = 0
+        self.skipped = False
         self.schedule = Schedule()
         self.stages = guard.method.stages(total_steps)
 
@@ -100,7 +113,7 @@ class Lifecycle:
 
     @property
     def training(self) -> TrainingState:
-        return TrainingState(self.step, self.total, self.schedule, self.stages, self.max_norm)
+        return TrainingState(self.step, self.total, self.schedule, self.stages, self.max_norm, self.accumulation)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> torch.optim.lr_scheduler.LambdaLR:
         """A scheduler for the optimizer, to be stepped after it: ``schedule`` over all steps, or, where the method's
@@ -131,13 +144,34 @@ class Lifecycle:
 
     def step_start(self) -> None:
         """Before the first forward of an optimizer step."""
+        self.forwards, self.skipped = 0, False
         self.method.on_step_start(self.training)
 
-    def gradients(self) -> None:
-        """After backward and clipping, before the optimizer's step."""
-        self.method.on_gradients(self.training)
+    def count_forward(self) -> None:
+        """A training forward begins. Raises StateError for one too many, where the method has to know their number."""
+        self.forwards += 1
+        if self.forwards > self.accumulation and self.method.counts_passes(self.training):
+            raise StateError(
+                f"{self.method.name} reads what each backward pass leaves, and this step has more than "
+                f"{self.accumulation}: say so with adapted.lifecycle(total_steps, accumulation=...)"
+            )
+
+    def gradients(self, loss_scale: float = 1.0) -> None:
+        """After backward and clipping, before the optimizer's step. ``loss_scale``: by which the loss was multiplied in
+        the backward pass; the gradients of what trains are without it again."""
+        self.skipped = not self._finite()
+        if not self.skipped:
+            self.method.on_gradients(dataclasses.replace(self.training, loss_scale=loss_scale))
 
     def step_end(self) -> None:
         """After the optimizer's step."""
-        self.method.on_step_end(self.training)
+        if not self.skipped:
+            self.method.on_step_end(self.training)
         self.step += 1
+
+    def _finite(self) -> bool:
+        """Whether all gradients are; not asked for a method that does not look at them."""
+        if not {"on_gradients", "on_step_end"} & set(self.method.hooks()):
+            return True
+        found = [p.grad.isfinite().all() for p in self.method.host.root.trained().values() if p.grad is not None]
+        return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())

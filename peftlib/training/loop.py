@@ -21,6 +21,7 @@ from torch import nn
 from peftlib.errors import StateError, UnsupportedError
 from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import at_least
+from peftlib.training.accumulation import items
 from peftlib.training.evaluation import Precision, Task, Tuned, check_labels, evaluate_task
 from peftlib.training.lifecycle import Lifecycle
 
@@ -47,7 +48,9 @@ class Trainable(Tuned, Protocol):
         self, learning_rate: float, *, head_learning_rate: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]: ...
 
-    def lifecycle(self, total_steps: int, step: int = 0, max_norm: float | None = None) -> Lifecycle: ...
+    def lifecycle(
+        self, total_steps: int, step: int = 0, max_norm: float | None = None, *, accumulation: int = 1
+    ) -> Lifecycle: ...
 
 
 @dataclass
@@ -99,6 +102,7 @@ def fit(
         tokenizer: the backbone's tokenizer.
         epochs: passes over the training split; ``steps`` (optimizer steps) overrides them.
         batch_size: rows a forward, on each process.
+        gradient_accumulation: forwards a step; together they count as one on as many rows, all labels alike.
         learning_rate: default: the method's own, found by a stated search.
         head_learning_rate: the task head's; default: the same as ``learning_rate``.
         warmup: share of the steps in which the rate rises linearly from 0; from 1 on, their number.
@@ -158,7 +162,7 @@ def fit(
             at_least("steps", total, 1)
             # With fp16 the loss is scaled, and what the method sees of the gradients beside it.
             own = max_grad_norm if adapted.method.clips and precision != "fp16" else None
-            life = adapted.lifecycle(total, max_norm=own)
+            life = adapted.lifecycle(total, max_norm=own, accumulation=gradient_accumulation)
             scheduler = life.scheduler(optimizer, course)
             clip = max_grad_norm if own is None else 0.0
             step = _Step(accelerator, model, optimizer, scheduler, list(trained.values()), clip)
@@ -204,24 +208,37 @@ class _Step:
         self.model.train()
         began = time.perf_counter()
         life.step_start()
-        self.losses = [self._backward(next(batches)) for _ in range(forwards)]
+        parts = [next(batches) for _ in range(forwards)]
+        self.losses = [self._backward(batch, weight) for batch, weight in zip(parts, self._weights(parts))]
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        life.gradients()
+        else:
+            self.accelerator.unscale_gradients()
+        scaler = self.accelerator.scaler
+        life.gradients(1.0 if scaler is None else scaler.get_scale())
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         life.step_end()
         return time.perf_counter() - began
 
-    def _backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _weights(self, parts: list[dict[str, torch.Tensor]]) -> list[torch.Tensor | float]:
+        """Of each part's mean loss, so that all labels of the step count alike; their mean is 1."""
+        if len(parts) == 1:
+            return [1.0]
+        model = self.accelerator.unwrap_model(self.model)
+        counts = torch.stack([cast(torch.Tensor, items(model, part)) for part in parts]).double()  # (parts,)
+        mean = self.accelerator.reduce(counts.mean(), "mean")  # over the processes
+        return list((counts / mean).float())
+
+    def _backward(self, batch: dict[str, torch.Tensor], weight: torch.Tensor | float) -> torch.Tensor:
         with self.accelerator.accumulate(self.model):
-            loss = self.model(**batch).loss
+            loss = self.model(**batch).loss * weight
             self.accelerator.backward(loss)
         return loss.detach()
 
     def loss(self) -> float:
-        """The mean loss of the last step's forwards."""
+        """The mean loss over the last step's labels."""
         return float(torch.stack(self.losses).mean())
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
+from transformers import DataCollatorForLanguageModeling
 
 from peftlib.errors import UnknownNameError, UnsupportedError
 
@@ -54,12 +55,13 @@ class Objective:
 class Masked(Objective):
     head = "masked_lm"
 
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        self.collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)
+
     def loss(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        batch = self.padded(rows)
-        ids = batch["input_ids"]
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
-        ids, labels = mask(ids, special, self.tokenizer)
-        return self.model(input_ids=ids, attention_mask=batch["attention_mask"], labels=labels).loss
+        batch = self.collate([{"input_ids": list(row)} for row in rows])
+        return self.model(**batch.to(self.model.device)).loss
 
 
 class Spans(Objective):
@@ -115,19 +117,6 @@ def find(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
         raise UnknownNameError("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
-
-
-def mask(ids: torch.Tensor, special: torch.Tensor, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids (b, t) with masked tokens, and the labels (b, t): the ids that were there, -100 at all other tokens.
-
-    Draws from torch's generator; ``special`` (b, t) tokens stay.
-    """
-    chosen = (torch.rand(ids.shape, device=ids.device) < RATE) & ~special  # (b, t)
-    how = torch.rand(ids.shape, device=ids.device)  # (b, t)
-    random = torch.randint(len(tokenizer), ids.shape, device=ids.device)  # (b, t)
-    masked = torch.where(chosen & (how < 0.8), tokenizer.mask_token_id, ids)  # (b, t)
-    masked = torch.where(chosen & (how >= 0.9), random, masked)  # (b, t)
-    return masked, torch.where(chosen, ids, -100)
 
 
 def corrupt(ids: Sequence[int], sentinels: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -60,3 +60,9 @@ def test_the_search_goes_on_where_its_best_rate_is_the_lowest_or_the_highest():
     assert experiments.next_rate(tried, 5e-4) is None
     assert experiments.next_rate([*tried, 5e-2], 1e-2) is None
     assert experiments.next_rate([*tried, 5e-2, 0.2, 1.0], 1.0) is None  # there is none beyond
+
+
+def test_the_search_goes_up_while_its_rates_differ_by_noise_alone():
+    tried = [2e-3, 1e-4, 5e-4, 1e-2]
+    assert experiments.next_rate(tried, 1e-4, decided=False) == 5e-2
+    assert experiments.next_rate([*tried, 5e-2, 0.2, 1.0], 1e-4, decided=False) == 2e-5

@@ -9,6 +9,7 @@ import pytest
 
 from peftlib import experiments
 from peftlib.errors import DataError
+from peftlib.methods.registry import find
 
 
 def record(spec, value=0.5, loss=1.0):
@@ -94,6 +95,14 @@ def test_best_rate_is_chosen_on_validation_data(store):
     store.write(other, record(other, 1.0, 0.0))
     assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 5e-4  # 3e-3 is no rate of the search
     assert store.best_rate("smoke", "smoke", "head", "accuracy") is None
+
+
+def test_where_no_rate_learned_the_method_keeps_its_own(store):
+    own = find("lora").learning_rate
+    for rate, validation in ((1e-4, 0.55), (own, 0.5), (1e-2, 0.52)):
+        s = spec(learning_rate=rate)
+        store.write(s, record(s, validation))
+    assert store.best_rate("smoke", "smoke", "lora", "accuracy") == own
 
 
 def test_summary_has_spread_over_seeds_and_names_its_runs(store):

@@ -130,21 +130,25 @@ def test_a_killed_sweep_goes_on_without_loss_or_double_runs(tmp_path):
 
 
 def test_a_search_goes_on_past_an_end_until_the_best_rate_is_inside(tmp_path, monkeypatch):
-    store, losses = experiments.Store(tmp_path), {"lora": 2e-5, "head": 5e-4}
+    store, losses = experiments.Store(tmp_path), {"lora": 2e-5, "head": 5e-4, "prompt_tuning": 0.2}
+    names = list(losses)
 
     def learned(specs, store, workers=1):
         for spec in specs:
             value = abs(math.log(spec.learning_rate / losses[spec.method]))
+            if spec.method == "prompt_tuning" and spec.learning_rate < 0.2:
+                value = 10 + 1e-4 * spec.learning_rate  # it learns nothing, and the lowest rate is best by chance
             metrics = {split: {"accuracy": -value, "loss": value} for split in ("validation", "test")}
             store.write(spec, {"spec": vars(spec), "metrics": metrics, "metric": "accuracy"})
             yield spec, "done"
 
     monkeypatch.setitem(EXECUTORS, "local", learned)
-    outcomes = experiments.search_rates("smoke", METHODS, store, progress=False)
-    tried = {m: sorted(r["spec"]["learning_rate"] for r in store.searched("smoke", "smoke", m)) for m in METHODS}
+    outcomes = experiments.search_rates("smoke", names, store, progress=False)
+    tried = {m: sorted(r["spec"]["learning_rate"] for r in store.searched("smoke", "smoke", m)) for m in names}
     assert tried["head"] == sorted(experiments.SEARCH_RATES)
     assert tried["lora"] == sorted([4e-6, 2e-5, *experiments.SEARCH_RATES])
-    assert outcomes["done"] == 10
+    assert tried["prompt_tuning"] == sorted([*experiments.SEARCH_RATES, 0.05, 0.2, 1.0])
+    assert outcomes["done"] == 17
     assert store.best_rate("smoke", "smoke", "lora", "accuracy") == 2e-5
-    again = experiments.search_rates("smoke", METHODS, store, progress=False)
-    assert again["done"] == 0 and again["there"] == 8
+    again = experiments.search_rates("smoke", names, store, progress=False)
+    assert again["done"] == 0 and again["there"] == 12

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import peftlib
-from peftlib.conformance.case import backbone, batch, inputs, logits
+from peftlib.conformance.case import Case, backbone, batch, inputs, lm_head, logits
 from peftlib.errors import DataError
+from peftlib.taxonomy import entry
 
 
 class Watch(torch.nn.Module):
@@ -77,6 +78,41 @@ def test_tasks_that_cannot_be_are_named(watched):
     with pytest.raises(DataError, match="task -1 is not one"), adapted.task(-1):
         pass
     logits(adapted.model, **inputs("bert"), task_ids=torch.arange(8) % 2)
+
+
+SEVERAL = {
+    "moelora": {"tasks": 2, "experts": 2, "rank": 4},
+    "hyperformer_pp": {"tasks": 2, **entry("hyperformer_pp").tiny},
+    "propetl": {"tasks": 2, **entry("propetl").tiny},
+    "mpt": {"tasks": 2, **entry("mpt").tiny},
+    "attempt": {"tasks": 2, **entry("attempt").tiny},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", SEVERAL)
+def test_rows_of_no_task_are_refused_where_there_are_several(method, training):
+    adapted = Case(method, "bert", options=SEVERAL[method]).attach()
+    adapted.model.train(training)
+    with adapted.lifecycle(1):
+        with pytest.raises(DataError, match=r"serves 2 tasks.*task_ids.*remove_unused_columns=False.*adapted\.task"):
+            adapted.model(**batch("bert"))
+        adapted.model(**batch("bert"), task_ids=torch.arange(8) % 2)
+        with adapted.task(1):
+            adapted.model(**batch("bert"))
+        with pytest.raises(DataError, match="serves 2 tasks"):
+            adapted.model(**batch("bert"))
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "moelora"), ("t5", "hyperformer_pp"), ("t5", "mpt")])
+def test_text_is_generated_for_a_task_that_is_said(family, method):
+    case = Case(method, family, lm_head(family), options=SEVERAL[method])
+    adapted = case.attach()
+    text = {k: v for k, v in case.batch().items() if k != "labels"}
+    with pytest.raises(DataError, match="serves 2 tasks"):
+        adapted.model.generate(**text, max_new_tokens=2)
+    with adapted.task(1):
+        adapted.model.generate(**text, max_new_tokens=2)
 
 
 def test_fit_trains_on_a_mixture_and_reports_each_member(watched):

@@ -106,7 +106,7 @@ def test_no_graph_in_the_backbone(family):
     assert len(seen) == 2 * adapted.host.anatomy.num_layers
     assert not any(seen)
     assert loss.requires_grad
-    assert not adapted.host.paths().popitem()[1].states
+    assert not adapted.host.paths().popitem()[1].run.value
 
 
 def test_a_step_keeps_the_layers_outputs_and_next_to_nothing_else():

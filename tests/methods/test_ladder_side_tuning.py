@@ -158,7 +158,7 @@ def test_no_graph_in_the_backbone(family):
     assert not any(seen)
     assert loss.requires_grad
     assert all(
-        not part.ladder_side_tuning.calls for part in map(adapted.host.anatomy.holder, adapted.host.anatomy.stacks)
+        not part.ladder_side_tuning.now.calls for part in map(adapted.host.anatomy.holder, adapted.host.anatomy.stacks)
     )
 
 

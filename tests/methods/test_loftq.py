@@ -69,6 +69,50 @@ def test_uniform_levels_start_nearer_than_plain_ones_and_load_again(tmp_path):
             peftlib.config("loftq", **options)
 
 
+# Tables of embeddings
+
+
+def test_the_glue_scripts_tables_are_decomposed_trained_and_merged(tmp_path):
+    """yxli2123/LoftQ, glue/utils.py with --quant_embedding: each nn.Embedding whose name has no "token" in it."""
+    options = {"rank": 4, "alpha": 4.0, "embeddings": ("word_embeddings", "position_embeddings")}
+    model = backbone("bert")
+    original = model.bert.embeddings.word_embeddings.weight.detach().clone()
+    adapted = peftlib.attach(model, "loftq", **options)
+    errors = adapted.method.errors["bert.embeddings.word_embeddings"]
+    assert min(errors[1:]) < errors[0]
+    table, update = adapted.method.tables["bert.embeddings.word_embeddings"]
+    error = (table.weight + update.delta() - original).norm() / original.norm()
+    assert float(error) == pytest.approx(min(errors[1:]), rel=1e-4)
+    assert {f"bert.embeddings.{name}.lora.{factor}" for name in options["embeddings"] for factor in "AB"} < set(
+        adapted.trainable()
+    )
+    perturb(adapted)
+    with torch.no_grad():
+        expected = adapted.model(**inputs("bert")).logits
+        loaded = peftlib.load(backbone("bert"), adapted.save(tmp_path / "a"))
+        assert torch.equal(loaded.model(**inputs("bert")).logits, expected)
+        torch.testing.assert_close(adapted.merge()(**inputs("bert")).logits, expected, atol=1e-5, rtol=1e-5)
+    assert type(adapted.model.bert.embeddings.word_embeddings) is nn.Embedding
+    bare = backbone("bert")
+    peftlib.attach(bare, "loftq", **options).detach()
+    assert torch.equal(bare.bert.embeddings.word_embeddings.weight, original)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "name", "said"),
+    [
+        ("bert", "classification", "wpe", "it has position_embeddings"),
+        ("t5", "seq2seq", "shared", "shared with other"),
+        ("gpt2", "causal_lm", "wte", "shared with other"),
+    ],
+)
+def test_tables_that_cannot_be_decomposed_are_named(family, head, name, said):
+    model = backbone(family, head)
+    with pytest.raises(PeftlibError, match=said):
+        peftlib.attach(model, "loftq", rank=4, alpha=4.0, embeddings=(name,))
+    assert not any(hasattr(module, "quantized") for module in model.modules())
+
+
 # The alternation
 
 

@@ -88,14 +88,14 @@ PLACES = [
 @pytest.mark.parametrize(("mask", "labels", "prompt", "past", "first", "last", "expected"), PLACES)
 def test_tokens(mask, labels, prompt, past, first, last, expected):
     tokens, cache = Tokens(first, last), type("Cache", (), {"get_seq_length": lambda self: past})()
-    tokens.prompt = prompt
+    tokens.now.prompt = prompt
     if labels is not None:
-        tokens.labels = torch.tensor([[-100 if c == "." else 5 for c in labels]])
+        tokens.now.labels = torch.tensor([[-100 if c == "." else 5 for c in labels]])
     call = {"attention_mask": torch.tensor([[int(c) for c in mask]]), "past_key_values": cache}
     tokens.see(call | {"input_ids": torch.zeros(1, len(mask) - past, dtype=torch.long)})
     found = tokens.places("both")
     assert (None if found is None else "".join(str(int(x)) for x in found.flatten())) == expected
-    assert tokens.labels is None
+    assert tokens.now.labels is None
 
 
 def _golden() -> tuple[dict[str, torch.Tensor], dict, dict]:
@@ -213,7 +213,7 @@ def test_every_way_to_generate_edits_the_prompt_alone(family, how):
     # After generate() the whole input is the prompt again.
     last = adapted.host.anatomy.layers[0].module.loreft.tokens
     model(input_ids=expected)
-    assert last.last.flatten().tolist()[-2:] == [True, True]
+    assert last.now.last.flatten().tolist()[-2:] == [True, True]
 
 
 def test_a_prompt_in_pieces_is_refused():

@@ -57,7 +57,6 @@ def test_a_mixed_batch_is_each_task_alone(family, shared_gate):
             answers.append(logits(adapted.model, **data))
     assert not torch.allclose(answers[0], answers[1], atol=1e-3)
     torch.testing.assert_close(mixed, torch.stack([answers[t][row] for row, t in enumerate(tasks)]))
-    assert torch.equal(logits(adapted.model, **data), answers[0])
 
 
 def test_opposite_tasks_are_told_apart_by_the_gate():

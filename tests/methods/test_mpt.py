@@ -182,7 +182,7 @@ def test_the_student_goes_without_its_teachers_and_starts_a_target(tmp_path):
     given = inputs("bert") | {"task_ids": IDS}
     assert torch.equal(logits(loaded.model, **given), logits(ours.model, **given))
     loaded.model.train()
-    loaded.model(**batch("bert")).loss.backward()
+    loaded.model(**batch("bert"), task_ids=IDS).loss.backward()
 
     for options, u in (({}, prompt.u.mean(0)), ({"start": "task", "start_task": 1}, prompt.u[1])):
         target = peftlib.attach(backbone("bert"), "mpt", sources=[folder], length=5, **options)

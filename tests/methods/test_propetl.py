@@ -246,7 +246,7 @@ def test_a_row_is_served_by_the_layer_s_mask_and_its_task_s(combine):
     assert layers[0].task_masks is layers[1].task_masks
     child, z = layers[1], torch.randn(3, 5, 32)
     p, tasks = child.prototype, [1, 0, 1]
-    adapted.host.tasks.given, adapted.host.tasks.running = torch.tensor(tasks), True
+    adapted.host.tasks.enter(torch.tensor(tasks))
     got = child.delta(z)
     for row, task in enumerate(tasks):
         down, up = (

@@ -75,7 +75,7 @@ def test_the_prefix_is_scaled_by_its_gate_sample_by_sample_or_query_by_query(fam
     query, key, value = (torch.randn(1, heads, n, p) for _ in range(3))
     x = torch.randn(1, n, adapted.host.anatomy.d)
     causal = family == "llama"
-    module.prefix_gate.seen = x
+    module.prefix_gate.seen.value = x
     if not causal:
         module.prefix_gate.tokens.mask = None
     module.num_key_value_groups = 1

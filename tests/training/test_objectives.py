@@ -12,15 +12,18 @@ from tests.methods.helpers import backbone
 def test_the_masked_tokens_are_as_many_and_become_what_bert_has():
     loaded = backbones.load("tiny-bert", head="masked_lm")
     tokenizer = loaded.tokenizer
+    film = tokenizer.convert_tokens_to_ids("film")
+    rows = [[tokenizer.cls_token_id, *[film] * 199], [tokenizer.cls_token_id, *[film] * 99]] * 100
     torch.manual_seed(0)
-    ids = torch.full((200, 200), tokenizer.convert_tokens_to_ids("film"))
-    special = torch.zeros_like(ids, dtype=torch.bool)
-    special[:, 0] = True
-    masked, labels = objectives.mask(ids, special, tokenizer)
+    batch = objectives.Masked(loaded.model, tokenizer).collate([{"input_ids": row} for row in rows])
+    masked, labels = batch["input_ids"], batch["labels"]
+    ids = torch.where(labels != -100, labels, masked)
+    assert ids.tolist() == [row + [tokenizer.pad_token_id] * (200 - len(row)) for row in rows]
+    assert batch["attention_mask"].sum(1).tolist() == [len(row) for row in rows]
     chosen = labels != -100
-    assert not chosen[:, 0].any()
-    assert (labels[chosen] == ids[chosen]).all() and (masked[~chosen] == ids[~chosen]).all()
-    assert float(chosen[:, 1:].float().mean()) == pytest.approx(0.15, abs=0.01)
+    words = ids == film
+    assert not chosen[~words].any()
+    assert float(chosen[words].float().mean()) == pytest.approx(0.15, abs=0.01)
     assert float((masked[chosen] == tokenizer.mask_token_id).float().mean()) == pytest.approx(0.8, abs=0.02)
     assert float((masked[chosen] == ids[chosen]).float().mean()) == pytest.approx(0.1, abs=0.02)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import UnsupportedError
-from peftlib.mechanisms import importance, precision, warmup
+from peftlib.mechanisms import atomic, importance, precision, warmup
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.importance import Batch
 from peftlib.methods.base import MethodConfig, at_least, between
@@ -102,16 +102,15 @@ def search_masks(
     """
     parameters, beside = list(parameters), list(beside)
     batches = batches if warmup.sized(batches) else list(batches)
-    starts = [p.detach().clone() for p in (*parameters, *beside)]
-    masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
-    total = sum(p.numel() for p in parameters)
+    with atomic.kept((*parameters, *beside)) as starts, precision.in_float32(model, parameters):
+        masks = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        total = sum(p.numel() for p in parameters)
 
-    @torch.no_grad()
-    def set_back() -> None:
-        for parameter, mask, start in zip(parameters, masks, starts):
-            parameter.copy_(torch.where(mask, parameter, start))
+        @torch.no_grad()
+        def set_back() -> None:
+            for parameter, mask, start in zip(parameters, masks, starts):
+                parameter.copy_(torch.where(mask, parameter, start))
 
-    with precision.in_float32(model, parameters):
         for round_ in range(1, rounds + 1):
             warmup.train(
                 model,
@@ -130,4 +129,4 @@ def search_masks(
         with torch.no_grad():
             for parameter, start in zip((*parameters, *beside), starts):
                 parameter.copy_(start)
-    return masks
+        return masks

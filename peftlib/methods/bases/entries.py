@@ -117,9 +117,12 @@ class MaskedGradients(ChosenEntries):
 
     clips = True
 
+    def counts_passes(self, training: TrainingState) -> bool:
+        return bool(training.max_norm)
+
     def on_step_start(self, training: TrainingState) -> None:
         if training.max_norm:
-            sparse.watch(self.children.values())
+            sparse.watch(self.children.values(), training.accumulation)
 
     def on_gradients(self, training: TrainingState) -> None:
         if training.max_norm:

@@ -32,8 +32,9 @@ import torch
 from torch import nn
 
 from peftlib.errors import ConfigError, TargetError, UnsupportedError
+from peftlib.mechanisms.call import Local
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.positions import by_name, names, past_length
+from peftlib.mechanisms.positions import by_name, names, past_length, refuse_packed
 from peftlib.mechanisms.precision import cast, without_autocast
 from peftlib.methods.base import Method, MethodConfig, at_least, one_of
 
@@ -102,31 +103,38 @@ class Free(nn.Module):
         return self.R
 
 
+class Now(Local):
+    """Of the present call: which tokens are edited, ``first`` and ``last`` (b, t, 1), None where a cache holds the
+    prompt already; the ``labels``; and how long the inputs are that generate() was given, ``prompt``."""
+
+    first: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    prompt: int | None = None
+
+
 class Tokens(nn.Module):
-    """Which tokens of the input in the model are edited: ``first`` and ``last`` (b, t, 1), or None where a cache holds
-    the prompt already."""
+    """Which tokens of the input in the model are edited: ``first`` and ``last`` of a text at most."""
 
     def __init__(self, first: int, last: int):
         super().__init__()
         self.counts = first, last
-        self.first: torch.Tensor | None = None
-        self.last: torch.Tensor | None = None
-        self.labels: torch.Tensor | None = None
-        self.prompt: int | None = None
-        """How long the inputs are that generate() was given, while it runs."""
+        self.now = Now()
 
     def see(self, call: dict) -> None:
         """Choose the tokens of this call of the stack."""
-        labels, self.labels = self.labels, None
+        refuse_packed(call, "loreft finds the ends of one text a row")
+        now = self.now
+        labels, now.labels = now.labels, None
         ids, mask, past = call.get("input_ids"), call.get("attention_mask"), past_length(call)
         given = call["inputs_embeds"] if ids is None else ids
         b, t = given.shape[:2]
-        if past and past >= (self.prompt or 0):
-            self.first = self.last = None
+        if past and past >= (now.prompt or 0):
+            now.first = now.last = None
             return
-        if past + t < (self.prompt or 0):
+        if past + t < (now.prompt or 0):
             raise UnsupportedError(
-                f"loreft edits the last tokens of a prompt and got the first {past + t} of {self.prompt} alone; "
+                f"loreft edits the last tokens of a prompt and got the first {past + t} of {now.prompt} alone; "
                 "generate without prefill_chunk_size"
             )
         real = torch.ones(b, past + t, dtype=torch.bool, device=given.device) if mask is None else mask.bool()
@@ -134,22 +142,23 @@ class Tokens(nn.Module):
             raise UnsupportedError(
                 f"loreft finds its tokens in an attention mask of shape (batch, tokens), and got {tuple(mask.shape)}"
             )
-        if self.prompt is not None:
-            real = real & (torch.arange(real.shape[1], device=real.device) < self.prompt)
+        if now.prompt is not None:
+            real = real & (torch.arange(real.shape[1], device=real.device) < now.prompt)
         if labels is not None and labels.shape == real.shape:
             front = real & ((labels != -100).cumsum(1) == 0)
             real = torch.where(front.any(1, keepdim=True), front, real)
         place = real.cumsum(1)  # (b, past + t), from 1
         n = place[:, -1:]  # (b, 1)
         first, last = ((n // 2).clamp(max=count) for count in self.counts)
-        self.first = (real & (place <= first))[:, -t:, None]
-        self.last = (real & (place > n - last))[:, -t:, None]
+        now.first = (real & (place <= first))[:, -t:, None]
+        now.last = (real & (place > n - last))[:, -t:, None]
 
     def places(self, part: str) -> torch.Tensor | None:
         """(b, t, 1) for ``"first"``, ``"last"`` or ``"both"``."""
-        if part != "both" or self.first is None:
-            return self.last if part == "last" else self.first
-        return self.first | self.last
+        first, last = self.now.first, self.now.last
+        if part != "both" or first is None:
+            return last if part == "last" else first
+        return first | last
 
 
 class Edit(nn.Module):
@@ -208,14 +217,14 @@ def _see_input(tokens: Tokens, order: tuple[str, ...], module: nn.Module, args: 
 
 
 def _see_labels(tokens: Tokens, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
-    tokens.labels = by_name(order, args, kwargs).get("labels")
+    tokens.now.labels = by_name(order, args, kwargs).get("labels")
 
 
 def _generate(tokens: Tokens, generate: Callable, *args, **kwargs):
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     given = next((x for x in (*args[:1], *named) if x is not None), None)
-    tokens.prompt = None if given is None else given.shape[1]
+    tokens.now.prompt = None if given is None else given.shape[1]
     try:
         return generate(*args, **kwargs)
     finally:
-        tokens.prompt = None
+        tokens.now.prompt = None

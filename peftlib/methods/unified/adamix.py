@@ -34,6 +34,7 @@ from torch import nn
 from peftlib.anatomy import Site
 from peftlib.errors import UnknownNameError
 from peftlib.mechanisms.bottleneck import Sequential, check_activation
+from peftlib.mechanisms.call import Local
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, update
 from peftlib.mechanisms.outputs import Args, Kwargs
@@ -79,7 +80,7 @@ class AdaMixConfig(MethodConfig):
         check_activation(self.activation)
 
 
-class Draw:
+class Draw(Local):
     """The i that several maps use in a pass; whoever runs before them sets it."""
 
     i: torch.Tensor | None = None

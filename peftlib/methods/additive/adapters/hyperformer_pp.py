@@ -10,8 +10,8 @@ at N(0, 0.01^2); the norm gives even a small adapter a scale, so the start is no
 a network each and share the tasks' embeddings; no adapter is behind cross-attention. All norms of the backbone train
 too. No merge: the nonlinearity stands between.
 
-A batch's ``task_ids`` say which task its rows belong to, ``with adapted.task(i)`` does for rows without; otherwise they
-are of task 0. Layers share the network, so it generates adapters also for a layer that does not exist:
+A batch's ``task_ids`` say which task its rows belong to, ``with adapted.task(i)`` does for rows without, which
+are an error otherwise. Layers share the network, so it generates adapters also for a layer that does not exist:
 
 >>> adapted.method.make(task=2, layer=5.5, place="ffn")
 

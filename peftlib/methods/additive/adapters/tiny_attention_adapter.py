@@ -38,6 +38,7 @@ from torch import nn
 from peftlib.anatomy import Layer
 from peftlib.errors import LoadError, UnknownNameError
 from peftlib.mechanisms import attention, cache, dropout, stream
+from peftlib.mechanisms.call import Local
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import cast
@@ -67,23 +68,32 @@ class TinyAttentionAdapterConfig(MethodConfig):
             raise UnknownNameError("place", self.place, PLACES)
 
 
-class Context(nn.Module):
-    """In the backbone's attention: keeps for the tiny one what a query may see, ``mask`` (b or 1, 1 or H, n, k) or
-    None, whether None means a causal mask, and ``past``, the call's cache or None."""
+class Seen(Local):
+    """What a query of the present call may see: ``mask`` (b or 1, 1 or H, n, k) or None, whether None means a causal
+    mask, and ``past``, the call's cache or None."""
 
     mask: torch.Tensor | None = None
     causal = False
     past: Any = None
 
+
+class Context(nn.Module):
+    """In the backbone's attention: keeps for the tiny one what a query may see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = Seen()
+
     def forward(self, inputs: attention.Inputs) -> attention.Inputs:
-        self.mask, self.causal = inputs.mask, inputs.causal
+        self.now.mask, self.now.causal = inputs.mask, inputs.causal
         return inputs
 
     def take(self) -> tuple[torch.Tensor | None, bool, Any]:
         """Mask, whether it is causal, and the cache; once, so that nothing is held longer than a call."""
-        mask, self.mask = self.mask, None
-        past, self.past = self.past, None
-        return mask, self.causal, past
+        now = self.now
+        mask, past = now.mask, now.past
+        now.mask = now.past = None
+        return mask, now.causal, past
 
 
 class TinyHead(nn.Module):
@@ -184,7 +194,7 @@ def _see_cache(context: Context, order: tuple[str, ...], slots: int, module: nn.
     if past is not None:
         cache.grow(past, slots)
         past = getattr(past, "self_attention_cache", past)
-    context.past = past
+    context.now.past = past
 
 
 def _visible(mask: torch.Tensor | None, causal: bool, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:

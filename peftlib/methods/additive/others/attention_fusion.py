@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.precision import cast
@@ -38,13 +39,13 @@ class AttentionFusionConfig(MethodConfig):
 
 
 class LayerAttention(nn.Module):
-    """One query q (d) over the layers. ``states`` are the outputs h_l (b, n, d) of those that have run in the present
+    """One query q (d) over the layers. ``run.value`` are the outputs h_l (b, n, d) of those that have run in a
     forward."""
 
     def __init__(self, d: int):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(d))
-        self.states: list[torch.Tensor] = []
+        self.run = Handed()
 
     def forward(self, states: list[torch.Tensor]) -> torch.Tensor:
         h = cast(torch.stack(states, dim=-2), self.query)  # L of (b, n, d) -> (b, n, L, d)
@@ -73,18 +74,18 @@ class AttentionFusion(Method):
 def _begin(fusion: LayerAttention, record: bool, module: nn.Module, args: tuple, kwargs: dict):
     """Before the first layer of a stack."""
     h = args[0].detach()
-    fusion.states = [h] if record else []
+    fusion.run.value = [h] if record else []
     return (h, *args[1:]), kwargs
 
 
 def _record(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Behind each layer of the last stack."""
-    fusion.states.append(state_of(output).detach())
+    fusion.run.value.append(state_of(output).detach())
 
 
 def _fuse(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Behind the last stack, or the norm that ends it: the mix replaces its output."""
-    states, fusion.states = fusion.states, []
+    states = fusion.run.take()
     if isinstance(output, torch.Tensor):
         # The norm behind the last layer; by its forward alone, as this is its own hook.
         with torch.no_grad():

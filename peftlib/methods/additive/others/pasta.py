@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftlib.errors import TargetError, UnsupportedError
+from peftlib.mechanisms.call import Kept
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.positions import by_name, names, past_length
+from peftlib.mechanisms.positions import by_name, names, past_length, refuse_packed
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
 
 
@@ -52,13 +53,17 @@ class PastaConfig(MethodConfig):
 
 class Places(nn.Module):
     """p(t) of the input that is going through, ``now`` (b, n): k at the k-th token of ``ids`` in a row, counted from 1
-    up to ``count``, and 0 at all other tokens and at padding. None between two forwards."""
+    up to ``count``, and 0 at all other tokens and at padding."""
 
     def __init__(self, ids: tuple[int, ...], count: int):
         super().__init__()
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         self.count = count
-        self.now: torch.Tensor | None = None
+        self.run = Kept()
+
+    @property
+    def now(self) -> torch.Tensor:
+        return self.run.get()
 
     def find(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         special = torch.isin(input_ids, self.ids)  # (b, n)
@@ -97,7 +102,6 @@ class Pasta(Method):
             if layer.stack == stack:
                 child = host.add(layer.module, self.name, TokenVectors(c.tokens, parts.d, c.std, c.dropout))
                 host.hook(layer.module, _add, child, places, before=True)
-        host.hook(inputs, _forget, places)
 
     def _ids(self, host: Host) -> tuple[int, ...]:
         ids, parts = self.config.token_ids, host.anatomy
@@ -121,6 +125,7 @@ class Pasta(Method):
 def _find(places: Places, order: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before the stack."""
     call = by_name(order, args, kwargs)
+    refuse_packed(call, "the vectors count the special tokens of one text a row")
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if ids is None:
         raise UnsupportedError(
@@ -128,9 +133,9 @@ def _find(places: Places, order: tuple[str, ...], module: nn.Module, args: tuple
             "call it with input_ids"
         )
     if past_length(call) > 0:
-        places.now = torch.zeros_like(ids)  # (b, n)
+        places.run.set(torch.zeros_like(ids))  # (b, n)
     else:
-        places.now = places.find(ids, mask if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else None)
+        places.run.set(places.find(ids, mask if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else None))
 
 
 def _add(child: TokenVectors, places: Places, module: nn.Module, args: tuple, kwargs: dict):
@@ -142,8 +147,3 @@ def _add(child: TokenVectors, places: Places, module: nn.Module, args: tuple, kw
             "something else adds positions to the input, which does not go with vectors for special tokens"
         )
     return (child(h, places.now), *others), kwargs
-
-
-def _forget(places: Places, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    """Behind the stack."""
-    places.now = None

@@ -34,6 +34,8 @@ of :func:`peftlib.tasks.mix` says what is in a batch. One output (regression) is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +45,7 @@ from torch import nn
 
 from peftlib.errors import UnknownNameError, UnsupportedError
 from peftlib.mechanisms import prompt
+from peftlib.mechanisms.call import Local
 from peftlib.mechanisms.host import Host, Tasks
 from peftlib.mechanisms.outputs import state_of
 from peftlib.methods.base import (
@@ -91,21 +94,31 @@ class MPTConfig(MethodConfig):
                 raise UnknownNameError(name, getattr(self, name), known)
 
 
-class Distillation:
-    """What a training forward and the teachers' share: the rows' tasks, and h (b, t, d), the ``states`` that the last
-    layer of each stack gave.
+class Distillation(Local):
+    """What a training forward and the teachers' share: h (b, t, d), the ``states`` that the last layer of each stack
+    gave.
 
     ``teaching``: the teachers' prompts and heads act in the student's place. ``keeps_states``: h is to be kept.
     """
 
-    def __init__(self, tasks: Tasks):
-        self.tasks, self.teaching, self.keeps_states = tasks, False, False
+    teaching = keeps_states = False
+
+    def __init__(self) -> None:
         self.states: dict[str, torch.Tensor] = {}
 
     def take(self) -> dict[str, torch.Tensor]:
         """The states of the forward that has just run, which are kept no longer."""
         states, self.states = self.states, {}
         return states
+
+    @contextmanager
+    def teachers(self) -> Iterator[None]:
+        """Inside ``with`` the teachers answer."""
+        self.teaching = self.keeps_states = True
+        try:
+            yield
+        finally:
+            self.teaching = self.keeps_states = False
 
 
 class MultitaskPrompt(nn.Module):
@@ -114,17 +127,17 @@ class MultitaskPrompt(nn.Module):
     ``shared`` P* (m, e), ``u`` (tasks, m, r), ``v`` (tasks, r, e), frozen ``teachers`` (tasks, m, e) or None.
     """
 
-    def __init__(self, shared: torch.Tensor, tasks: int, rank: int, distillation: Distillation):
+    def __init__(self, shared: torch.Tensor, tasks: int, rank: int, rows: Tasks, distillation: Distillation):
         super().__init__()
         m, e = shared.shape
         self.shared = nn.Parameter(shared)
         self.u = nn.Parameter(0.02 * torch.randn(tasks, m, rank))
         self.v = nn.Parameter(0.02 * torch.randn(tasks, rank, e))
         self.register_buffer("teachers", None, persistent=False)
-        self.distillation = distillation
+        self.rows, self.distillation = rows, distillation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k = self.distillation.tasks.ids(len(x), x.device)  # (b)
+        k = self.rows.ids(len(x), x.device)  # (b)
         if self.distillation.teaching:
             return self.teachers[k]  # (b, m, e)
         return self.shared * (self.u[k] @ self.v[k])  # (m, e) * (b, m, r) @ (b, r, e) -> (b, m, e)
@@ -136,16 +149,16 @@ class TeacherHead(nn.Module):
     One linear map of the task head as each teacher has it: ``weight`` (tasks, out, in), ``bias`` (tasks, out) or None.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, distillation: Distillation):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: Tasks, distillation: Distillation):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.distillation = distillation
+        self.rows, self.distillation = rows, distillation
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if not self.distillation.teaching:
             return y
-        k = self.distillation.tasks.ids(len(x), x.device)  # (b)
+        k = self.rows.ids(len(x), x.device)  # (b)
         own = torch.einsum("b...i,boi->b...o", x.to(self.weight.dtype), self.weight[k])  # (b, ..., in) -> (b, ..., out)
         if self.bias is not None:
             own = own + self.bias[k].view(len(k), *[1] * (own.dim() - 2), -1)  # (b, ..., out)
@@ -186,8 +199,8 @@ class MPT(Method):
     def attach(self, host: Host) -> None:
         c = self.config
         shared = prompt.sample(prompt.embedding(host), c.length, c.common)
-        self.distillation = Distillation(host.tasks)
-        self.child = MultitaskPrompt(shared, self.tasks, c.rank, self.distillation)
+        self.distillation = Distillation()
+        self.child = MultitaskPrompt(shared, self.tasks, c.rank, host.tasks, self.distillation)
         host.tasks.count = self.tasks
         prompt.attach(host, self.child, c.length, c.position)
         if self.learned is not None and self.learned.state is not None:
@@ -220,7 +233,7 @@ class MPT(Method):
             if not isinstance(module, nn.Linear):
                 raise UnsupportedError(f"the head's {path} is no linear map, so teachers' heads cannot take its place")
             tensors = [self._of_teachers(parts.head, f"{path}.{kind}") for kind in ("weight", "bias")]
-            host.after(module, "teacher", TeacherHead(*tensors, distillation))
+            host.after(module, "teacher", TeacherHead(*tensors, host.tasks, distillation))
         for stack, layer in {layer.stack: layer for layer in parts.layers}.items():  # the last of each stack
             host.hook(layer.module, _keep_state, distillation, stack)
         host.hook(host.model, _keep_in_training, distillation, before=True)
@@ -246,15 +259,10 @@ class MPT(Method):
         return {n: self.config.task_rate for n, p in self.host.trained().items() if id(p) in fast}
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor:
-        distillation, tasks = self.distillation, self.host.tasks
+        distillation = self.distillation
         mine = distillation.take()  # (b, t, d) a stack
-        # The rows' tasks count during a forward, and this is one.
-        distillation.teaching = distillation.keeps_states = tasks.running = True
-        try:
-            with torch.no_grad():
-                teacher_logits = forward.logits(forward.replay())  # (b, ..., classes)
-        finally:
-            distillation.teaching = distillation.keeps_states = tasks.running = False
+        with distillation.teachers(), torch.no_grad():
+            teacher_logits = forward.logits(forward.replay())  # (b, ..., classes)
         theirs = distillation.take()  # (b, t, d) a stack
         labels = forward.labels
         labelled = labels != -100 if labels is not None and labels.dim() == 2 else None  # (b, t)

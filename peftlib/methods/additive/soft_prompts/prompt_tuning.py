@@ -68,7 +68,7 @@ class Prompt(nn.Module):
 
 class PromptTuning(Method):
     Config = PromptTuningConfig
-    learning_rate = 1e-2
+    learning_rate = 0.2
     hf_peft = hf_peft.Prompt()
 
     def attach(self, host: Host) -> None:

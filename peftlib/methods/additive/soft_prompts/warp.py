@@ -32,6 +32,7 @@ from torch import nn
 
 from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms import cloze, dropout, prompt, template
+from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
@@ -71,8 +72,8 @@ class WarpConfig(MethodConfig):
 class Cloze(nn.Module):
     """``forward(x)`` = P with the [MASK] as the ``at``-th among its vectors, (b, m + 1, e) for the embedded input x.
 
-    ``vectors`` P (m, e), trained, or None for m = 0; ``mask`` (e), frozen. ``state`` is the mask's last state (b, d)
-    between the encoder and the scores.
+    ``vectors`` P (m, e), trained, or None for m = 0; ``mask`` (e), frozen. ``state`` hands the mask's last state
+    (b, d) from the encoder to the scores.
     """
 
     def __init__(self, vectors: torch.Tensor, mask: torch.Tensor, at: int):
@@ -80,7 +81,7 @@ class Cloze(nn.Module):
         self.vectors = nn.Parameter(vectors) if len(vectors) else None
         self.register_buffer("mask", mask, persistent=False)
         self.at = at
-        self.state: torch.Tensor | None = None
+        self.state = Handed()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         P = self.mask[None]  # (1, e)
@@ -149,8 +150,8 @@ class Warp(Method):
             )
         template.attach(host, child, places, only=child.at)
         if not masked_lm:
-            host.hook(parts.stack_inputs("encoder"), _keep_state, child)
-            host.hook(parts.scorer, _score_state, child, before=True)
+            host.hook(parts.stack_inputs("encoder"), _keep_state, child.state)
+            host.hook(parts.scorer, _score_state, child.state, before=True)
             return parts.scorer
         decoder = model.get_output_embeddings()
         verbalizer = Verbalizer(decoder.in_features, parts.config.num_labels)
@@ -190,10 +191,9 @@ def _rows(table: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     return table[list(ids)].float().clone()
 
 
-def _keep_state(child: Cloze, encoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    child.state = output[0][:, 0]  # (b, 1, d) -> (b, d)
+def _keep_state(state: Handed, encoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    state.value = output[0][:, 0]  # (b, 1, d) -> (b, d)
 
 
-def _score_state(child: Cloze, scorer: nn.Module, args: tuple, kwargs: dict):
-    state, child.state = child.state, None  # (b, d)
-    return (state,), {}
+def _score_state(state: Handed, scorer: nn.Module, args: tuple, kwargs: dict):
+    return (state.take(),), {}  # (b, d)

@@ -29,6 +29,7 @@ from peftlib.anatomy import Layer, Site
 from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.attention import Inputs
+from peftlib.mechanisms.call import Handed, Kept
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.positions import by_name, names
 from peftlib.mechanisms.precision import cast
@@ -58,7 +59,16 @@ class UniPELTConfig(MethodConfig):
 class Tokens:
     """Which positions of a stack's present input are tokens: ``mask`` (b, t), or None where all are."""
 
-    mask: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._mask = Kept()
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return self._mask.get()
+
+    @mask.setter
+    def mask(self, mask: torch.Tensor | None) -> None:
+        self._mask.set(mask)
 
 
 class Gate(nn.Module):
@@ -76,9 +86,10 @@ class Gate(nn.Module):
         g = torch.sigmoid(self.linear(cast(x, self.linear.weight)))  # (b, t, d) -> (b, t, 1)
         if self.tokens is None:
             return g
-        if self.tokens.mask is None:
+        mask = self.tokens.mask
+        if mask is None:
             return g.mean(dim=1, keepdim=True)  # (b, t, 1) -> (b, 1, 1)
-        mask = self.tokens.mask.to(g.dtype)[..., None]  # (b, t) -> (b, t, 1)
+        mask = mask.to(g.dtype)[..., None]  # (b, t) -> (b, t, 1)
         return (g * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # -> (b, 1, 1)
 
 
@@ -91,10 +102,10 @@ class PrefixGate(Gate):
     def __init__(self, d: int, tokens: Tokens | None, length: int):
         super().__init__(d, tokens)
         self.length = length
-        self.seen = None
+        self.seen = Handed()
 
     def forward(self, inputs: Inputs) -> Inputs:
-        x, self.seen = self.seen, None
+        x = self.seen.take()
         g = super().forward(x)[:, None].to(inputs.key.dtype)  # (b, 1, 1, 1), or (b, 1, q, 1) without tokens
         sizes = [self.length, inputs.key.shape[2] - self.length]
         P_K, K = inputs.key.split(sizes, dim=2)  # (b, H_kv, m, p), (b, H_kv, k - m, p)
@@ -156,7 +167,7 @@ class UniPELT(Combination):
                 if module is not None:
                     child = PrefixGate(parts.d, self.tokens[layer.stack], self.config.length)
                     attention.attach(self.gates, module, "prefix_gate", child)
-                    self.gates.hook(module, _see_input, child, before=True)
+                    self.gates.hook(module, _see_input, child.seen, before=True)
 
     def scope(self, host: Host, part: Method) -> Host:
         return host.scope(gate=self._gate)
@@ -193,6 +204,6 @@ def _see_mask(tokens: Tokens, order: tuple[str, ...], module: nn.Module, args: t
     tokens.mask = mask
 
 
-def _see_input(child: PrefixGate, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _see_input(seen: Handed, module: nn.Module, args: tuple, kwargs: dict) -> None:
     """A hook before an attention module: shows its input to the gate."""
-    child.seen = args[0] if args else kwargs["hidden_states"]
+    seen.value = args[0] if args else kwargs["hidden_states"]

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import TargetError
-from peftlib.mechanisms import importance, precision, sparse, warmup
+from peftlib.mechanisms import atomic, importance, precision, sparse, warmup
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.schedules import Schedule
 from peftlib.methods.base import ForwardPass, MethodConfig, TrainingState, at_least, between
@@ -89,7 +89,17 @@ class LTSFT(ChosenEntries):
         c, free = self.config, self._free()
         theta = [*free, *self.trained_head().values()]
         kept = "cpu" if not c.l1 else self.host.device
-        theta_0 = [p.detach().to(kept, copy=True) for p in theta]
+        with atomic.kept(theta, kept) as theta_0:
+            change = self._warm_up(theta, theta_0, batches)
+        chosen = iter(sparse.top_entries(change[: len(free)], self.k))
+        none = torch.empty(0, dtype=torch.int64, device=self.host.device)
+        self.train(none if id(p) in self.frozen else next(chosen) for p in self.candidates.values())
+
+    def _warm_up(
+        self, theta: list[nn.Parameter], theta_0: list[torch.Tensor], batches: Iterable[dict[str, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """How much each entry of theta changes in a training of everything; theta is then theta_0 again."""
+        c = self.config
 
         def loss(model: nn.Module, batch: importance.Batch) -> torch.Tensor:
             value = importance.loss(model, batch)
@@ -113,9 +123,7 @@ class LTSFT(ChosenEntries):
                     start = start.to(theta_1.device)
                     change.append((theta_1 - start).float().abs())  # |theta_1 - theta_0|, of the tensor's shape
                     theta_1.copy_(start)
-        chosen = iter(sparse.top_entries(change[: len(free)], self.k))
-        none = torch.empty(0, dtype=torch.int64, device=self.host.device)
-        self.train(none if id(p) in self.frozen else next(chosen) for p in self.candidates.values())
+        return change
 
     def _distance(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """l_1 / N times the sum of absolute differences."""

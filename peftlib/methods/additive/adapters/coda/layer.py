@@ -15,6 +15,7 @@ from torch import nn
 from peftlib.anatomy import Layer
 from peftlib.mechanisms import attention
 from peftlib.mechanisms.bottleneck import Bottleneck
+from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.positions import by_name
 from peftlib.mechanisms.precision import without_autocast
@@ -89,7 +90,7 @@ class Conditional(nn.Module):
         self.adapter = adapter
         self.router = None if reduction is None else nn.Parameter(torch.randn(d) / math.sqrt(d))
         self.reduction, self.to_all, self.keeps_first, self.temperature = reduction, to_all, keeps_first, temperature
-        self.state: tuple[torch.Tensor, torch.Tensor, Chosen | None] | None = None
+        self.state = Handed()  # h and h_bar, both (B, n, d), and the tokens chosen
 
     def choose(self, h_bar: torch.Tensor, mask: torch.Tensor | None) -> Chosen | None:
         """The tokens of the normed input h_bar (B, n, d) that pass the layer; None for all."""
@@ -118,12 +119,12 @@ class Conditional(nn.Module):
     def enter(self, h: torch.Tensor, h_bar: torch.Tensor, mask: torch.Tensor | None) -> Chosen | None:
         """Before the layer: which tokens of its input h (B, n, d) it gets; None for all."""
         chosen = self.choose(h_bar, mask)
-        self.state = h, h_bar, chosen
+        self.state.value = h, h_bar, chosen
         return chosen
 
     def leave(self, output: torch.Tensor) -> torch.Tensor:
         """Behind the layer: all tokens (B, n, d), from its output for those that it got, (B, K, d) or (B, n, d)."""
-        (h, h_bar, chosen), self.state = self.state, None
+        h, h_bar, chosen = self.state.take()
         added = self.adapter.delta(h_bar)  # (B, n, d)
         if chosen is None:
             return output + added.to(output.dtype)  # (B, n, d)

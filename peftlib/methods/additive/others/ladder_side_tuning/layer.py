@@ -19,6 +19,7 @@ from torch import nn
 from peftlib.anatomy import Anatomy, Layer
 from peftlib.errors import StateError, TargetError
 from peftlib.mechanisms.cache import grow
+from peftlib.mechanisms.call import Local
 from peftlib.mechanisms.outputs import state_of, with_state
 from peftlib.mechanisms.precision import cast
 
@@ -90,6 +91,20 @@ class Call:
     output: torch.Tensor
 
 
+class Run(Local):
+    """The present forward of a stack: the ``calls`` of its layers by their index, and the side state of the encoder."""
+
+    encoder_state: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+
+    def take(self) -> tuple[dict[int, Call], torch.Tensor | None]:
+        calls, encoder = self.calls, self.encoder_state
+        self.calls, self.encoder_state = {}, None
+        return calls, encoder
+
+
 class Ladder(nn.Module):
     """The side network of one stack: ``s <- block_i(g_i s + (1 - g_i) (W_i h_i + b_i))``, ``g_i = sigmoid(gates[i] /
     temperature)``, for the output h_i of backbone layer i. The first s is a projection of the stack's input.
@@ -103,8 +118,7 @@ class Ladder(nn.Module):
         self.kept = tuple(layer.index for layer in layers if layer.index not in dropped)
         self.temperature = temperature
         self.bypassed = False
-        self.calls: dict[int, Call] = {}
-        self.encoder_state: torch.Tensor | None = None
+        self.now = Run()
         d, size = anatomy.d, anatomy.d // r
         config = slim_config(anatomy, layers[0], r)
         self.blocks = nn.ModuleList(
@@ -123,8 +137,7 @@ class Ladder(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """The last side state (b, t, d / r), from the last calls of the backbone's layers."""
-        calls, self.calls = self.calls, {}
-        encoder, self.encoder_state = self.encoder_state, None
+        calls, encoder = self.now.take()
         s = self.first(cast(calls[0].args[0], self.first.weight))  # (b, t, d) -> (b, t, d / r)
         shared = {"position_bias": None, "encoder_decoder_position_bias": None}
         for place, (index, block, down) in enumerate(zip(self.kept, self.blocks, self.downs)):
@@ -157,14 +170,14 @@ def detach(ladder: Ladder, module: nn.Module, args: tuple, kwargs: dict):
     """Before the first layer of a stack."""
     if ladder.bypassed:
         return None
-    ladder.calls = {}
+    ladder.now.calls = {}
     return (args[0].detach(), *args[1:]), kwargs
 
 
 def record(ladder: Ladder, index: int, module: nn.Module, args: tuple, kwargs: dict, output):
     """Behind each layer."""
     if not ladder.bypassed:
-        ladder.calls[index] = Call(args, kwargs, state_of(output).detach())
+        ladder.now.calls[index] = Call(args, kwargs, state_of(output).detach())
 
 
 def replace(ladder: Ladder, module: nn.Module, args: tuple, kwargs: dict, output):
@@ -190,5 +203,5 @@ def split(ladder: Ladder, d: int, module: nn.Module, args: tuple, kwargs: dict):
             f"the decoder was given an encoder output of width {both.shape[-1]}; with a side network it must come from "
             f"this model's own encoder, whose output is {d} + {size} wide"
         )
-    ladder.encoder_state = cast(both[..., d:], ladder.first.weight)  # (b, t, d + d / r) -> (b, t, d / r)
+    ladder.now.encoder_state = cast(both[..., d:], ladder.first.weight)  # (b, t, d + d / r) -> (b, t, d / r)
     return args, kwargs | {"encoder_hidden_states": both[..., :d].detach()}  # (b, t, d + d / r) -> (b, t, d)

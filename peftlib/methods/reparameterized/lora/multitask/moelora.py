@@ -7,8 +7,8 @@ Shapes: W (out, in), A_i (r/N, in), B_i (out, r/N), e_t (task_dim,), W_g (N, tas
 start is the identity; A_i at N(0, 0.01^2), e_t at N(0, 1). Trained: r (in + out) a matrix, the tasks' embeddings and
 the gate. One gate serves the whole model; with ``shared_gate=False`` each matrix has embeddings and a gate of its own.
 
-A batch's ``task_ids`` say which task each row belongs to; rows without any (as in ``generate()``) are of task 0, or of
-task i inside ``with adapted.task(i)``. For one task the experts are one update, which merges exactly:
+A batch's ``task_ids`` say which task each row belongs to; rows without any are of task i inside ``with
+adapted.task(i)`` and an error elsewhere. For one task the experts are one update, which merges exactly:
 
 >>> adapted = peftlib.attach(model, "moelora", tasks=3)
 >>> peftlib.fit(adapted, peftlib.tasks.mix([a, b, c]), tokenizer=tokenizer)

@@ -12,10 +12,11 @@ a matrix. Merging adds the product to the dequantized weight, which then is a pl
 
 Source: Li et al. 2023, arXiv:2310.08659, and its code: T = 5 (HF peft: 1), 4 or 2 bits, or between, where the first
 layers take 4 bits and the others 2; NormalFloat, or as in its GLUE script uniform levels, there with 2 bits, rank 32
-and a scale of 1. That script also decomposes the embeddings, which are left alone here. Where we differ: the best
-iterate is kept, not the last (the error can rise again: at 2 bits after a few iterations, at 4 bits after more); alpha
-/ r is divided out, so that a scale other than 1 leaves the start as good (HF peft takes the factors as they are); a map
-that is quantized and not a target is quantized plainly, one that is a target and not quantized gets LoRA's own start.
+and a scale of 1. That script also decomposes the tables of words and positions, (V, d); here ``embeddings`` names them,
+and without a name they stay as they are, as in the code's path through HF peft. Where we differ: the best iterate is
+kept, not the last (the error can rise again: at 2 bits after a few iterations, at 4 bits after more); alpha / r is
+divided out, so that a scale other than 1 leaves the start as good (HF peft takes the factors as they are); a map that
+is quantized and not a target is quantized plainly, one that is a target and not quantized gets LoRA's own start.
 ``double_quantization`` of the scales is off as in the code; on, the error counts it. Files hold the factors alone:
 loading repeats the alternation on the backbone, in float64 so that the codes come out the same.
 """
@@ -25,12 +26,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from peftlib.anatomy import Site
+from peftlib.errors import TargetError, UnsupportedError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank
+from peftlib.mechanisms.low_rank import LowRank, kaiming
 from peftlib.mechanisms.quantized import DTYPES, NormalFloatWeight, QuantizedLinear, UniformWeight
 from peftlib.methods.base import ConfigError, MethodConfig, at_least, one_of
 from peftlib.methods.bases.low_rank import QuantizedUpdates
@@ -44,7 +49,8 @@ class LoftQConfig(MethodConfig):
     """``rank`` r, ``alpha`` (the update is scaled by alpha / r), ``targets`` of the update and ``quantize``, the maps
     kept in few ``bits`` (site patterns; 4, 2 or a mean between them over the layers) by the ``quantizer``
     "normal_float" or "uniform", ``iterations`` T, ``dropout`` on the update's input, ``double_quantization`` of the
-    scales, ``compute`` dtype of the frozen products (None: bfloat16 on CUDA, elsewhere the input's)."""
+    scales, ``compute`` dtype of the frozen products (None: bfloat16 on CUDA, elsewhere the input's), ``embeddings``,
+    the tables that are decomposed too, by the last part of their names, such as "word_embeddings"."""
 
     rank: int = 64
     alpha: float = 64.0
@@ -56,6 +62,7 @@ class LoftQConfig(MethodConfig):
     dropout: float = 0.0
     double_quantization: bool = False
     compute: str | None = None
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self):
         at_least("rank", self.rank, 1)
@@ -71,12 +78,65 @@ class LoftQConfig(MethodConfig):
             raise ConfigError("double_quantization=True is of NormalFloat's scales; a uniform quantizer has one scale")
 
 
+class QuantizedEmbedding(nn.Module):
+    """A table of embeddings that keeps its weight (V, d) quantized."""
+
+    def __init__(self, table: nn.Embedding, quantize: Callable[[torch.Tensor], nn.Module]):
+        super().__init__()
+        self.quantized = quantize(table.weight)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized (V, d) weight: a fresh tensor, so writing to it changes nothing."""
+        return self.quantized(cast(torch.Tensor, self.quantized.like).dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)  # (b, t) -> (b, t, d)
+
+    def unpack(self, weight: torch.Tensor) -> None:
+        """Become a plain table with this weight; hooks and children stay."""
+        plain = nn.Embedding.from_pretrained(weight.to(self.weight.dtype))
+        del self.quantized
+        self.__class__ = nn.Embedding  # type: ignore[assignment]
+        vars(self).update({name: value for name, value in vars(plain).items() if not name.startswith("_")})
+        self.register_parameter("weight", plain.weight)
+
+
+class EmbeddingUpdate(nn.Module):
+    """``forward(ids, y) = y + scale * B[ids] A`` for the output y (b, t, d) of a table: B (V, r), A (r, d)."""
+
+    def __init__(self, V: int, d: int, rank: int, scale: float):
+        super().__init__()
+        self.A = nn.Parameter(kaiming(torch.empty(rank, d)))
+        self.B = nn.Parameter(torch.zeros(V, rank))
+        self.scale = scale
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + (self.scale * F.embedding(ids, self.B) @ self.A).to(y.dtype)  # (b, t, r) (r, d) -> (b, t, d)
+
+    def delta(self) -> torch.Tensor:
+        """The (V, d) update."""
+        return self.scale * (self.B @ self.A).detach()
+
+
 class LoftQ(QuantizedUpdates):
     """``errors``: path -> Frobenius norm of W minus its approximation, over that of W: plainly quantized, then after
     each of the iterations."""
 
     Config = LoftQConfig
     learning_rate = 5e-4
+
+    def attach(self, host: Host) -> None:
+        tables = find_tables(host, self.config.embeddings, self.config.rank)
+        super().attach(host)
+        self.tables: dict[str, tuple[QuantizedEmbedding, EmbeddingUpdate]] = {}
+        for path, table in tables.items():
+            fit = partial(self._fit, path, {path: slice(None)}, 4 if self.config.bits == 4 else 2)
+            quantized = host.replace(path, QuantizedEmbedding(table, fit))
+            update = EmbeddingUpdate(*table.weight.shape, self.config.rank, self.config.alpha / self.config.rank)
+            self._start(path, update)
+            host.after(quantized, self.child, update)
+            self.tables[path] = quantized, update
 
     def quantize(self, host: Host) -> dict[str, QuantizedLinear]:
         c = self.config
@@ -107,14 +167,44 @@ class LoftQ(QuantizedUpdates):
         self.starts.update(found)
         return best
 
-    @torch.no_grad()
     def update(self, site: Site) -> LowRank:
         c = self.config
         update = LowRank(site.in_features, site.out_features, c.rank, c.alpha / c.rank, c.dropout)
-        if (start := self.starts.pop(str(site), None)) is not None:
+        self._start(str(site), update)
+        return update
+
+    @torch.no_grad()
+    def _start(self, place: str, update: LowRank | EmbeddingUpdate) -> None:
+        if (start := self.starts.pop(place, None)) is not None:
             for factor, value in zip((update.B, update.A), start):
                 factor.copy_(value / update.scale**0.5)
-        return update
+
+    def merge(self) -> None:
+        super().merge()
+        for table, update in self.tables.values():
+            table.unpack(table.quantized(torch.float32) + update.delta())  # (V, d)
+
+
+def find_tables(host: Host, names: tuple[str, ...], rank: int) -> dict[str, nn.Embedding]:
+    """Path -> table of embeddings. Raises TargetError for a name that none has or a rank that does not fit it,
+    UnsupportedError for a table that computes something else than a look-up, or that other modules share."""
+    tables = {path: module for path, module in host.model.named_modules() if isinstance(module, nn.Embedding)}
+    found = {}
+    for name in names:
+        paths = [path for path in tables if path.rpartition(".")[2] == name]
+        if not paths:
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in tables}))
+            raise TargetError(f"embeddings={name!r} matches nothing in {type(host.model).__name__}; it has {known}")
+        for path in paths:
+            table = tables[path]
+            users = sum(m._parameters.get("weight") is table.weight for m in host.model.modules())
+            places = sum(m is table for _, m in host.model.named_modules(remove_duplicate=False))
+            if type(table) is not nn.Embedding or users > 1 or places > 1:
+                raise UnsupportedError(f"{path} is shared with other modules or no plain table; leave {name!r} out")
+            if rank > min(table.weight.shape):
+                raise TargetError(f"rank {rank} does not fit {path} {tuple(table.weight.shape)}; choose a smaller one")
+            found[path] = table
+    return found
 
 
 @torch.no_grad()

@@ -107,10 +107,12 @@ class AdaLoRA(LowRankUpdates):
         norms = [norm for update in self.updates.values() for norm in update.orthogonality()]
         return self.config.orthogonality * torch.stack(norms).mean()
 
-    @torch.no_grad()
-    def on_gradients(self, training: TrainingState) -> None:
+    def on_step_start(self, training: TrainingState) -> None:
         if training.step == 0:
             self._restart()
+
+    @torch.no_grad()
+    def on_gradients(self, training: TrainingState) -> None:
         last = training.total - round(self.config.final_warmup * training.total)
         if training.step + 1 >= last and self.smooth:
             return

@@ -102,10 +102,11 @@ class Growing(Triplets):
     ``kept`` (capacity,) marks those in use; of these ``reserve`` marks the ones that are trained in advance, with a
     fixed tiny singular value. A triplet that waits is zero and has no gradient. With ``measures`` set, a training
     forward forms the update dW, as large as the weight, and backward leaves mean |dW * its gradient| in
-    ``importance.grad``.
+    ``importance.grad`` or, where a step has several passes, adds the gradient to ``gathered`` (out, in).
     """
 
     RESERVED = 1e-5
+    gathered: torch.Tensor | None = None
 
     def __init__(
         self, in_features: int, out_features: int, capacity: int, alpha: float, dropout: float = 0.0, std: float = 0.02
@@ -136,8 +137,20 @@ class Growing(Triplets):
         if not (self.training and self.measures):
             return super().forward(x, y)
         dW = (self.P * self.weights()) @ self.Q  # (out, capacity) (capacity, in) -> (out, in)
-        dW = _Measure.apply(dW, self.importance)
+        dW = _Measure.apply(dW, self.importance, self.gathered)
         return y + F.linear(cast(self.dropout(x), self.Q), dW).to(y.dtype)  # (..., in) -> (..., out)
+
+    def begin(self, passes: int) -> None:
+        """Before the first of a step's passes: measure anew."""
+        self.importance.grad = None
+        self.gathered = self.importance.new_zeros(len(self.P), self.Q.shape[1]) if passes > 1 else None
+
+    def measured(self) -> torch.Tensor:
+        """S, mean |dW * its gradient|, of the passes since :meth:`begin`."""
+        S, self.importance.grad = self.importance.grad, None
+        if self.gathered is not None:
+            S = (self.delta().to(self.importance) * self.gathered).abs().mean()  # (out, in) -> ()
+        return self.importance.new_zeros(()) if S is None else S
 
     def _identity(self) -> torch.Tensor:
         return torch.diag(self.kept.to(self.P.dtype))
@@ -203,18 +216,26 @@ class IncreLoRA(LowRankUpdates):
         self.before: dict = {}
         self.trace = [(0, ranks)]
 
-    @torch.no_grad()
-    def on_gradients(self, training: TrainingState) -> None:
+    def _measures(self) -> bool:
+        return next(iter(self.updates.values())).measures
+
+    def counts_passes(self, training: TrainingState) -> bool:
+        return self._measures()
+
+    def on_step_start(self, training: TrainingState) -> None:
         if training.step == 0:
             self._restart(self.ranks())
+        if self._measures():
+            for update in self.updates.values():
+                update.begin(training.accumulation)
+
+    @torch.no_grad()
+    def on_gradients(self, training: TrainingState) -> None:
         updates = list(self.updates.values())
-        if updates[0].measures:
-            measured = [update.importance for update in updates]
-            scores = torch.stack([m.new_zeros(()) if m.grad is None else m.grad for m in measured])  # S, (n,)
+        if self._measures():
+            scores = torch.stack([update.measured() for update in updates]) / training.loss_scale  # S, (n,)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(scores)
-            for importance in measured:
-                importance.grad = None
             scores = scores.float().cpu()
             self.sensitivity.lerp_(scores, 1 - self.config.beta1)
             self.uncertainty.lerp_((scores - self.sensitivity).abs(), 1 - self.config.beta2)
@@ -237,7 +258,7 @@ class IncreLoRA(LowRankUpdates):
             for parameter, before, rate in tensors:
                 parameter.copy_(torch.where(rate == 1, parameter, before + rate * (parameter - before)))
         self.before = {}
-        if not next(iter(self.updates.values())).measures:
+        if not self._measures():
             return
         step = training.step + 1
         budget = self.config.budget(step, training.total, len(self.updates))
@@ -300,19 +321,23 @@ def _rates(born: torch.Tensor, rate: Callable[[float], float]) -> torch.Tensor:
 
 
 class _Measure(torch.autograd.Function):
-    """The update dW as it is; its gradient G gives ``importance`` the gradient mean |dW * G|."""
+    """The update dW as it is; its gradient G gives ``importance`` the gradient mean |dW * G|, or is added to
+    ``gathered``."""
 
     @staticmethod
-    def forward(dW: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    def forward(dW: torch.Tensor, importance: torch.Tensor, gathered: torch.Tensor | None) -> torch.Tensor:
         return dW.view_as(dW)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        dW, importance = inputs
+        dW, importance, ctx.gathered = inputs
         ctx.save_for_backward(dW)
         ctx.dtype = importance.dtype
 
     @staticmethod
     def backward(ctx, G: torch.Tensor):
         (dW,) = ctx.saved_tensors
-        return G, (dW.to(ctx.dtype) * G.to(ctx.dtype)).abs().mean()  # (out, in), ()
+        if ctx.gathered is not None:
+            ctx.gathered.add_(G)  # (out, in)
+            return G, None, None
+        return G, (dW.to(ctx.dtype) * G.to(ctx.dtype)).abs().mean(), None  # (out, in), ()

@@ -147,10 +147,12 @@ class LoRAPrune(LowRankUpdates):
         """Block, such as "encoder.0.attention" -> its pruned units, masked or cut."""
         return {block.name: block.gone for block in self.blocks}
 
-    @torch.no_grad()
-    def on_gradients(self, training: TrainingState) -> None:
+    def on_step_start(self, training: TrainingState) -> None:
         if training.step == 0:
             self._restart()
+
+    @torch.no_grad()
+    def on_gradients(self, training: TrainingState) -> None:
         scores = {b.name: self._score(b) for b in self.blocks if len(b.gone) < _count(self.config.ratio, b)}
         if all(bool(score.isfinite().all()) for score in scores.values()):
             for name, score in scores.items():
