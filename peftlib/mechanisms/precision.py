@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from peftlib.mechanisms import undo
-from peftlib.mechanisms import undo
 from peftlib.mechanisms.outputs import Args
 
 HALF = (torch.float16, torch.bfloat16)
@@ -111,11 +110,6 @@ def _narrow(module: nn.Module, names: Sequence[str]) -> None:
 @undo.suspends(_narrow)
 def _keep_wide(model: nn.Module, module: nn.Module, names: Sequence[str]) -> undo.Step:
     return undo.nothing  # rounding leaves half precision as it is
-
-
-@undo.suspends(narrow)
-def _stay_wide(model: nn.Module, module: nn.Module) -> undo.Step:
-    return undo.nothing  # within a suspended forward the parameters from before are read, in their own dtype
 
 
 LIKE = "peftlib_like"
