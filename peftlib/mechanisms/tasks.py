@@ -18,9 +18,9 @@ class InModel(Local):
     """How many forwards of the model and of models inside it run in this thread; the task of rows that name none, and
     the tasks of the rows that ``generate()`` was given."""
 
-    depth = 0
-    default = 0
-    generating: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.depth = self.default = 0
+        self.generating: torch.Tensor | None = None
 
 
 class Tasks:

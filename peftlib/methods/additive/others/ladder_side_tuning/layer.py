@@ -94,10 +94,9 @@ class Call:
 class Run(Local):
     """The present forward of a stack: the ``calls`` of its layers by their index, and the side state of the encoder."""
 
-    encoder_state: torch.Tensor | None = None
-
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
+        self.encoder_state: torch.Tensor | None = None
 
     def take(self) -> tuple[dict[int, Call], torch.Tensor | None]:
         calls, encoder = self.calls, self.encoder_state
