@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -310,6 +311,21 @@ def check_alike(method: str, sources: tuple[SavedAdapter, ...], *fields: str) ->
                 f"{method} needs sources of one {n}, and {sources[0].name!r} has {n}={one[n]!r}, {source.name!r} "
                 f"{n}={other[n]!r}; give those that agree"
             )
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def fitted(config: C, where: object, **values: Any) -> C:
+    """The config with these values in the place of defaults that do not fit ``where``, said in a warning."""
+    said = ", ".join(f"{name}={getattr(config, name)!r} becomes {value!r}" for name, value in values.items())
+    warnings.warn(f"defaults of {config.method} do not suit {where}: {said}", stacklevel=2)
+    return dataclasses.replace(config, **values)
+
+
+def is_default(config: MethodConfig, name: str) -> bool:
+    """Whether an option has its default."""
+    return getattr(config, name) == next(f.default for f in dataclasses.fields(config) if f.name == name)
 
 
 def at_least(name: str, value: float, low: float) -> None:
