@@ -15,6 +15,7 @@ from peftlib import taxonomy
 from peftlib.errors import ConfigError, MergeError
 from peftlib.mechanisms.call import plainly
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import logits_of
 from peftlib.mechanisms.schedules import Schedule, Stage, current, staged
 
 HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
@@ -70,9 +71,11 @@ class ForwardPass:
         return plainly(self.model, self.args, self.kwargs)
 
     def logits(self, output: Any = None) -> torch.Tensor:
-        """The logits in this or another output."""
+        """The logits in this or another output; of answers' starts and ends (b, 2, t)."""
         output = self.output if output is None else output
-        return output[1] if isinstance(output, tuple) else output.logits
+        if isinstance(output, tuple):
+            return torch.stack(output[1:3], dim=1) if "start_positions" in self.kwargs else output[1]
+        return logits_of(output)
 
     @property
     def labels(self) -> torch.Tensor | None:
