@@ -159,6 +159,10 @@ class Anatomy:
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None) or self.d // self.heads
 
+    def head_size(self, attention: nn.Module) -> int:
+        """The width of a head of this attention module; the stacks of a model may differ in it."""
+        return getattr(attention, "head_dim", None) or self.head_dim
+
     @property
     def num_layers(self) -> int:
         """Layers of all stacks together."""
@@ -228,6 +232,14 @@ class Anatomy:
     def final_norms(self) -> list[nn.Module]:
         """The norms after the last layer of each stack, where the family has them."""
         return [norm for norm in map(self.final_norm, self.family.stacks) if norm is not None]
+
+    def end(self, stack: str) -> nn.Module:
+        """The module whose output is a stack's last hidden state: the norm behind the last layer, or the last layer
+        where a projection to another width comes behind it, or the holder of the layers."""
+        projection = self.family.stacks[stack].projection
+        if projection and _first(self.base, projection) is not None:
+            return [layer.module for layer in self.layers if layer.stack == stack][-1]
+        return self.final_norm(stack) or self.holder(stack)
 
     @property
     def generates(self) -> bool:
@@ -382,7 +394,7 @@ def _layer(stack: str, table: Stack, index: int, path: str, module: nn.Module) -
         cross_attention=module.get_submodule(table.cross_attention) if table.cross_attention else None,
         sites=sites,
         norms={kind: module.get_submodule(p) for kind, p in table.norms.items()},
-        pre_norm=table.pre_norm,
+        pre_norm=getattr(module, table.norm_first, table.pre_norm) if table.norm_first else table.pre_norm,
     )
 
 

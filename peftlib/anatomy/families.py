@@ -26,6 +26,10 @@ class Stack:
     """Owner of the input embedding, where it is not the base model's own (encoder-decoder stacks)."""
     pre_norm: bool = False
     """Whether norms stand before their block rather than after the residual sum."""
+    norm_first: str = ""
+    """The attribute of a layer that says the same, where models of the family differ."""
+    projection: str = ""
+    """The map behind the last layer to the width of the word embedding, where a model has one."""
     inputs: str = ""
     """The module whose forward takes ``inputs_embeds``; empty: the base model."""
     final_norm: str = ""
@@ -211,6 +215,8 @@ FAMILIES: tuple[Family, ...] = (
                 pre_norm=True,
                 final_norm="decoder.final_layer_norm",
                 positions="decoder.embed_positions",
+                norm_first="do_layer_norm_before",
+                projection="decoder.project_out",
                 sizes=("num_heads",),
             )
         },

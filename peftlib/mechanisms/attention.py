@@ -12,11 +12,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import undo
 from peftlib.mechanisms.host import Host
 
@@ -28,7 +30,8 @@ GIVEN = "peftlib_given"
 class Inputs:
     """What an attention function gets: query (B, H, q, p), key and value (B, H_kv, k, p), mask (B or 1, 1 or H, q, k)
     boolean (True attends) or additive, or None, position_bias (1 or B, H, q, k) or None; ``causal`` tells whether a
-    mask of None means a causal one. ``finish`` is what is done to the output (B, q, H, p), if anything. ``given`` is
+    mask of None means a causal one. ``finish`` is what is done to the output (B, q, H, p), if anything; ``added``
+    tells how many keys in front are not the text's. ``given`` is
     what a hook handed to the layer under the keyword ``GIVEN``, which comes here also when gradient checkpointing runs
     the layer again without its hooks."""
 
@@ -40,15 +43,38 @@ class Inputs:
     causal: bool
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     given: Any = None
+    added: int = 0
+
+    def with_mask(self) -> Inputs:
+        """The same with the causal mask that a mask of None stands for."""
+        q = self.query.shape[2]
+        if self.mask is not None or not self.causal or q == 1:
+            return self
+        # transformers leaves the mask out where queries and keys begin together; a static cache has empty keys behind.
+        bias = None if self.position_bias is None else self.position_bias[..., :q]
+        mask = torch.ones(q, q, dtype=torch.bool, device=self.key.device).tril()[None, None]  # (1, 1, q, q)
+        return replace(self, key=self.key[:, :, :q], value=self.value[:, :, :q], mask=mask, position_bias=bias)
+
+    def weights(self, scaling: float, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output (B, q, H, p), and the attention weights (B, H, q, k) that sdpa does not give."""
+        text = self.with_mask()
+        groups = text.query.shape[1] // text.key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (text.key, text.value))  # (B, H, k, p)
+        scores = text.query @ key.mT * scaling  # (B, H, q, p) @ (B, H, p, k) -> (B, H, q, k)
+        if text.position_bias is not None:
+            scores = scores + text.position_bias  # (B, H, q, k)
+        if text.mask is not None and text.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~text.mask, torch.finfo(scores.dtype).min)  # (B, H, q, k)
+        elif text.mask is not None:
+            scores = scores + text.mask  # (B, H, q, k)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)  # (B, H, q, k)
+        return (F.dropout(weights, dropout) @ value).transpose(1, 2), weights  # (B, H, q, p) -> (B, q, H, p)
 
     def prepend(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None) -> Inputs:
         """The inputs with m more keys and values (B, H_kv, m, p) in front, which every query sees; where there is a
         position bias, with ``bias`` (1 or B, H, q, m) as theirs, or none."""
-        m, q, k = key.shape[2], self.query.shape[2], self.key.shape[2]
-        mask, whole = self.mask, self.position_bias
-        if mask is None and self.causal and q > 1:
-            rows = torch.arange(k - q, k, device=key.device)[:, None]
-            mask = (torch.arange(k, device=key.device)[None, :] <= rows)[None, None]
+        m, text = key.shape[2], self.with_mask()
+        mask, whole = text.mask, text.position_bias
         if mask is not None:
             seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
             mask = torch.cat([seen(*mask.shape[:-1], m), mask], dim=-1)
@@ -56,10 +82,11 @@ class Inputs:
             whole = torch.cat([whole.new_zeros(*whole.shape[:-1], m) if bias is None else bias, whole], dim=-1)
         return replace(
             self,
-            key=torch.cat([key.to(self.key.dtype), self.key], dim=2),
-            value=torch.cat([value.to(self.value.dtype), self.value], dim=2),
+            key=torch.cat([key.to(self.key.dtype), text.key], dim=2),
+            value=torch.cat([value.to(self.value.dtype), text.value], dim=2),
             mask=mask,
             position_bias=whole,
+            added=self.added + m,
         )
 
 
@@ -74,7 +101,10 @@ def attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The registered function: children first, then transformers' sdpa attention."""
+    """The registered function: children first, then transformers' sdpa attention. Attention weights, where the model is
+    asked for them, are those of the text's keys (B, H, q, k): what a row lacks to one stands on keys of the children.
+
+    Raises UnsupportedError for weights of a layer that gets some of the tokens alone."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     inputs = Inputs(query, key, value, attention_mask, position_bias, causal, given=kwargs.pop(GIVEN, None))
     for name in getattr(module, "peftlib_attention", ()):
@@ -83,6 +113,19 @@ def attention(
         kwargs["position_bias"] = inputs.position_bias
     if inputs.query.shape[-1] != query.shape[-1] and kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        if inputs.given is not None:
+            raise UnsupportedError(
+                "a layer gets some of the tokens alone, so there are no attention weights of all; call the model "
+                "without output_attentions"
+            )
+        scaling = kwargs.get("scaling")
+        output, weights = inputs.weights(
+            inputs.query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("dropout", 0.0)
+        )
+        weights = weights[..., inputs.added :]  # (B, H, q, added + k) -> (B, H, q, k)
+        return output if inputs.finish is None else inputs.finish(output), weights
     output, weights = sdpa_attention_forward(
         module, inputs.query, inputs.key, inputs.value, inputs.mask, is_causal=is_causal, **kwargs
     )

@@ -23,7 +23,7 @@ from peftlib.errors import StateError
 
 
 class Local(threading.local):
-    """State of a call, with class attributes as its start in every thread. Copies and pickles begin anew."""
+    """State of a call, which begins in every thread as ``__init__`` says. Copies and pickles begin anew."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -32,7 +32,8 @@ class Local(threading.local):
 class Handed(Local):
     """One ``value`` that a hook hands to a later one of the same call, which takes it."""
 
-    value: Any = None
+    def __init__(self) -> None:
+        self.value: Any = None
 
     def take(self) -> Any:
         value, self.value = self.value, None

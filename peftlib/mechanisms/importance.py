@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import nn
 
 from peftlib.errors import DataError, UnsupportedError
+from peftlib.mechanisms.outputs import logits_of
 
 T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
@@ -210,7 +211,7 @@ def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _expected(model: nn.Module, row: Batch, sums: GradientSums) -> None:
-    logits = model(**{k: v for k, v in row.items() if k != "labels"}).logits
+    logits = logits_of(model(**{k: v for k, v in row.items() if k != "labels"}))
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise UnsupportedError(
             f"the expected Fisher information needs one row of class scores an example; {type(model).__name__} gives "

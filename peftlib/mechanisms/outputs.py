@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from peftlib.errors import UnsupportedError
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 """What a module is called with, as a forward hook gets it."""
@@ -25,6 +27,18 @@ def with_state(output: Any, state: torch.Tensor) -> Any:
         return (state, *output[1:])
     output.last_hidden_state = state
     return output
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits of a model's output; those of the starts and ends of answers (b, t) side by side, (b, 2, t). Raises
+    UnsupportedError for an output without either."""
+    if getattr(output, "start_logits", None) is not None:
+        return torch.stack([output.start_logits, output.end_logits], dim=1)  # 2 (b, t) -> (b, 2, t)
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedError(
+            f"the method compares logits, and {type(output).__name__} has none; use a model whose head gives logits"
+        )
+    return output.logits
 
 
 def cut_states(output: Any, cut: Callable[[torch.Tensor, int], torch.Tensor], state: torch.Tensor | None = None) -> Any:

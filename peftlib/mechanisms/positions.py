@@ -52,7 +52,9 @@ def check_length(tokens: int, extra: int, limit: int | None) -> None:
     if limit is not None and tokens + extra > limit:
         raise UnsupportedError(
             f"an input of {tokens} tokens and {extra} trained positions need {tokens + extra} positions; this backbone "
-            f"has {limit}. Cut the input to {limit - extra} tokens or choose a smaller length."
+            f"has {limit}. "
+            + (f"Cut the input to {limit - extra} tokens or choose a smaller length." if limit > extra else "")
+            + ("" if limit > extra else f"Choose a length below {limit}.")
         )
 
 

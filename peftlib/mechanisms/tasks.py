@@ -18,19 +18,23 @@ class InModel(Local):
     """How many forwards of the model and of models inside it run in this thread; the task of rows that name none, and
     the tasks of the rows that ``generate()`` was given."""
 
-    depth = 0
-    default: int | None = None
-    generating: torch.Tensor | None = None
+    everywhere: int | None = None
+    """The task, in every model and thread, of rows that name none and are not inside ``with adapted.task(i)``."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.default: int | None = None
+        self.generating: torch.Tensor | None = None
 
 
 @contextmanager
 def unnamed_rows(task: int) -> Iterator[None]:
     """Inside ``with``, rows that name no task are of this one, in every model and thread: for checks of any method."""
-    before, InModel.default = InModel.default, task
+    before, InModel.everywhere = InModel.everywhere, task
     try:
         yield
     finally:
-        InModel.default = before
+        InModel.everywhere = before
 
 
 class Tasks:
@@ -45,7 +49,8 @@ class Tasks:
     @property
     def default(self) -> int | None:
         """The task, in this thread, of rows that name none."""
-        return self._here.default
+        default = self._here.default
+        return InModel.everywhere if default is None else default
 
     @default.setter
     def default(self, task: int | None) -> None:
@@ -93,13 +98,13 @@ class Tasks:
         here = self._here
         if here.generating is not None:
             return here.generating
-        if here.default is None and (self.count or 1) > 1:
+        if self.default is None and (self.count or 1) > 1:
             raise DataError(
                 f"this adapter serves {self.count} tasks, and nothing says which one these rows are of: give task_ids "
                 "(rows,) beside the model's inputs (transformers.Trainer drops that column unless its arguments have "
                 "remove_unused_columns=False), or run inside `with adapted.task(number)`"
             )
-        return torch.full((1,), here.default or 0)
+        return torch.full((1,), self.default or 0)
 
     def enter(self, ids: torch.Tensor | None) -> None:
         """A forward begins; one inside another has the other's tasks."""

@@ -130,8 +130,9 @@ class Text(Local):
     """Where the text of a decoder's rows ends: ``ends`` (b), from the labels of the present forward; ``given``: how
     many tokens ``generate()`` was given."""
 
-    ends: torch.Tensor | None = None
-    given: int | None = None
+    def __init__(self) -> None:
+        self.ends: torch.Tensor | None = None
+        self.given: int | None = None
 
     def end(self, mask: torch.Tensor) -> torch.Tensor:
         """The index of the first token behind the text of each row, (b)."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from peftlib import taxonomy
 from peftlib.errors import ConfigError, MergeError
 from peftlib.mechanisms.call import plainly
 from peftlib.mechanisms.host import Host
+from peftlib.mechanisms.outputs import logits_of
 from peftlib.mechanisms.schedules import Schedule, Stage, current, staged
 
 HOOKS = ("on_step_start", "penalty", "on_gradients", "on_step_end", "on_train_end")
@@ -73,9 +75,11 @@ class ForwardPass:
         return plainly(self.model, self.args, self.kwargs)
 
     def logits(self, output: Any = None) -> torch.Tensor:
-        """The logits in this or another output."""
+        """The logits in this or another output; of answers' starts and ends (b, 2, t)."""
         output = self.output if output is None else output
-        return output[1] if isinstance(output, tuple) else output.logits
+        if isinstance(output, tuple):
+            return torch.stack(output[1:3], dim=1) if "start_positions" in self.kwargs else output[1]
+        return logits_of(output)
 
     @property
     def labels(self) -> torch.Tensor | None:
@@ -330,6 +334,21 @@ def check_alike(method: str, sources: tuple[SavedAdapter, ...], *fields: str) ->
                 f"{method} needs sources of one {n}, and {sources[0].name!r} has {n}={one[n]!r}, {source.name!r} "
                 f"{n}={other[n]!r}; give those that agree"
             )
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def fitted(config: C, where: object, **values: Any) -> C:
+    """The config with these values in the place of defaults that do not fit ``where``, said in a warning."""
+    said = ", ".join(f"{name}={getattr(config, name)!r} becomes {value!r}" for name, value in values.items())
+    warnings.warn(f"defaults of {config.method} do not suit {where}: {said}", stacklevel=2)
+    return dataclasses.replace(config, **values)
+
+
+def is_default(config: MethodConfig, name: str) -> bool:
+    """Whether an option has its default."""
+    return getattr(config, name) == next(f.default for f in dataclasses.fields(config) if f.name == name)
 
 
 def at_least(name: str, value: float, low: float) -> None:

@@ -300,8 +300,8 @@ def test_weights_that_cannot_be_rewritten():
 
 
 def test_values_that_cannot_be():
-    with pytest.raises(TargetError, match=r"rank 128 does not fit .* choose a rank from 1 to 32"):
-        peftlib.attach(backbone("bert"), "pissa")
+    with pytest.raises(TargetError, match=r"rank 129 does not fit .* choose a rank from 1 to 32"):
+        peftlib.attach(backbone("bert"), "pissa", rank=129)
     with pytest.raises(ValueError, match="niter=-1"):
         peftlib.config("pissa", niter=-1)
 

@@ -7,7 +7,7 @@ can be merged, its ``delta()`` is the (out, in) matrix that it adds to the weigh
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -15,7 +15,25 @@ from peftlib.anatomy import Site, weights
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import add_to_weight, sites_of_rank
 from peftlib.mechanisms.quantized import QuantizedLinear
-from peftlib.methods.base import Method, MethodConfig
+from peftlib.methods.base import Method, MethodConfig, fitted, is_default
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def fit_rank(config: C, sites: list[Site], multiple_of: int = 1) -> C:
+    """The config with a rank that fits all sites in the place of a default that does not, and with alpha in the same
+    proportion to it, which leaves the update's scale alpha / r."""
+    given: Any = config
+    narrow = min(sites, key=lambda site: min(site.in_features, site.out_features))
+    largest = min(narrow.in_features, narrow.out_features) // multiple_of * multiple_of
+    if given.rank <= largest or largest < 1 or not is_default(config, "rank"):
+        return config
+    values = {"rank": largest}
+    if (alpha := getattr(config, "alpha", None)) is not None:
+        values["alpha"] = alpha * largest / given.rank
+    if (target := getattr(config, "target_rank", None)) is not None:
+        values["target_rank"] = min(target, largest)
+    return fitted(config, f"{narrow} ({narrow.out_features} x {narrow.in_features})", **values)
 
 
 class LowRankUpdates(Method):
@@ -33,7 +51,10 @@ class LowRankUpdates(Method):
         raise NotImplementedError
 
     def targets(self, host: Host) -> list[Site]:
-        """The maps to update. Raises TargetError for a pattern that matches nothing, or a rank that does not fit."""
+        """The maps to update. A default rank that is too large for one of them becomes the largest that is not. Raises
+        TargetError for a pattern that matches nothing, or another rank that does not fit."""
+        sites = host.anatomy.sites(self.config.targets)
+        self.config = fit_rank(self.config, sites)
         return sites_of_rank(host, self.config.targets, self.config.rank)
 
     def attach(self, host: Host) -> None:

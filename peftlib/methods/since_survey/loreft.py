@@ -107,10 +107,11 @@ class Now(Local):
     """Of the present call: which tokens are edited, ``first`` and ``last`` (b, t, 1), None where a cache holds the
     prompt already; the ``labels``; and how long the inputs are that generate() was given, ``prompt``."""
 
-    first: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    prompt: int | None = None
+    def __init__(self) -> None:
+        self.first: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
+        self.labels: torch.Tensor | None = None
+        self.prompt: int | None = None
 
 
 class Tokens(nn.Module):

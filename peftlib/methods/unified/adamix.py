@@ -83,7 +83,8 @@ class AdaMixConfig(MethodConfig):
 class Draw(Local):
     """The i that several maps use in a pass; whoever runs before them sets it."""
 
-    i: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.i: torch.Tensor | None = None
 
     def new(self, count: int, device: torch.device) -> torch.Tensor:
         # As a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.

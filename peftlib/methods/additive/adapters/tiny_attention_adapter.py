@@ -72,9 +72,10 @@ class Seen(Local):
     """What a query of the present call may see: ``mask`` (b or 1, 1 or H, n, k) or None, whether None means a causal
     mask, and ``past``, the call's cache or None."""
 
-    mask: torch.Tensor | None = None
-    causal = False
-    past: Any = None
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+        self.causal = False
+        self.past: Any = None
 
 
 class Context(nn.Module):

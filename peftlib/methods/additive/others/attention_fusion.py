@@ -68,7 +68,8 @@ class AttentionFusion(Method):
             if stack == last:
                 for layer in layers:
                     host.hook(layer, _record, fusion)
-        host.hook(parts.final_norm(last) or holder, _fuse, fusion)
+        end = parts.end(last)
+        host.hook(end, _fuse, fusion, end is parts.final_norm(last))
 
 
 def _begin(fusion: LayerAttention, record: bool, module: nn.Module, args: tuple, kwargs: dict):
@@ -83,10 +84,10 @@ def _record(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict
     fusion.run.value.append(state_of(output).detach())
 
 
-def _fuse(fusion: LayerAttention, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def _fuse(fusion: LayerAttention, is_norm: bool, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """Behind the last stack, or the norm that ends it: the mix replaces its output."""
     states = fusion.run.take()
-    if isinstance(output, torch.Tensor):
+    if is_norm:
         # The norm behind the last layer; by its forward alone, as this is its own hook.
         with torch.no_grad():
             states = [module.forward(h) for h in states]

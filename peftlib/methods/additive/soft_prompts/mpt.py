@@ -101,9 +101,8 @@ class Distillation(Local):
     ``teaching``: the teachers' prompts and heads act in the student's place. ``keeps_states``: h is to be kept.
     """
 
-    teaching = keeps_states = False
-
     def __init__(self) -> None:
+        self.teaching = self.keeps_states = False
         self.states: dict[str, torch.Tensor] = {}
 
     def take(self) -> dict[str, torch.Tensor]:

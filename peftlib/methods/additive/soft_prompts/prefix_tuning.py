@@ -73,7 +73,7 @@ class PrefixTuning(Method):
         c, parts = self.config, host.anatomy
         owners = self._owners(host)
         places = [
-            (role, module, site.out_features // parts.head_dim)
+            (role, module, site.out_features // parts.head_size(module), parts.head_size(module))
             for layer in parts.layers
             for role, module, site in (
                 (layer.stack, layer.attention, layer.sites["attention.key"]),
@@ -86,13 +86,13 @@ class PrefixTuning(Method):
                 f"attentions={c.attentions!r} are none of {type(host.model).__name__}; it has "
                 + ", ".join((*parts.stacks, *(("cross",) if parts.layers[-1].cross_attention else ())))
             )
-        seen = self._see_text(host, [module for _, module, _ in places]) if c.init_token_ids else None
+        seen = self._see_text(host, [module for _, module, _, _ in places]) if c.init_token_ids else None
         shared = (
-            {role: PrefixEmbedding(c.length, parts.d, c.hidden) for role, _, _ in places} if c.reparametrize else {}
+            {role: PrefixEmbedding(c.length, parts.d, c.hidden) for role, _, _, _ in places} if c.reparametrize else {}
         )
-        for i, (role, module, heads) in enumerate(places):
-            encoder = PrefixEncoder(shared[role], heads * parts.head_dim) if c.reparametrize else None
-            prefix = Prefix(heads, c.length, parts.head_dim, c.std, encoder, owners.get(role))
+        for i, (role, module, heads, size) in enumerate(places):
+            encoder = PrefixEncoder(shared[role], heads * size) if c.reparametrize else None
+            prefix = Prefix(heads, c.length, size, c.std, encoder, owners.get(role))
             if seen:
                 with torch.no_grad():
                     prefix.key.copy_(seen[i].key[0])

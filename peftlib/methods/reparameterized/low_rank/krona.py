@@ -31,7 +31,7 @@ from peftlib.errors import MergeError, TargetError, UnknownNameError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import kaiming
 from peftlib.mechanisms.precision import cast
-from peftlib.methods.base import MethodConfig, at_least
+from peftlib.methods.base import MethodConfig, at_least, fitted, is_default
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 FORMS = ("krona", "krona_b", "krona_b_res")
@@ -96,6 +96,7 @@ class KronA(LowRankUpdates):
 
     def targets(self, host: Host) -> list[Site]:
         sites = host.anatomy.sites(self.config.targets)
+        self._fit(math.gcd(*(size for site in sites for size in (site.in_features, site.out_features))), sites[0])
         for site in sites:
             check_factor(self.config.factor, site.in_features, site.out_features, site)
         return sites
@@ -104,14 +105,22 @@ class KronA(LowRankUpdates):
         return Kronecker(site.in_features, site.out_features, self.config.factor, self.config.scale)
 
     def attach(self, host: Host) -> None:
-        c, d = self.config, host.anatomy.d
-        if c.form == "krona":
+        d = host.anatomy.d
+        if self.config.form == "krona":
             return super().attach(host)
+        self._fit(d, host.anatomy.layers[0].path)
+        c = self.config
         for layer in host.anatomy.layers:
             first, last = layer.sites["ffn.up"], layer.sites["ffn.down"]
             check_factor(c.factor, d, d, f"the feed-forward block of {layer.path}")
             update = Kronecker(d, d, c.factor, c.scale, c.residual if c.form == "krona_b_res" else None)
             host.connect(first, last, self.child, update)
+
+    def _fit(self, both: int, where: object) -> None:
+        """Put the largest factor below a default that does not divide ``both`` in its place."""
+        factor = self.config.factor
+        if both % factor and is_default(self.config, "factor"):
+            self.config = fitted(self.config, where, factor=max(n for n in range(1, factor) if both % n == 0))
 
     def check_mergeable(self) -> None:
         if self.config.form != "krona":

@@ -49,6 +49,7 @@ from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, add_to_weight, check_rank
 from peftlib.mechanisms.prefix import Prefix, PrefixEmbedding, PrefixEncoder
 from peftlib.methods.base import Method, MethodConfig, at_least, between
+from peftlib.methods.bases.low_rank import fit_rank
 from peftlib.methods.bases.per_task import PerTask
 from peftlib.methods.unified.propetl.layer import (
     COMBINE,
@@ -151,7 +152,9 @@ class ProPETL(PerTask):
     def _updates(self, host: Host) -> None:
         c = self.config
         self.updates = {}
-        for site in host.anatomy.sites(c.targets):
+        sites = host.anatomy.sites(c.targets)
+        self.config = c = fit_rank(c, sites)
+        for site in sites:
             check_rank(c.rank, site)
             sizes = site.in_features, site.out_features
             child = self._masked(
@@ -167,8 +170,8 @@ class ProPETL(PerTask):
     def _prefixes(self, host: Host) -> None:
         c, parts = self.config, host.anatomy
         kind = TaskPrefix if c.tasks > 1 else Prefix
-        for role, module, heads in _attentions(parts.layers, parts.head_dim):
-            width = heads * parts.head_dim
+        for role, module, width in _attentions(parts.layers):
+            size = parts.head_size(module)
             masked = self._masked(
                 MaskedTable,
                 host,
@@ -177,7 +180,7 @@ class ProPETL(PerTask):
                 make=lambda width=width: Table(PrefixEncoder(PrefixEmbedding(c.length, parts.d, c.hidden), width)),
                 shapes={"table": (c.length, 2 * width)},
             )
-            attention.attach(host, module, "propetl", kind(heads, c.length, parts.head_dim, encoder=masked))
+            attention.attach(host, module, "propetl", kind(width // size, c.length, size, encoder=masked))
 
     def _parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
         """The modules of this kind among the attached ones, each once, by name in the model."""
@@ -231,9 +234,9 @@ class ProPETL(PerTask):
             add_to_weight(site, masked.delta())
 
 
-def _attentions(layers: list[Layer], head_dim: int) -> Iterator[tuple[str, nn.Module, int]]:
-    """Role, module and heads of the keys, of every attention."""
+def _attentions(layers: list[Layer]) -> Iterator[tuple[str, nn.Module, int]]:
+    """Role, module and width of the keys, of every attention."""
     for layer in layers:
-        yield layer.stack, layer.attention, layer.sites["attention.key"].out_features // head_dim
+        yield layer.stack, layer.attention, layer.sites["attention.key"].out_features
         if layer.cross_attention is not None:
-            yield "cross", layer.cross_attention, layer.sites["cross_attention.key"].out_features // head_dim
+            yield "cross", layer.cross_attention, layer.sites["cross_attention.key"].out_features

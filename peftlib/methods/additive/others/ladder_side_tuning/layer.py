@@ -26,20 +26,31 @@ from peftlib.mechanisms.precision import cast
 # Slim layers
 
 
-def check_reduction(anatomy: Anatomy, r: int) -> None:
-    """Raise TargetError when the backbone's sizes cannot be divided by r, the number of heads staying as it is."""
+def _reductions(anatomy: Anatomy) -> list[int]:
+    """By what the backbone's sizes can be divided, the number of heads staying as it is."""
     rotary = hasattr(anatomy.base, "rotary_emb")
+    heads = {anatomy.head_size(layer.attention) for layer in anatomy.layers}
+    sizes = {anatomy.d, anatomy.f} | heads
+    return [
+        r
+        for r in range(2, min(heads) + 1)
+        if all(size % r == 0 for size in sizes) and not (rotary and any(p // r % 2 for p in heads))
+    ]
 
-    def fits(r: int) -> bool:
-        whole = all(size % r == 0 for size in (anatomy.d, anatomy.f, anatomy.head_dim))
-        return whole and (not rotary or anatomy.head_dim // r % 2 == 0)
 
-    if not fits(r):
-        possible = [str(n) for n in range(2, anatomy.head_dim + 1) if fits(n)]
+def largest_reduction(anatomy: Anatomy, most: int) -> int | None:
+    """The largest that is at most so large, None where there is none."""
+    return max((r for r in _reductions(anatomy) if r <= most), default=None)
+
+
+def check_reduction(anatomy: Anatomy, r: int) -> None:
+    """Raise TargetError when the backbone's sizes cannot be divided by r."""
+    rotary, possible = hasattr(anatomy.base, "rotary_emb"), _reductions(anatomy)
+    if r not in possible:
         raise TargetError(
             f"reduction {r} does not divide this backbone (hidden size {anatomy.d}, inner size {anatomy.f}, head size "
             f"{anatomy.head_dim}{', whose part must be even for rotary positions' if rotary else ''}); "
-            + (f"choose {' or '.join(possible)}" if possible else "no reduction does")
+            + (f"choose {' or '.join(map(str, possible))}" if possible else "no reduction does")
         )
 
 
@@ -94,10 +105,9 @@ class Call:
 class Run(Local):
     """The present forward of a stack: the ``calls`` of its layers by their index, and the side state of the encoder."""
 
-    encoder_state: torch.Tensor | None = None
-
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
+        self.encoder_state: torch.Tensor | None = None
 
     def take(self) -> tuple[dict[int, Call], torch.Tensor | None]:
         calls, encoder = self.calls, self.encoder_state

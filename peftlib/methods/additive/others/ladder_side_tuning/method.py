@@ -38,11 +38,12 @@ from peftlib.methods.additive.others.ladder_side_tuning.layer import (
     Ladder,
     check_reduction,
     detach,
+    largest_reduction,
     record,
     replace,
     split,
 )
-from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least, fitted, is_default
 
 INITS = ("fisher", "magnitude", "random")
 
@@ -76,7 +77,10 @@ class LadderSideTuning(Method):
         self.calibrates = config.init == "fisher"
 
     def attach(self, host: Host) -> None:
-        c, parts = self.config, host.anatomy
+        parts, reduction = host.anatomy, self.config.reduction
+        if (fit := largest_reduction(parts, reduction)) and fit < reduction and is_default(self.config, "reduction"):
+            self.config = fitted(self.config, type(host.model).__name__, reduction=fit)
+        c = self.config
         check_reduction(parts, c.reduction)
         if c.init == "fisher":
             host.check_dense(parts.sites())
@@ -103,7 +107,7 @@ class LadderSideTuning(Method):
         host.hook(layers[0].module, detach, ladder, before=True)
         for layer in layers:
             host.hook(layer.module, record, ladder, layer.index)
-        host.hook(parts.final_norm(stack) or holder, replace, ladder)
+        host.hook(parts.end(stack), replace, ladder)
         return ladder
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
@@ -176,7 +180,8 @@ def prune_into(ladder: Ladder, anatomy: Anatomy, stack: str, r: int, importance:
             if block == "ffn":
                 columns = _prune_ffn(slim, layer, columns, r, importance)
             else:
-                columns = _prune_attention(slim, layer, block, columns, anatomy.head_dim, r, importance)
+                size = anatomy.head_size(layer.attention)
+                columns = _prune_attention(slim, layer, block, columns, size, r, importance)
             if not layer.pre_norm:
                 _copy_norm(slim, layer, block, columns)
     if (norm := anatomy.final_norm(stack)) is not None:

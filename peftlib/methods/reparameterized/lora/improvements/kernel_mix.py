@@ -144,7 +144,8 @@ class KernelMix(Method):
                 for name in self.config.maps:
                     if site := layer.sites.get(f"{block}.{name}"):
                         key = layer.sites[f"{block}.key"] if name == "value" else None
-                        self._add(host, name, site, key, parts.kv_heads if name == "value" else parts.heads)
+                        width = site.in_features if name == "output" else site.out_features
+                        self._add(host, name, site, key, width // parts.head_size(getattr(layer, block)))
 
     def _add(self, host: Host, name: str, site: Site, key: Site | None, heads: int) -> None:
         c = self.config

@@ -119,8 +119,8 @@ class LoraHub(LowRankUpdates):
 
         def value(point: np.ndarray) -> float:
             self._mix(mixed, point)
-            losses = [float(self.host.model(**batch).loss) * len(batch["labels"]) for batch in rows]
-            return sum(losses) / sum(len(batch["labels"]) for batch in rows) + c.price * float(np.abs(point).mean())
+            losses = [float(self.host.model(**batch).loss) * len(batch["input_ids"]) for batch in rows]
+            return sum(losses) / sum(len(batch["input_ids"]) for batch in rows) + c.price * float(np.abs(point).mean())
 
         found = minimize(
             value, len(self.sources), bound=c.bound, evaluations=c.evaluations, seed=self.seed, optimizer=c.optimizer
@@ -153,7 +153,7 @@ class LoraHub(LowRankUpdates):
 def _first(batches: Iterable[dict[str, torch.Tensor]], count: int) -> Iterator[dict[str, torch.Tensor]]:
     """The first ``count`` rows of the batches."""
     for batch in batches:
-        rows = len(batch["labels"])
+        rows = len(batch["input_ids"])
         yield {k: v[:count] for k, v in batch.items()}
         if (count := count - rows) <= 0:
             return

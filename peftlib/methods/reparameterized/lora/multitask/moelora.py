@@ -36,7 +36,7 @@ from peftlib.mechanisms.low_rank import LowRank
 from peftlib.mechanisms.precision import cast
 from peftlib.mechanisms.tasks import Tasks
 from peftlib.methods.base import ConfigError, MethodConfig, at_least
-from peftlib.methods.bases.low_rank import LowRankUpdates
+from peftlib.methods.bases.low_rank import LowRankUpdates, fit_rank
 from peftlib.methods.bases.per_task import PerTask
 
 
@@ -136,6 +136,10 @@ class MOELoRA(PerTask, LowRankUpdates):
     each_task_has = "an update"
     learning_rate = 2e-3
     child = "moelora"
+
+    def targets(self, host: Host) -> list[Site]:
+        self.config = fit_rank(self.config, host.anatomy.sites(self.config.targets), self.config.experts)
+        return super().targets(host)
 
     def attach(self, host: Host) -> None:
         host.tasks.count = self.config.tasks

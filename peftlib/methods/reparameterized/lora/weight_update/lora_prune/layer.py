@@ -90,7 +90,8 @@ def blocks(host: Host, layers: Iterable[Layer]) -> list[Block]:
             if kind == "ffn":
                 units = last.in_features
             else:
-                units = layer.sites[f"{kind}.key"].out_features // host.anatomy.head_dim
+                size = host.anatomy.head_size(getattr(layer, kind))
+                units = layer.sites[f"{kind}.key"].out_features // size
             mask = host.before(last, NAME, Units(units, last.in_features // units))
             found.append(Block(layer, kind, sites, last, mask))
     return found
@@ -115,7 +116,7 @@ def cut(host: Host, block: Block) -> None:
         return
     module = getattr(block.layer, block.kind)
     if stack.shares_bias:
-        heads = block.kept.repeat_interleave(block.units.width // host.anatomy.head_dim)
+        heads = block.kept.repeat_interleave(block.units.width // host.anatomy.head_size(module))
         attention.keep_heads_of_bias(host, module, NAME, heads.nonzero().flatten())
     for size in stack.sizes:
         host.set(module, size, getattr(module, size) * int(block.kept.sum()) // len(block.kept))
@@ -145,9 +146,11 @@ def fit_config(host: Host) -> bool:
     """Write the layers' sizes into the model's config, so that transformers can build the model from it; False, and
     nothing written, where it has no names for them or the layers differ."""
     parts = host.anatomy
-    config, p = parts.config, parts.head_dim
+    config = parts.config
     attentions = {
-        tuple(layer.sites[f"{kind}.{n}"].out_features // p for n in ("query", "key"))
+        tuple(
+            layer.sites[f"{kind}.{n}"].out_features // parts.head_size(getattr(layer, kind)) for n in ("query", "key")
+        )
         for layer in parts.layers
         for kind in ("attention", "cross_attention")
         if f"{kind}.query" in layer.sites

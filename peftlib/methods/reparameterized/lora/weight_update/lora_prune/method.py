@@ -51,7 +51,7 @@ from peftlib.errors import LoadError, TargetError, UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, sites_of_rank
 from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least, between, one_of
-from peftlib.methods.bases.low_rank import LowRankUpdates
+from peftlib.methods.bases.low_rank import LowRankUpdates, fit_rank
 from peftlib.methods.reparameterized.lora.weight_update.lora_prune import layer
 from peftlib.methods.reparameterized.lora.weight_update.lora_prune.layer import Block
 
@@ -112,6 +112,7 @@ class LoRAPrune(LowRankUpdates):
         self.scores: dict[str, torch.Tensor] = {}
 
     def targets(self, host: Host) -> list[Site]:
+        self.config = fit_rank(self.config, host.anatomy.sites())
         return sites_of_rank(host, "all-linear", self.config.rank)
 
     def update(self, site: Site) -> LowRank:
