@@ -1,8 +1,9 @@
 """Adapters of Hugging Face peft: its files into ours and ours into its, with equal logits on the same backbone.
 
-LoRA, (IA)³, prompt tuning and prefix tuning, as ``PeftModel.save_pretrained`` writes them: ``adapter_config.json`` and
-``adapter_model.safetensors``. peft itself is not needed, and nothing is unpickled. What one of the two libraries has
-and the other has not is refused with its name, never dropped.
+As ``PeftModel.save_pretrained`` writes them: ``adapter_config.json`` and ``adapter_model.safetensors``. The methods
+that both libraries have are those with a :attr:`~peftlib.methods.base.Method.hf_peft` (:func:`formats`). peft itself is
+not needed, and nothing is unpickled. Every setting of a file is taken over, changes nothing, or is refused with its
+name, one that this version does not know included (:class:`peftlib.methods.bases.hf_peft.Format`); so is every tensor.
 
 What differs by nature: a prompt is part of HF peft's causal loss (its last position predicts the first token) and not
 of ours. Beside a prompt, HF peft's classifiers on decoders read the last position, be it padding, ours the last token.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import nn
 
 from peftlib import anatomy, taxonomy
 from peftlib.adapted import Adapted, attach
-from peftlib.errors import LoadError, StateError, UnsupportedError
+from peftlib.errors import LoadError, PeftlibError, StateError, UnsupportedError
 from peftlib.methods.bases.hf_peft import Format, copy, task_of
 from peftlib.methods.registry import config as method_config
 from peftlib.methods.registry import find
@@ -46,15 +48,27 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     """Attach an adapter that HF peft saved to the backbone it was made for; it then trains, saves and merges as ours.
 
     Where the file holds parts of the task head, the head trains on from them; parts that it lacks stay as they are in
-    ``model``. Raises LoadError for files that are missing, damaged or of another backbone, UnsupportedError for what
-    peftlib's method cannot compute.
+    ``model``. A start that rewrote the frozen weights is converted as HF peft does it (PiSSA, OLoRA), or refused. Other
+    modules that the file holds whole (``modules_to_save``, resized embeddings) must be in ``model`` already.
+
+    Raises LoadError for files that are missing, damaged or of another backbone, UnsupportedError for what peftlib's
+    method cannot compute, settings that it does not know included.
     """
-    settings, tensors = _read(Path(folder))
+    settings, tensors = read(Path(folder))
     method, format = _format(settings, folder)
     parts = anatomy.of(model)
     tensors = {name.removeprefix(format.outer): tensor for name, tensor in tensors.items()}
     head = {name: tensors.pop(name) for name in list(tensors) if name in parts.head}
-    options, fill = format.read(settings, tensors, parts, folder)
+    there = {*head, *tensors}
+    frozen = model.state_dict()
+    tensors = {n: t for n, t in tensors.items() if not (n in frozen and _equal(t, frozen[n]))}
+    try:
+        options, fill = format.read(settings, tensors, parts, folder)
+    except (TypeError, ValueError, AttributeError, KeyError, re.error) as error:
+        if isinstance(error, PeftlibError):
+            raise
+        raise LoadError(f"{Path(folder) / CONFIG} has a setting of a wrong type: {error}") from error
+    _check_saved_modules(settings, parts, there, folder)
     adapted = attach(model, method_config(method, **options), train_head=bool(head), keep_original=keep_original)
     try:
         with torch.no_grad():
@@ -117,7 +131,20 @@ def _format(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[s
     return name, known[name]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _check_saved_modules(settings: dict[str, Any], parts: anatomy.Anatomy, there: set[str], folder: object) -> None:
+    """Raise LoadError for a module that was saved whole, that the model has, and of which the file holds nothing."""
+    for saved in settings.get("modules_to_save") or ():
+        mine = [n for n, _ in parts.model.named_parameters() if f".{saved}." in f".{n}"]
+        if mine and not there & set(mine):
+            raise LoadError(f"{folder} says modules_to_save {saved!r} and holds no tensor of it, such as {mine[0]}")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return not b.is_meta and a.shape == b.shape and torch.equal(a.to(b.device, b.dtype), b)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The settings and tensors of a folder. Raises LoadError for files that are missing or damaged."""
     if not (folder / CONFIG).is_file():
         raise LoadError(f"{folder} has no {CONFIG}; is it a folder that HF peft saved?")
     if not (folder / WEIGHTS).is_file():
