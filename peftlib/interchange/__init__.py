@@ -7,6 +7,8 @@
 None of these libraries is needed, and nothing that a folder holds is executed.
 """
 
+from peftlib.interchange.adapters import from_adapters
 from peftlib.interchange.hf_peft import from_hf_peft, to_hf_peft
+from peftlib.interchange.inspection import Inspection, inspect
 
-__all__ = ["from_hf_peft", "to_hf_peft"]
+__all__ = ["Inspection", "from_adapters", "from_hf_peft", "inspect", "to_hf_peft"]

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from peftlib import anatomy, taxonomy
 from peftlib.adapted import Adapted, attach
 from peftlib.errors import LoadError, PeftlibError, StateError, UnsupportedError
+from peftlib.interchange.files import read_json, read_tensors
 from peftlib.methods.bases.hf_peft import Format, copy, task_of
 from peftlib.methods.registry import config as method_config
 from peftlib.methods.registry import find
@@ -55,7 +55,7 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     method cannot compute, settings that it does not know included.
     """
     settings, tensors = read(Path(folder))
-    method, format = _format(settings, folder)
+    method, format = format_of(settings, folder)
     parts = anatomy.of(model)
     tensors = {name.removeprefix(format.outer): tensor for name, tensor in tensors.items()}
     head = {name: tensors.pop(name) for name in list(tensors) if name in parts.head}
@@ -117,7 +117,7 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _format(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[str, Format]:
+def format_of(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[str, Format]:
     """The method that a file is of: among those that claim it, the one that asks for most."""
     known = formats()
     claims = [name for name, format in known.items() if format.claims(settings)]
@@ -150,10 +150,4 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not (folder / WEIGHTS).is_file():
         pickled = " It holds a pickled adapter_model.bin, which peftlib does not read: save it anew with HF peft."
         raise LoadError(f"{folder} has no {WEIGHTS}." + (pickled if (folder / "adapter_model.bin").exists() else ""))
-    try:
-        settings = json.loads((folder / CONFIG).read_text())
-        return dict(settings), load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise LoadError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise LoadError(f"{folder / CONFIG} is not a JSON object: {error}") from error
+    return read_json(folder / CONFIG), read_tensors(folder, WEIGHTS)
