@@ -21,6 +21,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from peftlib import anatomy, taxonomy
+from peftlib import anatomy, saved, taxonomy
 from peftlib.adapted import Adapted, attach
 from peftlib.errors import LoadError, PeftlibError, StateError, UnsupportedError
 from peftlib.interchange.files import read_json, read_tensors
@@ -83,10 +85,11 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
 
 
 def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
-    """Write what HF peft's ``PeftModel.from_pretrained(model, folder)`` loads onto the same backbone.
+    """Write what HF peft's ``PeftModel.from_pretrained(model, folder)`` loads onto the same backbone; the folder is
+    written whole or not at all, and an adapter that is there is replaced.
 
-    Raises UnsupportedError for a method or an option that HF peft does not have, StateError for a folder that holds
-    something else.
+    Raises UnsupportedError for a method or an option that HF peft does not have, and where something trains that its
+    files have no place for; StateError for a folder that holds something else.
     """
     known = formats()
     if adapted.name not in known:
@@ -98,8 +101,9 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and all(p.name in (CONFIG, WEIGHTS) for p in folder.iterdir())):
         raise StateError(f"{folder} holds other files than an adapter; give a new folder")
-    settings, tensors = format.write(adapted.method)
     trained = adapted.trainable()
+    _check_alone(adapted)
+    settings, tensors = format.write(adapted.method)
     tensors |= {format.outer + name: trained[name] for name in adapted.head_names}
     heads = sorted({name.partition(".")[0] for name in adapted.head_names})
     settings = {
@@ -110,11 +114,28 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
         "modules_to_save": heads or None,
         **settings,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(plain, scratch / WEIGHTS, metadata={"format": "pt"})
+        (scratch / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        os.chmod(scratch, 0o755)
+        saved._swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _check_alone(adapted: Adapted) -> None:
+    """Raise UnsupportedError where parameters of the model itself train beside the adapter and the head."""
+    inside = tuple(f"{path}." for path in adapted.host.paths())
+    mine = {n for n, p in adapted.model.named_parameters() if p.requires_grad} - {*adapted.head_names}
+    if others := sorted(name for name in mine if not name.startswith(inside)):
+        raise UnsupportedError(
+            f"{others[0]} and {len(others) - 1} others train beside {adapted.name}, for which HF peft's files have no "
+            "place; save() holds what the method trains, and requires_grad_(False) leaves them out"
+        )
 
 
 def format_of(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple[str, Format]:
@@ -133,10 +154,10 @@ def format_of(settings: dict[str, Any], folder: str | os.PathLike[str]) -> tuple
 
 def _check_saved_modules(settings: dict[str, Any], parts: anatomy.Anatomy, there: set[str], folder: object) -> None:
     """Raise LoadError for a module that was saved whole, that the model has, and of which the file holds nothing."""
-    for saved in settings.get("modules_to_save") or ():
-        mine = [n for n, _ in parts.model.named_parameters() if f".{saved}." in f".{n}"]
+    for whole in settings.get("modules_to_save") or ():
+        mine = [n for n, _ in parts.model.named_parameters() if f".{whole}." in f".{n}"]
         if mine and not there & set(mine):
-            raise LoadError(f"{folder} says modules_to_save {saved!r} and holds no tensor of it, such as {mine[0]}")
+            raise LoadError(f"{folder} says modules_to_save {whole!r} and holds no tensor of it, such as {mine[0]}")
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

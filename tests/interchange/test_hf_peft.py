@@ -447,6 +447,13 @@ def test_what_theirs_lacks_is_refused(family, head, method, options, match, tmp_
     assert not (tmp_path / "a").exists()
 
 
+def test_what_trains_beside_an_adapter_is_not_left_out(tmp_path):
+    adapted = peftlib.attach(backbone("llama", "causal_lm"), "lora")
+    adapted.model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(UnsupportedError, match=r"embed_tokens.* beside lora"):
+        peftlib.to_hf_peft(adapted, tmp_path / "a")
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StateError, match="other files"):
