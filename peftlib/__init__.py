@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peftlib.adapted import Adapted, Count, attach, load
     from peftlib.bank import Bank
     from peftlib.conversion import convert
-    from peftlib.interchange import from_hf_peft, to_hf_peft
+    from peftlib.interchange import from_adapters, from_hf_peft, inspect, to_hf_peft
     from peftlib.mechanisms.schedules import Schedule, Stage
     from peftlib.methods.base import ForwardPass, Method, MethodConfig, SavedAdapter, TrainingState
     from peftlib.methods.combination import combine
@@ -56,7 +56,9 @@ __all__ = [
     "convert",
     "find",
     "fit",
+    "from_adapters",
     "from_hf_peft",
+    "inspect",
     "load",
     "methods",
     "read",
@@ -70,7 +72,7 @@ _PLACES = {
     "adapted": ("Adapted", "Count", "attach", "load"),
     "bank": ("Bank",),
     "conversion": ("convert",),
-    "interchange": ("from_hf_peft", "to_hf_peft"),
+    "interchange": ("from_adapters", "from_hf_peft", "inspect", "to_hf_peft"),
     "mechanisms.schedules": ("Schedule", "Stage"),
     "methods.base": ("ForwardPass", "Method", "MethodConfig", "SavedAdapter", "TrainingState"),
     "methods.combination": ("combine",),

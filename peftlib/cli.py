@@ -213,22 +213,43 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def import_(args: argparse.Namespace) -> int:
-    from peftlib import backbones, from_hf_peft
+def inspect(args: argparse.Namespace) -> int:
+    import dataclasses
 
-    loaded = backbones.load(args.backbone, head=args.head, num_labels=args.labels)
-    adapted = from_hf_peft(loaded.model, args.folder)
+    from peftlib import inspect as look
+
+    found = look(args.folder)
+    text = json.dumps(dataclasses.asdict(found), indent=2, default=str) if args.json else str(found)
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    from peftlib import from_adapters, from_hf_peft
+
+    read = from_adapters if args.format == "adapters" else from_hf_peft
+    adapted = read(_backbone_of(args), args.folder)
     out.print(f"{adapted.name}, {adapted.count().trained:,} parameters. Written: {adapted.save(args.to)}")
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
-    from peftlib import backbones, load, to_hf_peft
+    from peftlib import load, to_hf_peft
 
-    loaded = backbones.load(args.backbone, head=args.head, num_labels=args.labels)
-    adapted = load(loaded.model, args.folder)
+    adapted = load(_backbone_of(args), args.folder)
     out.print(f"{adapted.name}, {adapted.count().trained:,} parameters. Written: {to_hf_peft(adapted, args.to)}")
     return 0
+
+
+def _backbone_of(args: argparse.Namespace):
+    """The model that an adapter's folder was made for."""
+    from peftlib import backbones
+    from peftlib import inspect as look
+
+    head = args.head or look(args.folder).head
+    if not head:
+        raise PeftlibError(f"{args.folder} does not say which head its model has; give --head, such as causal_lm")
+    return backbones.load(args.backbone, head=head, num_labels=args.labels).model
 
 
 def notebooks(args: argparse.Namespace) -> int:
@@ -441,15 +462,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--option", action="append", metavar="NAME=VALUE", help="an option of the method")
     sub.add_argument("--to", metavar="FOLDER", help="also write it to a folder")
     command(backbones, "the backbones that need no network")
-    for sub in (
-        command(import_, "an adapter that another library saved, as one of peftlib's"),
-        command(export, "one of peftlib's adapters, as another library loads it"),
+    sub = command(inspect, "what an adapter's folder holds: peftlib's, HF peft's or that of adapters")
+    sub.add_argument("folder", help="the adapter")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    for sub, formats in (
+        (command(import_, "an adapter that another library saved, as one of peftlib's"), ("hf-peft", "adapters")),
+        (command(export, "one of peftlib's adapters, as another library loads it"), ("hf-peft",)),
     ):
         sub.add_argument("folder", help="the adapter")
         sub.add_argument("to", help="the folder to write")
-        sub.add_argument("--format", default="hf-peft", choices=("hf-peft",), help="of the other library")
+        sub.add_argument("--format", default="hf-peft", choices=formats, help="of the other library (default: hf-peft)")
         sub.add_argument("--backbone", required=True, metavar="NAME", help="the backbone that it was made for")
-        sub.add_argument("--head", default="classification", help="the backbone's head (default: classification)")
+        sub.add_argument(
+            "--head", help="the backbone's head, such as causal_lm (default: what the adapter's files say)"
+        )
         sub.add_argument("--labels", type=int, default=2, help="classes of a classification head (default: 2)")
     sub = command(notebooks, "execute the notebooks that changed")
     sub.add_argument("names", nargs="*", help="default: all")

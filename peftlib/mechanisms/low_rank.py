@@ -4,7 +4,9 @@ another way."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,22 @@ def thin(out_features: int, rank: int) -> torch.Tensor:
     """Memory for an (out, rank) matrix, column by column: the three products with it (forward, and both gradients) are
     then up to four times as fast on a CPU as in the usual order, because every one of them reads whole rows."""
     return torch.empty(rank, out_features).T
+
+
+Pattern = tuple[tuple[str, Any], ...]
+"""Pairs of a site pattern, which is matched against a site's name and its path, and a value."""
+
+
+def pairs(pattern: Mapping[str, Any] | Iterable[Iterable[Any]]) -> Pattern:
+    """A pattern that was given as a dictionary or, from JSON, in lists."""
+    items = pattern.items() if isinstance(pattern, Mapping) else pattern
+    return tuple((name, value) for name, value in items)
+
+
+def at(site: Site, pattern: Pattern, default: Any) -> Any:
+    """The value of the first pattern that matches the site, else the default."""
+    found = (value for name, value in pattern if fnmatchcase(site.name, name) or fnmatchcase(site.path, name))
+    return next(found, default)
 
 
 def check_rank(rank: int, site: Site) -> None:

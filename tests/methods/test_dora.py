@@ -231,7 +231,7 @@ def test_what_theirs_or_ours_lacks_is_refused(tmp_path):
     _theirs("bert", tmp_path / "theirs", target_modules=["query"])
     path = tmp_path / "theirs" / "adapter_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"alpha_pattern": {"query": 3}}))
+    path.write_text(json.dumps(settings | {"alpha_pattern": {"0.attention.self.query": 3}}))
     with pytest.raises(UnsupportedError, match="alpha_pattern"):
         peftlib.from_hf_peft(model("bert"), tmp_path / "theirs")
     path.write_text(json.dumps(settings | {"use_dora": False}))

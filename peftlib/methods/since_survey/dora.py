@@ -108,6 +108,14 @@ class _Files(hf_peft.LowRank):
         weight = weights.of(first.module)
         return torch.linalg.vector_norm(weight.to(like.dtype), dim=1)
 
+    def parts(self, sites: list[Site], whole: dict[str, torch.Tensor]) -> hf_peft.Values:
+        found, by_rows = super().parts(sites, whole), hf_peft.Updates.parts(self, sites, whole)
+        for site in by_rows.keys() - found.keys():
+            m = by_rows[site]["m"]
+            if not torch.allclose(m, torch.linalg.vector_norm(site.weight.to(m), dim=1)):
+                return by_rows  # without an update in A and B, but with lengths of its own
+        return found
+
     def write(self, method: Method) -> tuple[dict, dict]:
         if not method.config.detach_norm:
             raise UnsupportedError("HF peft's DoRA has no gradient through the norm; detach_norm=False is not written")
@@ -122,7 +130,8 @@ class DoRA(LowRankUpdates):
         tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"},
         rows=("B", "m"),
         marks={"use_dora": True},
-        refused=tuple(name for name in hf_peft.LowRank().refused if name != "use_dora"),
+        used=hf_peft.LowRank().used | {"use_dora": False},
+        refused=tuple(name for name in hf_peft.LORA_REFUSED if name != "use_dora"),
     )
 
     def targets(self, host: Host) -> list[Site]:

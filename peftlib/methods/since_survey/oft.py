@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,10 +105,19 @@ class HFOFT(hf_peft.Updates):
     tensors: Mapping[str, str] = field(default_factory=lambda: {"oft_R.weight": "Q"})
     rows: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=lambda: {"block_share": "block_share"})
-    refused: tuple[str, ...] = ("module_dropout",)
+    used: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "coft": False,
+            "eps": 6e-5,
+            "block_share": False,
+            "use_cayley_neumann": True,
+            "num_cayley_neumann_terms": 5,
+        }
+    )
+    unused: tuple[str, ...] = (*hf_peft.MAPS, "r", "oft_block_size", "init_weights")
+    refused: tuple[str, ...] = ("module_dropout", "bias")
 
     def check(self, settings: dict, folder: object) -> None:
-        super().check(settings, folder)
         version = (settings.get("peft_version") or "0").partition("@")[0]
         terms = self.terms(settings)
         if terms and (terms < 3 or [int(n) for n in version.split(".")[:2]] < [0, 18]):
@@ -117,9 +127,10 @@ class HFOFT(hf_peft.Updates):
             )
 
     def terms(self, settings: dict) -> int:
-        return settings.get("num_cayley_neumann_terms", 5) if settings.get("use_cayley_neumann", True) else 0
+        return settings["num_cayley_neumann_terms"] if settings["use_cayley_neumann"] else 0
 
     def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, hf_peft.Fill]:
+        settings = self.settled(settings, folder)
         if self.terms(settings):
             tensors.update({name: -value for name, value in tensors.items() if name.endswith("oft_R.weight")})
         options, fill = super().read(settings, tensors, parts, folder)
@@ -130,7 +141,7 @@ class HFOFT(hf_peft.Updates):
 
         return options, constrained
 
-    def more_options(self, settings: dict, values: dict[str, dict[str, torch.Tensor]], folder: object) -> dict:
+    def more_options(self, settings: dict, values: hf_peft.Values, folder: object) -> dict:
         sizes = {(1 + math.isqrt(1 + 8 * found["Q"].shape[1])) // 2 for found in values.values()}
         if len(sizes) > 1:
             raise UnsupportedError(f"{folder} has blocks of sizes {sorted(sizes)}; peftlib's oft has one size")
@@ -138,7 +149,7 @@ class HFOFT(hf_peft.Updates):
         return {
             "block_size": sizes.pop(),
             "terms": terms and max(4, terms),  # HF peft computes the same with 3 and with 4
-            "eps": settings["eps"] if settings.get("coft") else 0.0,
+            "eps": settings["eps"] if settings["coft"] else 0.0,
         }
 
     def whole(self, attribute: str, updates: dict[Site, nn.Module]) -> torch.Tensor:

@@ -94,13 +94,13 @@ class _Files(hf_peft.LowRank):
         return options, split_and_fill
 
     def write(self, method: Method) -> tuple[dict, dict]:
-        c = method.config
-        lora = SimpleNamespace(
-            host=method.host,
-            updates={site: update.as_lora() for site, update in method.updates.items()},
-            config=replace(c, rank=2 * c.rank, alpha=2 * c.rank * c.scale, rank_stabilized=False),
-        )
-        return super().write(lora)
+        updates = {site: update.as_lora() for site, update in method.updates.items()}
+        config = replace(method.config, rank_stabilized=False)
+        return super().write(SimpleNamespace(host=method.host, updates=updates, config=config))
+
+    def parts(self, sites: list[Site], whole: dict[str, torch.Tensor]) -> hf_peft.Values:
+        """HF peft decomposes a map in one, so all its parts have all of A."""
+        return hf_peft.Updates.parts(self, sites, whole)
 
 
 class PiSSA(LowRankUpdates):
@@ -109,7 +109,7 @@ class PiSSA(LowRankUpdates):
     child = "pissa"
     hf_peft = _Files(
         marks={"init_lora_weights": lambda start: str(start).startswith("pissa")},
-        rewriting=("pissa_niter", *(start for start in hf_peft.LowRank().rewriting if start != "pissa")),
+        starts=("pissa",),
     )
 
     def targets(self, host: Host) -> list[Site]:

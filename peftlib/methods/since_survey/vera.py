@@ -109,9 +109,10 @@ class _Files(hf_peft.Updates):
     """The vectors of each map, and beside them the pair where it is saved."""
 
     def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, hf_peft.Fill]:
+        settings = self.settled(settings, folder)
         names = [name for name in ("A", "B") if f"base_model.vera_{name}" in tensors]
         pair = {name: tensors.pop(f"base_model.vera_{name}") for name in names}
-        if settings.get("save_projection", True) and len(pair) < 2:
+        if settings["save_projection"] and len(pair) < 2:
             raise LoadError(f"{folder} says save_projection and holds no base_model.vera_A and vera_B")
         paths = {name.rpartition(".")[0] for name in tensors}
         if fused := [str(site) for site in parts.sites() if site.part is not None and site.path in paths]:
@@ -153,6 +154,9 @@ class VeRA(LowRankUpdates):
             "projection_prng_key": "projection_seed",
             "save_projection": "save_projection",
         },
+        used={"r": 256, "d_initial": 0.1, "vera_dropout": 0.0, "projection_prng_key": 0, "save_projection": True},
+        unused=(*hf_peft.MAPS, "init_weights"),
+        refused=("bias",),
     )
 
     def targets(self, host: Host) -> list[Site]:

@@ -58,6 +58,7 @@ from peftlib.methods.base import (
     between,
     check_alike,
 )
+from peftlib.methods.bases import hf_peft
 
 STARTS = ("mean", "task", "shared")
 
@@ -164,9 +165,33 @@ class TeacherHead(nn.Module):
         return own.to(y.dtype)
 
 
+class _Files(hf_peft.Prompt):
+    """P*, u and v of all tasks."""
+
+    kind = "MULTITASK_PROMPT_TUNING"
+    encoder_alone = False
+    others = ("prefix_task_cols", "prefix_task_rows")
+    unused = (
+        *hf_peft.Prompt.unused,
+        *("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks", "num_tasks"),
+    )
+
+    def options(self, found: dict[str, torch.Tensor]) -> dict:
+        tasks, _, rank = found["prefix_task_cols"].shape
+        return {"tasks": tasks, "rank": rank}
+
+    def parameters(self, method: Method) -> dict[str, torch.Tensor]:
+        child = method.child
+        return {"prompt_embeddings": child.shared, "prefix_task_cols": child.u, "prefix_task_rows": child.v}
+
+    def more_settings(self, method: Method) -> dict:
+        return {"prompt_tuning_init": "RANDOM", "num_tasks": method.tasks, "num_ranks": method.config.rank}
+
+
 class MPT(Method):
     Config = MPTConfig
     learning_rate = 1e-2
+    hf_peft = _Files()
     source_methods = ("prompt_tuning", "mpt")
     fewest_sources = 0
 

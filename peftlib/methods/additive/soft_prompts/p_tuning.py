@@ -34,6 +34,7 @@ from peftlib.mechanisms import cloze, prompt, template
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import without_autocast
 from peftlib.methods.base import ConfigError, Method, MethodConfig, at_least
+from peftlib.methods.bases import hf_peft
 
 POSITIONS = ("front", "after_first")
 
@@ -156,13 +157,51 @@ class Words(nn.Module):
         return y[..., self.ids]  # (b, 1, V) -> (b, 1, classes)
 
 
+class _Files(hf_peft.Prompt):
+    """The prompt that the encoder gives, in front; whoever loads it has embeddings and no encoder."""
+
+    kind = "P_TUNING"
+    unused = (
+        *hf_peft.EVERY_PROMPT,
+        *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+    )
+
+    def options(self, found: dict[str, torch.Tensor]) -> dict:
+        return {"after": 0}
+
+    def start(self, method: Method) -> None:
+        method.prompt.keep()
+
+    def parameters(self, method: Method) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": method.prompt.current()}
+
+    def check(self, method: Method) -> None:
+        super().check(method)
+        c = method.config
+        if c.answer_token_ids or c.between or method.behind:
+            raise UnsupportedError(
+                f"HF peft's P-tuning has all vectors in front; here {c.between} stand between the texts and "
+                f"{method.behind} behind, with answer_token_ids={c.answer_token_ids!r}. Attach p_tuning with after=0"
+            )
+
+    def more_settings(self, method: Method) -> dict:
+        return {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": method.config.hidden}
+
+
 class PTuning(Method):
     Config = PTuningConfig
     learning_rate = 1e-2
+    hf_peft = _Files()
 
     @property
     def classifies(self) -> bool:
         return bool(self.config.answer_token_ids)
+
+    @property
+    def behind(self) -> int:
+        """How many vectors stand behind the last text; models of two stacks have all in front unless told otherwise."""
+        c = self.config
+        return 0 if c.after is None and len(self.host.anatomy.stacks) > 1 else c.behind
 
     def attach(self, host: Host) -> None:
         c, stacks = self.config, host.anatomy.stacks
@@ -179,7 +218,7 @@ class PTuning(Method):
             cloze.answer_with_classes(host)
             return
         self.prompt = EncodedPrompt(encoder)
-        behind = 0 if c.after is None and len(stacks) > 1 else c.behind
+        behind = self.behind
         if not (c.between or behind):
             prompt.attach(host, self.prompt, c.length, c.position)
             return

@@ -26,12 +26,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from peftlib.anatomy import Site
-from peftlib.errors import MergeError, TargetError, UnknownNameError
+from peftlib.anatomy import Anatomy, Site
+from peftlib.errors import MergeError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import kaiming
 from peftlib.mechanisms.precision import cast
-from peftlib.methods.base import MethodConfig, at_least, fitted, is_default
+from peftlib.methods.base import Method, MethodConfig, at_least, fitted, is_default
+from peftlib.methods.bases import hf_peft
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 FORMS = ("krona", "krona_b", "krona_b_res")
@@ -89,10 +90,75 @@ class Kronecker(nn.Module):
         return self.scale * torch.kron(self.A.detach().to(dtype), self.B.detach().to(dtype))
 
 
+class _Files(hf_peft.Updates):
+    """HF peft's LoKr, whose w1 and w2 are A and B where neither is itself a product, and s is alpha / r."""
+
+    def check(self, settings: dict, folder: object) -> None:
+        if settings["rank_pattern"] or settings["alpha_pattern"]:
+            raise UnsupportedError(
+                f"{folder} has rank_pattern={settings['rank_pattern']!r} and "
+                f"alpha_pattern={settings['alpha_pattern']!r}; peftlib's krona has one scale"
+            )
+
+    def read(self, settings: dict, tensors: dict, parts: Anatomy, folder: object) -> tuple[dict, hf_peft.Fill]:
+        if products := sorted(name for name in tensors if name.endswith(("_w1_a", "_w1_b", "_w2_a", "_w2_b", "_t2"))):
+            raise UnsupportedError(
+                f"{folder} has factors that are products themselves, such as {products[0]}; peftlib's krona trains "
+                "them whole, as LoKr with an r of at least half of their size"
+            )
+        return super().read(settings, tensors, parts, folder)
+
+    def parts(self, sites: list[Site], whole: dict[str, torch.Tensor]) -> hf_peft.Values:
+        if len(sites) > 1:
+            raise UnsupportedError(
+                f"{sites[0].path} is one map of which peftlib adapts parts, each on its own; this LoKr adapts it whole"
+            )
+        return super().parts(sites, whole)
+
+    def more_options(self, settings: dict, values: hf_peft.Values, folder: object) -> dict:
+        shapes = {tuple(found["A"].shape) for found in values.values()}
+        if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
+            raise UnsupportedError(
+                f"{folder} has factors w1 of shapes {sorted(shapes)}; peftlib's krona has one square size, which a "
+                "decompose_factor that divides all inputs and outputs gives"
+            )
+        return {"factor": next(iter(shapes))[0], "scale": settings["alpha"] / settings["r"]}
+
+    def write(self, method: Method) -> tuple[dict, dict]:
+        if method.config.form != "krona":
+            raise UnsupportedError(
+                f'HF peft has nothing beside a feed-forward block; form="{method.config.form}" cannot be written'
+            )
+        return super().write(method)
+
+    def whole(self, attribute: str, updates: dict[Site, nn.Module]) -> torch.Tensor:
+        site = next(iter(updates))
+        if site.transposed:
+            raise UnsupportedError(f"{site.path} is a Conv1D, for which HF peft has no LoKr")
+        return super().whole(attribute, updates)
+
+    def more_settings(self, method: Method) -> dict:
+        c = method.config
+        r = max(max(update.B.shape) for update in method.updates.values())  # large enough that w2 is no product
+        return {"r": r, "alpha": c.scale * r, "decompose_factor": c.factor}
+
+
 class KronA(LowRankUpdates):
     Config = KronAConfig
     learning_rate = 1e-2
     child = "krona"
+    hf_peft = _Files(
+        kind="LOKR",
+        tensors={"lokr_w1": "A", "lokr_w2": "B"},
+        rows=(),
+        options={},
+        used={"r": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}},
+        unused=(
+            *hf_peft.MAPS,
+            *("init_weights", "decompose_both", "decompose_factor", "use_effective_conv2d", "rank_dropout_scale"),
+        ),
+        refused=("rank_dropout", "module_dropout"),
+    )
 
     def targets(self, host: Host) -> list[Site]:
         sites = host.anatomy.sites(self.config.targets)

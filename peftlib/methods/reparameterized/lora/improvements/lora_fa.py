@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from peftlib.anatomy import Site
 from peftlib.mechanisms.low_rank import LowRank
 from peftlib.methods.base import MethodConfig, at_least
+from peftlib.methods.bases import hf_peft
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
@@ -44,6 +45,8 @@ class LoRAFAConfig(MethodConfig):
 class LoRAFA(LowRankUpdates):
     Config = LoRAFAConfig
     learning_rate = 1e-2
+    hf_peft = hf_peft.LowRank(options={}, reads=False)
+    """In files it is LoRA, which trains both factors."""
 
     def update(self, site: Site) -> LowRank:
         c = self.config

@@ -38,7 +38,7 @@ from torch import nn
 from peftlib.anatomy import Site
 from peftlib.errors import DataError
 from peftlib.mechanisms.host import Host
-from peftlib.mechanisms.low_rank import LowRank, sites_of_rank
+from peftlib.mechanisms.low_rank import LowRank, check_rank
 from peftlib.methods.base import ConfigError, MethodConfig, SavedAdapter, at_least, between
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
@@ -86,12 +86,14 @@ class LoraHub(LowRankUpdates):
                 )
 
     def targets(self, host: Host) -> list[Site]:
-        source = self.sources[0].config
-        return sites_of_rank(host, source.targets, source.rank)
+        sites = host.anatomy.sites(self.sources[0].config.targets)
+        for site in sites:
+            check_rank(self.sources[0].config.rank_at(site), site)
+        return sites
 
     def update(self, site: Site) -> LowRank:
         c = self.sources[0].config
-        update = LowRank(site.in_features, site.out_features, c.rank, c.scale).requires_grad_(False)
+        update = LowRank(site.in_features, site.out_features, c.rank_at(site), c.scale_at(site)).requires_grad_(False)
         nn.init.zeros_(update.A)
         return update
 

@@ -31,8 +31,10 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.anatomy import Site
+from peftlib.errors import LoadError
 from peftlib.mechanisms.triplets import Triplets, only_kept, spread
-from peftlib.methods.base import ConfigError, ForwardPass, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.base import ConfigError, ForwardPass, Method, MethodConfig, TrainingState, at_least, between
+from peftlib.methods.bases import hf_peft
 from peftlib.methods.bases.low_rank import LowRankUpdates
 
 
@@ -83,10 +85,127 @@ class AdaLoRAConfig(MethodConfig):
 _WEIGHTS, _KINDS = ("singular", "P", "Q"), ("sensitivity", "uncertainty")
 
 
+STEPS = 1000
+"""The length of training of which files for HF peft give the schedule's shares."""
+
+
+class _Files(hf_peft.Updates):
+    """HF peft's files hold the triplets that count, and ``rank_pattern`` says which of the initial ones they are. Its
+    scale is alpha / (r + 1e-5); the difference goes into the singular values.
+
+    All maps have one initial rank there, and the parts of a map that it sees whole have their triplets one behind the
+    other, each with rows in one part.
+    """
+
+    def fitting(
+        self, settings: dict, path: str, first: Site, whole: dict[str, torch.Tensor], folder: object
+    ) -> dict[str, torch.Tensor]:
+        rank = settings["init_r"]
+        mask = (settings["rank_pattern"] or {}).get(f"{path}.lora_E", [True] * rank)
+        kept = torch.tensor(mask, dtype=torch.bool)
+        P, singular, Q = whole["P"], whole["singular"].flatten(), whole["Q"]
+        sizes = {len(Q), len(singular), P.shape[1]}
+        if sizes != {int(kept.sum())} or len(kept) != rank:
+            raise LoadError(
+                f"{folder} says that {int(kept.sum())} of {rank} triplets of {path} count, and holds {sorted(sizes)}"
+            )
+        P, singular, Q, kept = Triplets.spread(P, singular * (rank / (rank + 1e-5)), Q, kept)
+        return {"P": P, "singular": singular, "Q": Q, "kept": kept}
+
+    def parts(self, sites: list[Site], whole: dict[str, torch.Tensor]) -> hf_peft.Values:
+        by_rows = super().parts(sites, whole)
+        own = {site: found["P"].any(dim=0) for site, found in by_rows.items()}  # (r,) each
+        if len(sites) == 1 or torch.stack(list(own.values())).sum(dim=0)[whole["kept"]].ne(1).any():
+            return by_rows
+        return {
+            site: found
+            | {"kept": own[site], "singular": found["singular"] * own[site], "Q": found["Q"] * own[site][:, None]}
+            for site, found in by_rows.items()
+            if own[site].any()
+        }
+
+    def more_options(self, settings: dict, values: hf_peft.Values, folder: object) -> dict:
+        total = settings["total_step"]
+        shares = {"initial_warmup": settings["tinit"], "final_warmup": settings["tfinal"]} if total else {}
+        return {name: steps / total for name, steps in shares.items()}
+
+    def whole(self, attribute: str, updates: dict[Site, Triplets]) -> torch.Tensor:
+        kept = [
+            getattr(update, attribute) if update.kept.all() else update.only_kept()[attribute]
+            for update in updates.values()
+        ]
+        if attribute == "singular":
+            return torch.cat(kept)[:, None]
+        if attribute == "Q":
+            return torch.cat(kept)
+        first = next(iter(updates))
+        P = kept[0].new_zeros(first.out_features * (first.part or (0, 1))[1], sum(p.shape[1] for p in kept))
+        column = 0
+        for site, p in zip(updates, kept):
+            P[site.rows, column : column + p.shape[1]] = p
+            column += p.shape[1]
+        return P
+
+    def write(self, method: Method) -> tuple[dict, dict]:
+        settings, tensors = super().write(method)
+        rank = settings["init_r"]
+        for name in tensors:
+            if name.endswith(".lora_E"):
+                tensors[name] = tensors[name] * ((rank + 1e-5) / rank)
+        return settings, tensors
+
+    def more_settings(self, method: Method) -> dict:
+        c, modules = method.config, hf_peft.by_module(method.updates)
+        rank = c.rank * max(len(updates) for updates in modules.values())
+        counts = {path: sum(int(u.kept.sum()) for u in updates.values()) for path, updates in modules.items()}
+        pattern = {f"{path}.lora_E": [i < count for i in range(rank)] for path, count in counts.items()}
+        return {
+            "init_r": rank,
+            "lora_alpha": c.alpha * rank / c.rank,
+            "rank_pattern": pattern if set(counts.values()) != {rank} else None,
+            "total_step": STEPS,
+            "tinit": round(c.initial_warmup * STEPS),
+            "tfinal": round(c.final_warmup * STEPS),
+            "fan_in_fan_out": any(site.transposed for site in method.updates),
+        }
+
+
 class AdaLoRA(LowRankUpdates):
     Config = AdaLoRAConfig
     learning_rate = 1e-2
     child = "adalora"
+    hf_peft = _Files(
+        kind="ADALORA",
+        tensors={"lora_A": "Q", "lora_B": "P", "lora_E": "singular"},
+        rows=("P",),
+        options={
+            "init_r": "rank",
+            "target_r": "target_rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "deltaT": "interval",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orth_reg_weight": "orthogonality",
+        },
+        used={
+            "init_r": 12,
+            "target_r": 8,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "rank_pattern": None,
+            "deltaT": 1,
+            "beta1": 0.85,
+            "beta2": 0.85,
+            "orth_reg_weight": 0.5,
+            "tinit": 0,
+            "tfinal": 0,
+            "total_step": None,
+        },
+        # HF peft's AdaLoRA takes no heed of these.
+        unused=(*hf_peft.LORA_UNUSED, "r", "use_rslora", "alpha_pattern", "init_lora_weights"),
+        refused=hf_peft.LORA_REFUSED,
+    )
 
     def __init__(self, config: AdaLoRAConfig):
         super().__init__(config)
