@@ -14,6 +14,7 @@ from torch import nn
 
 from peftlib import saved
 from peftlib.errors import LoadError, StateError
+from peftlib.mechanisms import state_dict
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -366,7 +367,7 @@ def _attach(
             chosen.attach(host)
             head = chosen.head(head) if train_head else {}
             host.train(head.values())
-        host.name_once()
+        state_dict.look_after(host)
     except BaseException:
         host.remove()
         raise
