@@ -194,7 +194,7 @@ def _put(scratch: Path, folder: Path) -> None:
             os.rename(folder, old / folder.name)
             os.rename(scratch, folder)
         finally:
-            if folder.exists():
+            if folder.exists() or not (old / folder.name).exists():
                 shutil.rmtree(old, ignore_errors=True)
 
 

@@ -241,6 +241,8 @@ class PTuning(Method):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         if self.moved_to_front:
-            raise LoadError("this prompt was trained with vectors before [SEP]: set model.config.sep_token_id, then load")
+            raise LoadError(
+                "this prompt was trained with vectors before [SEP]: set model.config.sep_token_id, then load"
+            )
         self.prompt.keep()
         super().load_state(state)
