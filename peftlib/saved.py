@@ -50,6 +50,8 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
         assert saved.state is not None, "a source without its tensors cannot be written"
         save_file(saved.state, scratch / WEIGHTS, metadata={"format": "pt"})
         document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
+        if saved.also:
+            document["also"] = list(saved.also)
         if saved.notes:
             document["notes"] = saved.notes
         if saved.sources:
@@ -98,6 +100,7 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
         config=config,
         state=state,
         head=tuple(document["head"]),
+        also=tuple(document.get("also", ())),
         backbone=document["backbone"],
         sources=sources,
         notes=document.get("notes", {}),

@@ -117,7 +117,7 @@ class PeftCallback(TrainerCallback, ExportableState):
         if new and not held <= here:
             raise StateError(
                 f"{self.method.name} has put new parameters in the place of those that its first training had, such as "
-                f"{new[0]}, and this Trainer's optimizer knows the old ones: build a new Trainer for the second training"
+                f"{new[0]}, and this Trainer's optimizer knows the old ones: build a new Trainer for another training"
             )
 
     def _schedule(self, args: TrainingArguments, scheduler: Any, optimizer: Any) -> None:
@@ -195,8 +195,8 @@ class PeftCallback(TrainerCallback, ExportableState):
                 return self.method.load_run_state(run_state)
         if wanted:
             raise LoadError(
-                f"{self.method.name} goes on from {RUN_STATE} of the checkpoint, which is not in {args.output_dir}: name "
-                "its folder also in TrainingArguments(resume_from_checkpoint=...)"
+                f"{self.method.name} goes on from {RUN_STATE} of the checkpoint, which is not in {args.output_dir}: "
+                "name its folder also in TrainingArguments(resume_from_checkpoint=...)"
             )
 
     def on_train_end(

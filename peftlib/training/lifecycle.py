@@ -88,10 +88,10 @@ class Lifecycle:
     starts at another one. A method that clips gradients itself (``adapted.method.clips``) cuts them to ``max_norm``,
     where one is given; the loop leaves them as they are.
 
-    A step of several forwards and backward passes has one ``step_start`` before and one ``gradients`` after all of them,
-    and says how many they are at most, ``accumulation``. Their losses add up to that of one forward over all rows: divide
-    each by their number, or hand ``num_items_in_batch``, the step's number of labels, to the model, whose losses are
-    then shares of it. With GradScaler, ``unscale_`` comes before :meth:`gradients`; a step whose gradients are not
+    A step of several forwards and backward passes has one ``step_start`` before and one ``gradients`` after all of
+    them, and says how many they are at most, ``accumulation``. Their losses add up to that of one forward over all
+    rows: divide each by their number, or hand ``num_items_in_batch``, the step's number of labels, to the model, whose
+    losses are then shares of it. With GradScaler, ``unscale_`` comes before :meth:`gradients`; a step whose gradients are not
     finite, which the scaler leaves out, is none for the method.
     """
 
