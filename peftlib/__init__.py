@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftlib.methods.registry import config, find, register
     from peftlib.saved import read
     from peftlib.training import FitResult, fit
+    from peftlib.training.callback import PeftCallback
     from peftlib.vectors import add_vector
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "ForwardPass",
     "Method",
     "MethodConfig",
+    "PeftCallback",
     "PeftlibError",
     "SavedAdapter",
     "Schedule",
@@ -79,6 +81,7 @@ _PLACES = {
     "methods.registry": ("config", "find", "register"),
     "saved": ("read",),
     "training": ("FitResult", "fit"),
+    "training.callback": ("PeftCallback",),
     "vectors": ("add_vector",),
 }
 _PLACE_OF = {name: f"peftlib.{module}" for module, names in _PLACES.items() for name in names}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +15,8 @@ import torch
 from torch import nn
 
 from peftlib import saved
-from peftlib.errors import LoadError, StateError
-from peftlib.mechanisms import atomic, quantized
+from peftlib.errors import LoadError, StateError, TargetError
+from peftlib.mechanisms import atomic, quantized, state_dict
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -57,6 +59,7 @@ class Adapted:
         self.host = host
         self.guard = Guard(method)
         self._head = head
+        self._also: dict[str, nn.Parameter] = {}
         self._identity = identity
         self._attached = True
         self._disabled = False
@@ -107,9 +110,49 @@ class Adapted:
     # What trains
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name in the model -> parameter, for every parameter that trains, task head included."""
+        """Name in the model -> parameter, for every parameter that trains: the method's, the task head's, and those of
+        the backbone that were unfrozen after :func:`attach`."""
         self._check_attached()
+        self._adopt()
         return self.host.trained()
+
+    def train_also(self, *patterns: str) -> tuple[str, ...]:
+        """Train more of the backbone's parameters, by shell patterns of their names in the model: they count as
+        trained, are saved and loaded with the adapter, and get their values back in :meth:`detach`. Gives the names.
+
+        Raises TargetError for a pattern that matches nothing, StateError for a parameter that the method replaces.
+        """
+        self._check_attached()
+        named = dict(self.model.named_parameters())
+        found: dict[str, nn.Parameter] = {}
+        for pattern in patterns:
+            matching = fnmatch.filter(named, pattern)
+            if not matching:
+                raise TargetError(f"no parameter of this {type(self.model).__name__} is named {pattern!r}")
+            found |= {name: named[name] for name in matching}
+        self._train_also({n: p for n, p in found.items() if n not in self.host.trained()})
+        return tuple(found)
+
+    def _train_also(self, parameters: dict[str, nn.Parameter]) -> None:
+        owned = self.host.owned().keys()
+        for name in parameters:
+            if name in owned or ".parametrizations." in name:
+                raise StateError(f"{name} is computed or written by {self.name}, and cannot train beside it")
+        self.host.train(parameters.values())
+        self._also |= parameters
+
+    def _adopt(self) -> None:
+        """Take what was unfrozen by hand for trained, too."""
+        trained = self.host.trained()
+        more = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in trained}
+        if more:
+            warnings.warn(
+                f"{len(more)} parameters were unfrozen after attach ({next(iter(more))}, ...). They count as trained "
+                "and are saved with the adapter, and detach() gives back the values that they have now; "
+                "adapted.train_also(names) before training keeps those from before",
+                stacklevel=3,
+            )
+            self._train_also(more)
 
     def count(self) -> Count:
         """Trained, stored and total parameters; before calibration with what it will add, stored as an upper bound."""
@@ -253,8 +296,9 @@ class Adapted:
     def state(self) -> dict[str, torch.Tensor]:
         """What :meth:`save` stores, by name in the model."""
         self._check_attached()
+        self._adopt()
         state = {n: t.detach() for n, t in self.method.state().items()}
-        state.update({n: p.detach() for n, p in self._head.items()})
+        state.update({n: p.detach() for n, p in (self._head | self._also).items()})
         return state
 
     def snapshot(self) -> SavedAdapter:
@@ -264,6 +308,7 @@ class Adapted:
             config=self.config,
             state={n: t.cpu().contiguous().clone() for n, t in self.state().items()},
             head=tuple(sorted(self._head)),
+            also=tuple(sorted(self._also)),
             backbone=self._identity,
             sources=self.method.sources,
             notes=self.method.notes(),
@@ -290,6 +335,14 @@ class Adapted:
                 continue
             with torch.no_grad():
                 parameter.copy_(state.pop(name))
+        for name, parameter in self._also.items():
+            if name not in state or state[name].shape != parameter.shape:
+                raise LoadError(
+                    f"the file has no {name} of shape {tuple(parameter.shape)}, which trained with the adapter"
+                )
+            if name not in self.method.state():
+                with torch.no_grad():
+                    parameter.copy_(state.pop(name))
         self.method.load_state(state)
         self.guard.calibrated = True
 
@@ -319,6 +372,7 @@ class Adapted:
         Raises StateError after ``attach(..., keep_original=False)`` when originals were needed.
         """
         self._check_attached()
+        self._adopt()
         self._check_originals()
         with self.host.all_or_nothing(writes=False):  # values that were put back stay: a second try does them again
             self._leave(merge=False)
@@ -421,7 +475,7 @@ def _attach(
             host.name_task_ids()
             head = chosen.head(head) if train_head else {}
             host.train(head.values())
-        host.name_once()
+        state_dict.look_after(host)
     except BaseException:
         host.remove()
         raise
@@ -464,6 +518,10 @@ def load(
     sources = tuple(replace(source, state=None) for source in given.sources)
     adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original, keep_half)
     try:
+        named = dict(model.named_parameters())
+        if unknown := [name for name in given.also if name not in named]:
+            raise LoadError(f"{given.name} trained {unknown[0]} too, which this {type(model).__name__} does not have")
+        adapted._train_also({name: named[name] for name in given.also})
         adapted._load_state(given.state)
     except BaseException:
         adapted._leave(merge=False)

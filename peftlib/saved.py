@@ -26,11 +26,16 @@ from peftlib.methods.base import SavedAdapter
 from peftlib.methods.registry import config as method_config
 
 FORMAT = 1
+TRIES = 20
+"""How often a folder is put in its place, where other processes do the same."""
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
+INSIDE = "adapter"
+"""The folder of the adapter in a checkpoint of ``transformers.Trainer``."""
 
 
 def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
-    """Write a folder whole or not at all; an adapter that is there is replaced.
+    """Write a folder whole or not at all; an adapter that is there is replaced. All processes of a distributed run may
+    write the same folder.
 
     Raises StateError for a place that holds something else.
     """
@@ -47,6 +52,8 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
         document = {"format": FORMAT, **_described(saved), "backbone": saved.backbone, "head": list(saved.head)}
         dtypes = {str(t.dtype).removeprefix("torch.") for t in saved.state.values() if t.is_floating_point()}
         document["dtype"] = " and ".join(sorted(dtypes))
+        if saved.also:
+            document["also"] = list(saved.also)
         if saved.notes:
             document["notes"] = saved.notes
         if saved.sources:
@@ -61,12 +68,15 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
 
 
 def read(folder: str | os.PathLike[str]) -> SavedAdapter:
-    """What :meth:`Adapted.save` wrote, into memory. Its name is the folder's.
+    """What :meth:`Adapted.save` wrote, into memory. Its name is the folder's. In the place of it, a checkpoint that
+    ``transformers.Trainer`` wrote with ``adapted.callback()``.
 
     Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
     changed after saving, or of no method of this peftlib.
     """
     folder = Path(folder)
+    if not (folder / WEIGHTS).is_file() and (folder / INSIDE / WEIGHTS).is_file():
+        folder = folder / INSIDE
     document = _read_config(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -92,6 +102,7 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
         config=config,
         state=state,
         head=tuple(document["head"]),
+        also=tuple(document.get("also", ())),
         backbone=document["backbone"],
         sources=sources,
         notes=document.get("notes", {}),
@@ -185,15 +196,27 @@ def _swap(scratch: Path, folder: Path) -> None:
     """Put ``scratch`` in the place of ``folder`` in one step; what was there is then in ``scratch``.
 
     Where the system has no exchange of two folders there are two steps, and a kill between them leaves the old adapter
-    beside the folder, under a name that starts with a dot.
+    beside the folder, under a name that starts with a dot. Several processes may save at a time; the last one stays.
     """
+    for attempt in range(TRIES):
+        try:
+            return _put(scratch, folder)
+        except OSError:  # another process has put its adapter there, or taken the old one away, in between
+            if attempt == TRIES - 1 or not scratch.is_dir():
+                raise
+
+
+def _put(scratch: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(scratch, folder)
     elif not _exchange(scratch, folder):
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.rename(folder, old / folder.name)
-        os.rename(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.rename(folder, old / folder.name)
+            os.rename(scratch, folder)
+        finally:
+            if folder.exists() or not (old / folder.name).exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterable
@@ -82,9 +83,12 @@ def inputs(family: str, head: str = "classification") -> dict[str, torch.Tensor]
 
 @torch.no_grad()
 def logits(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
-    """What the model answers in evaluation mode."""
+    """What the model answers in evaluation mode, for its first task where several are attached and none is said."""
     model.eval()
-    return model(**given).logits
+    adapted: Adapted | None = getattr(model, "peftlib_adapted", None)
+    unsaid = adapted is not None and adapted.host.tasks.default is None
+    with adapted.task(0) if adapted and unsaid else contextlib.nullcontext():
+        return model(**given).logits
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ class Case:
         """The method on a fresh backbone, with sources where it builds on some."""
         model = self.backbone() if model is None else model
         given = sources(self.method, self.family, self.head, model.config.num_hidden_layers, self.dtype)
-        return attach(model, self.config, sources=given, **options)
+        adapted = attach(model, self.config, sources=given, **options)
+        adapted.host.tasks.default = 0  # of the eight texts, where there are several tasks
+        return adapted
 
     def attach(self, model: nn.Module | None = None, **options) -> Adapted:
         """As :meth:`start`, calibrated where it must be."""

@@ -125,8 +125,7 @@ def _one(case: Case) -> Fingerprint | str:
         except UnsupportedError as error:
             return f"not supported: {error}"
         losses = _train(adapted, halves)
-        with adapted.task(0):
-            answer = logits(adapted.model, **case.inputs())
+        answer = logits(adapted.model, **case.inputs())
         file = adapted.save(Path(scratch) / "adapter") / "adapter.safetensors"
         with safetensors.safe_open(file, "pt") as stored:
             tensors = {name: _described(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118

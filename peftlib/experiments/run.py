@@ -59,6 +59,7 @@ def _tuned(
         seed=spec.seed,
         keep_original=False,
     )
+    adapted.host.tasks.default = 0  # a run has one task, the first where its method knows several
     if converted is not None:
         adapted.start_from(converted)
     state = sources.cache_root() / "calibrations" / f"{spec.key}-{revision()}"

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -174,22 +174,3 @@ class Changes:
             for step in reversed(self._undo):
                 resume.callback(undo.suspend(self.model, step))
             yield
-
-    # The names in a state dict
-
-    def name_once(self) -> None:
-        """Let the model's state dict have one name for each tensor that children share, as files without pickle want
-        it: a checkpoint of the whole model can then be written, and read back without strictness."""
-        kinds = (self.model.named_parameters, self.model.named_buffers)
-        first = {n for kind in kinds for n, _ in kind()}
-        mine = {id(t) for child in self.paths().values() for t in (*child.parameters(), *child.buffers())}
-        again = tuple(n for kind in kinds for n, t in kind(remove_duplicate=False) if id(t) in mine and n not in first)
-        if again:
-            self._hook(self.model.register_state_dict_post_hook(partial(_without, again)), stays=True)
-
-
-def _without(
-    names: tuple[str, ...], module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
-    for name in names:
-        state.pop(prefix + name, None)

@@ -102,6 +102,7 @@ class NormalFloatWeight(nn.Module):
             self.register_buffer("dynamic", dynamic.view(torch.int32), persistent=False)
             mean = scales.mean()
             scale_codes, outer = quantize(scales - mean, dynamic, SCALE_BLOCK)
+            scale_codes = scale_codes.clone()  # a file without pickle wants a tensor's whole storage
             scales = torch.cat([outer, mean[None]])
         self.register_buffer("scale_codes", scale_codes)
         self.register_buffer("scales", scales.view(torch.int32))

@@ -112,22 +112,23 @@ class SavedAdapter:
     ``state`` (by name in the model, task head included) is None for the source of an adapter that was itself loaded:
     its file holds what it took from its sources, so only their configs are needed. ``backbone`` is the identity of the
     model it was made for, ``sources`` are the adapters it was built on, ``notes`` is what the config file
-    tells its reader.
+    tells its reader; ``head`` and ``also`` name the task head's and the backbone's other parameters in ``state``.
     """
 
     name: str
     config: MethodConfig
     state: dict[str, torch.Tensor] | None = None
     head: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     backbone: dict[str, Any] | None = None
     sources: tuple[SavedAdapter, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def own(self) -> dict[str, torch.Tensor]:
-        """The state without the task head."""
+        """The method's own part of the state."""
         assert self.state is not None, "a source that was itself loaded has no tensors"
-        return {n: t for n, t in self.state.items() if n not in self.head}
+        return {n: t for n, t in self.state.items() if n not in (*self.head, *self.also)}
 
 
 class Method:

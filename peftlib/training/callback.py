@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftlib.errors import UnsupportedError
+from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.mechanisms.schedules import Schedule, staged
-from peftlib.training.lifecycle import Guard, Lifecycle
+from peftlib.methods.base import Method
+from peftlib.saved import INSIDE
+from peftlib.training.lifecycle import Guard, Lifecycle, check_same, describe
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -35,22 +40,40 @@ class _AsInTrainer(Schedule):
         return self.args.get_warmup_steps(steps)
 
 
-class PeftCallback(TrainerCallback):
-    """Runs the training hooks of an attached method, and at the end shows it the training data once more where it fits
-    something to them (Laplace-LoRA). Methods that calibrate need ``adapted.calibrate(batches)`` before the Trainer is
-    built, because the Trainer collects the trained parameters first."""
+class PeftCallback(TrainerCallback, ExportableState):
+    """Runs the training hooks of the method that is attached to the Trainer's model, and at the end shows it the
+    training data once more where it fits something to them (Laplace-LoRA). Methods that calibrate need
+    ``adapted.calibrate(batches)`` before the Trainer is built, because the Trainer collects the trained parameters
+    first. A checkpoint has the adapter, as :meth:`Adapted.save` writes it, in its folder ``adapter``.
 
-    def __init__(self, guard: Guard):
+    ``guard``: of the method; None: that of the model which the Trainer trains, each time another one with
+    ``model_init``.
+    """
+
+    def __init__(self, guard: Guard | None = None):
         self.guard = guard
-        self.method = guard.method
         self.life: Lifecycle | None = None
         self.max_norm: float | None = None
+
+    @property
+    def method(self) -> Method:
+        assert self.guard is not None, "the Trainer calls on_train_begin first"
+        return self.guard.method
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into ``trainer_state.json``: the method, its options, and a hash of what
+        :meth:`on_save` writes of the run."""
+        if self.guard is None:
+            return {"args": {}, "attributes": {}}
+        described = describe(self.method) | {"run_state": _hash(self.method.run_state())}
+        return {"args": {}, "attributes": {"described": described}}
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         lr_scheduler: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
@@ -58,6 +81,16 @@ class PeftCallback(TrainerCallback):
         if self.life is not None:
             # An earlier train() of this Trainer ended in an exception and never reached on_train_end.
             self.life.abandon()
+        if (tuned := _tuned(model)) is not None:
+            self.guard = tuned.guard
+        if self.guard is None:
+            raise StateError(
+                f"nothing is attached to the Trainer's {type(model).__name__}: call peftlib.attach(model, ...) "
+                "before, or inside of model_init"
+            )
+        if state.global_step:
+            self._check_resumed(state)
+        self._check_optimizer(optimizer)
         if self.method.clips and args.max_grad_norm and not args.fp16:
             # The method clips in the Trainer's place; with fp16, where the loss is scaled, it cannot.
             self.max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
@@ -68,6 +101,24 @@ class PeftCallback(TrainerCallback):
         self.life.__enter__()
         if state.global_step:
             self._load_run_state(args, state)
+
+    def _check_resumed(self, state: TrainerState) -> None:
+        """Raise LoadError where the checkpoint is of another method, or of other options."""
+        if (described := _described(state)) is not None:
+            check_same(self.method, described)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Raise StateError where it was made for parameters that are gone."""
+        if optimizer is None:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        here = {id(p) for p in self.method.host.model.parameters()}
+        new = [n for n, p in self.method.host.root.trained().items() if p.requires_grad and id(p) not in held]
+        if new and not held <= here:
+            raise StateError(
+                f"{self.method.name} has put new parameters in the place of those that its first training had, such as "
+                f"{new[0]}, and this Trainer's optimizer knows the old ones: build a new Trainer for another training"
+            )
 
     def _schedule(self, args: TrainingArguments, scheduler: Any, optimizer: Any) -> None:
         """Tell the lifecycle the Trainer's schedule, and start that anew in each of the method's stages."""
@@ -118,17 +169,35 @@ class PeftCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running().step_end()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and (run_state := self.method.run_state()):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or (folder := _checkpoint(args, state)) is None:
+            return
+        if run_state := self.method.run_state():
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in run_state.items()}
-            save_file(tensors, _checkpoint(args, state) / RUN_STATE)
+            save_file(tensors, folder / RUN_STATE)
+        if (tuned := _tuned(model)) is not None and not (args.fsdp or args.deepspeed):
+            tuned.save(folder / INSIDE)
 
     def _load_run_state(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Only a method that has a state of the run has a file."""
-        named = args.resume_from_checkpoint
-        folders = [_checkpoint(args, state), *([Path(named)] if isinstance(named, str) else [])]
-        if (file := next((f / RUN_STATE for f in folders if (f / RUN_STATE).is_file()), None)) is not None:
-            self.method.load_run_state(load_file(file))
+        """Only a method that has a state of the run has a file. Raises LoadError where that of the checkpoint is not
+        found: the Trainer does not say which folder it resumes from."""
+        named, wanted = args.resume_from_checkpoint, (_described(state) or {}).get("run_state")
+        folders = [_checkpoint(args, state), Path(named) if isinstance(named, str) else None]
+        for file in (folder / RUN_STATE for folder in folders if folder is not None):
+            if file.is_file() and (_hash(run_state := load_file(file)) == wanted or wanted is None):
+                return self.method.load_run_state(run_state)
+        if wanted:
+            raise LoadError(
+                f"{self.method.name} goes on from {RUN_STATE} of the checkpoint, which is not in {args.output_dir}: "
+                "name its folder also in TrainingArguments(resume_from_checkpoint=...)"
+            )
 
     def on_train_end(
         self,
@@ -166,5 +235,31 @@ def _chooses_a_class(model: nn.Module) -> bool:
     return single and head.endswith("ForSequenceClassification")
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(cast(str, args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The folder of the last checkpoint; a trial of a search has its own in a folder of the trial."""
+    output, name = Path(cast(str, args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    found = [*output.glob(name), *(output.glob(f"*/{name}") if state.is_hyper_param_search else ())]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _described(state: TrainerState) -> dict[str, Any] | None:
+    """What :meth:`PeftCallback.state` wrote; None in a checkpoint of an older peftlib."""
+    found: Any = (state.stateful_callbacks or {}).get(PeftCallback.__name__)
+    last = found[-1] if isinstance(found, list) else found
+    return last and last["attributes"].get("described")
+
+
+def _hash(tensors: dict[str, torch.Tensor]) -> str:
+    """Of tensors by name; an empty string for none."""
+    if not tensors:
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tuned(model: nn.Module | None) -> Any:
+    """The handle on the model, which may be inside of another module."""
+    modules = () if model is None else model.modules()
+    return next((m.peftlib_adapted for m in modules if hasattr(m, "peftlib_adapted")), None)

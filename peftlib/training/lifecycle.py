@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlib.errors import StateError
+from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms.outputs import Args, Kwargs
 from peftlib.mechanisms.schedules import Schedule, staged
 from peftlib.methods.base import ForwardPass, Method, TrainingState
@@ -142,6 +143,22 @@ class Lifecycle:
         if self.guard.running is self:
             self.guard.running = None
 
+    # Resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model, optimizer and scheduler: the step, the method with its options, and its
+        state of the run. accelerate: ``accelerator.register_for_checkpointing(life)``."""
+        run_state = {name: t.detach().cpu().clone() for name, t in self.method.run_state().items()}
+        return {"step": self.step, **describe(self.method), "run_state": run_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises LoadError that names the difference for another method or other options."""
+        check_same(self.method, state)
+        self.step = state["step"]
+        self.method.load_run_state(state["run_state"])
+
+    # A step
+
     def step_start(self) -> None:
         """Before the first forward of an optimizer step."""
         self.forwards, self.skipped = 0, False
@@ -175,3 +192,20 @@ class Lifecycle:
             return True
         found = [p.grad.isfinite().all() for p in self.method.host.root.trained().values() if p.grad is not None]
         return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """The method and its options, as JSON has them."""
+    return {"method": method.name, "config": json.loads(json.dumps(method.config.as_dict()))}
+
+
+def check_same(method: Method, described: dict[str, Any]) -> None:
+    """Raise LoadError that names the difference where a run was of another method, or of other options."""
+    here = describe(method)
+    there, mine = ({"method": d["method"], **d["config"]} for d in (described, here))
+    names = ["method"] if there["method"] != mine["method"] else [n for n in mine if there.get(n) != mine[n]]
+    if names:
+        differences = ", ".join(f"{n}={there.get(n)!r} there and {mine[n]!r} here" for n in names)
+        raise LoadError(
+            f"the run to resume had {differences}; attach {described['method']} with its options, or train anew"
+        )

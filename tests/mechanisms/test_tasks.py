@@ -93,6 +93,7 @@ SEVERAL = {
 @pytest.mark.parametrize("method", SEVERAL)
 def test_rows_of_no_task_are_refused_where_there_are_several(method, training):
     adapted = Case(method, "bert", options=SEVERAL[method]).attach()
+    adapted.host.tasks.default = None
     adapted.model.train(training)
     with adapted.lifecycle(1):
         with pytest.raises(DataError, match=r"serves 2 tasks.*task_ids.*remove_unused_columns=False.*adapted\.task"):
@@ -108,6 +109,7 @@ def test_rows_of_no_task_are_refused_where_there_are_several(method, training):
 def test_text_is_generated_for_a_task_that_is_said(family, method):
     case = Case(method, family, lm_head(family), options=SEVERAL[method])
     adapted = case.attach()
+    adapted.host.tasks.default = None
     text = {k: v for k, v in case.batch().items() if k != "labels"}
     with pytest.raises(DataError, match="serves 2 tasks"):
         adapted.model.generate(**text, max_new_tokens=2)

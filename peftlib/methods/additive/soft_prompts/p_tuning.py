@@ -14,7 +14,8 @@ takes the place of the state at x's last token, which is where a classification 
 an answer is predicted (:mod:`peftlib.mechanisms.template`); a text that is trained on as a whole has no x. On an
 encoder the classification head answers, or, with ``answer_token_ids``, the masked language model's: ``mask_at`` vectors
 stand before the [MASK], and the scores of a word a class there are the logits (``num_labels`` of the config), so that
-no head trains. Models of two stacks, which the paper does not have, get all vectors in front.
+no head trains. Models of two stacks, which the paper does not have, get all vectors in front, and so by default do
+encoders whose config does not name the [SEP] that ends x.
 
 Source: Liu et al. 2021, arXiv:2103.10385, and its code (LAMA: ``cli.py``, ``p_tuning/``), where h is d / 2; HF peft's
 encoder of type LSTM is the same network, and ``after=0`` its place. The code's patterns for SuperGLUE have words among
@@ -23,13 +24,15 @@ the vectors, and the backbone trains at 1e-5 beside the encoder; here it is froz
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from peftlib.errors import TargetError, UnknownNameError, UnsupportedError
+from peftlib.errors import LoadError, TargetError, UnknownNameError, UnsupportedError
 from peftlib.mechanisms import cloze, prompt, template
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.precision import without_autocast
@@ -192,6 +195,8 @@ class PTuning(Method):
     Config = PTuningConfig
     learning_rate = 1e-2
     hf_peft = _Files()
+    moved_to_front = False
+    """Whether the default has become another one, for a backbone that names no [SEP]."""
 
     @property
     def classifies(self) -> bool:
@@ -218,6 +223,14 @@ class PTuning(Method):
             cloze.answer_with_classes(host)
             return
         self.prompt = EncodedPrompt(encoder)
+        if c.after is None and not c.between and stacks == ("encoder",) and host.anatomy.token_id("sep") is None:
+            warnings.warn(
+                f"the config of this {type(host.model).__name__} names no [SEP], so all {c.length} vectors of p_tuning "
+                f"stand in front (after=0); with model.config.sep_token_id set, {c.behind} stand behind the text",
+                stacklevel=2,
+            )
+            self.config, self.moved_to_front = dataclasses.replace(c, after=0), True
+            c = self.config
         behind = self.behind
         if not (c.between or behind):
             prompt.attach(host, self.prompt, c.length, c.position)
@@ -266,5 +279,9 @@ class PTuning(Method):
         return others | {f"{path}.vectors": self.prompt.current()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        if self.moved_to_front:
+            raise LoadError(
+                "this prompt was trained with vectors before [SEP]: set model.config.sep_token_id, then load"
+            )
         self.prompt.keep()
         super().load_state(state)
