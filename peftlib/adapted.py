@@ -300,7 +300,6 @@ class Adapted:
         self.method.check_mergeable()
         with self.host.all_or_nothing(*self.method.parts_and_itself()):
             self.method.merge()
-            self.host.write_computed()
             self._leave(merge=True)
         return self.model
 

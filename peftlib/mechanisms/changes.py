@@ -108,14 +108,12 @@ class Changes:
             for name, tensor in mine.items():
                 tensor.copy_(state[name])
 
-    def write_computed(self) -> None:
-        """Write parametrized weights into the backbone, for a merge."""
-        for write in self._merges:
-            write()
-
     def remove(self, merge: bool = False) -> None:
-        """Take every change back: bit for bit, or, with ``merge``, keeping written and trained parameters as they
-        are."""
+        """Take every change back: bit for bit, or, with ``merge``, after writing parametrized weights into the backbone
+        and keeping trained parameters as they are."""
+        if merge:
+            for write in self._merges:
+                write()
         for step in reversed(self._undo):
             if not (merge and undo.restores(step)):
                 step()
