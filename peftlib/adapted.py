@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from peftlib import saved
+from peftlib import attached, saved
 from peftlib.errors import LoadError, StateError
 from peftlib.mechanisms import atomic
 from peftlib.mechanisms.host import Host
@@ -49,7 +49,13 @@ class Adapted:
     """A backbone with one method attached. Made by :func:`attach`; ``model`` is the same object that was given."""
 
     def __init__(
-        self, model: nn.Module, method: Method, host: Host, head: dict[str, nn.Parameter], identity: dict[str, Any]
+        self,
+        model: nn.Module,
+        method: Method,
+        host: Host,
+        head: dict[str, nn.Parameter],
+        identity: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
     ):
         self.model = model
         self.method = method
@@ -57,6 +63,7 @@ class Adapted:
         self.guard = Guard(method)
         self._head = head
         self._identity = identity
+        self._shapes = shapes
         self._attached = True
         self._disabled = False
 
@@ -97,6 +104,11 @@ class Adapted:
         rows += [("acts at" if not i else "", place) for i, place in enumerate(places)]
         rows += [("options", options)] if options else []
         return "\n".join([f"{self.name} on {type(self.model).__name__}", *(f"  {name:9}{text}" for name, text in rows)])
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this is inside :meth:`disabled`."""
+        return self._disabled
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -288,6 +300,18 @@ class Adapted:
         self.method.load_state(state)
         self.guard.calibrated = True
 
+    def resized(self, more: int) -> None:
+        """The backbone's vocabulary has another size, and the model ``more`` parameters than before."""
+        parts = self.host.anatomy
+        inside = {id(p) for p in parts.embeddings.parameters()}
+        grown = {n: tuple(p.shape) for n, p in parts.base.named_parameters() if id(p) in inside}
+        self._shapes = self._shapes | grown
+        self._identity = self._identity | {
+            "vocabulary": parts.embeddings.num_embeddings,
+            "parameters": self._identity["parameters"] + more,
+            "shapes": saved.hashed(self._shapes),
+        }
+
     # Leaving
 
     def merge(self) -> nn.Module:
@@ -395,6 +419,7 @@ def _attach(
     seed: int = 0,
 ) -> Adapted:
     chosen.take_sources(sources)
+    shapes = saved.shapes_of(model)
     host = Host(model, keep_original=keep_original)
     head = dict(host.anatomy.head)
     devices = [host.device] if host.device.type == "cuda" else []
@@ -410,11 +435,12 @@ def _attach(
     except BaseException:
         host.remove()
         raise
-    adapted = Adapted(model, chosen, host, head, here)
+    adapted = Adapted(model, chosen, host, head, here, shapes)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
+    attached.answer(adapted)
     cast(Any, model).peftlib_adapted = adapted
     return adapted
 
@@ -449,8 +475,8 @@ def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, ke
 
 
 def _check_free(model: nn.Module) -> None:
-    if (attached := getattr(model, "peftlib_adapted", None)) is not None:
+    if (present := getattr(model, "peftlib_adapted", None)) is not None:
         raise StateError(
-            f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
+            f"{present.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
             "or attach both at once with peftlib.combine(...)"
         )

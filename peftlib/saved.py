@@ -96,17 +96,26 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
     )
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters below the head, by name there."""
+    return {n: tuple(p.shape) for n, p in anatomy.of(model).base.named_parameters()}
+
+
+def hashed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
+
+
 def identity(model: nn.Module) -> dict[str, Any]:
     """What tells one backbone from another: class, shapes, and a hash of one weight."""
     parts = anatomy.of(model)
-    shapes = sorted((n, tuple(p.shape)) for n, p in parts.base.named_parameters())
     weight = cast(torch.Tensor, parts.sites()[0].module.weight)
     return {
         "model_type": parts.config.model_type,
         "class": type(model).__name__,
         "name": getattr(parts.config, "_name_or_path", ""),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        "vocabulary": parts.embeddings.num_embeddings,
+        "shapes": hashed(shapes_of(model)),
         "weights": "" if weight.is_meta else hashlib.sha256(_bytes(weight)).hexdigest(),
     }
 
@@ -118,6 +127,13 @@ def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
         return
     saved, folder = adapter.backbone, adapter.name
     if saved.get("model_type") != here["model_type"] or saved.get("shapes") != here["shapes"]:
+        tokens = saved.get("vocabulary")
+        if tokens is not None and tokens != here["vocabulary"] and saved.get("model_type") == here["model_type"]:
+            raise LoadError(
+                f"{folder} was made for a backbone with {tokens} token embeddings, and this "
+                f"{here['name'] or here['class']} has {here['vocabulary']}; where it is the same one otherwise, call "
+                f"model.resize_token_embeddings({tokens}) first"
+            )
         raise LoadError(
             f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
             f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "

@@ -62,6 +62,12 @@ class Changes:
         ids = {id(child) for part in self._parts() for _, _, child in part.children}
         return {name: module for name, module in self.model.named_modules() if id(module) in ids}
 
+    @property
+    def plain(self) -> bool:
+        """Whether the model's own weights say all: nothing but parameters of its own was changed or trains."""
+        inside = (step for step in self._undo if not undo.is_around(step, self.model))
+        return all(undo.restores_values(step) for step in inside)
+
     def owned(self) -> dict[str, torch.Tensor]:
         """Name in the model -> boolean mask, for frozen parameters into which a method writes: the entries that it
         owns. All other entries of every frozen parameter stay bit-identical."""
