@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from peftlib import attached, saved
-from peftlib.errors import LoadError, StateError
-from peftlib.mechanisms import atomic
+from peftlib.errors import LoadError, StateError, TargetError
+from peftlib.mechanisms import atomic, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -45,6 +45,17 @@ class Count:
         return 100 * self.trained / self.total
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where a method acts and what trains beside it: the ``layers``, ``train_embeddings`` and ``train_head`` of
+    :func:`attach`; ``beside`` names the stored tensors of the embeddings."""
+
+    layers: tuple[int, ...] | None = None
+    train_embeddings: bool | tuple[int, ...] = False
+    train_head: bool = True
+    beside: tuple[str, ...] = ()
+
+
 class Adapted:
     """A backbone with one method attached. Made by :func:`attach`; ``model`` is the same object that was given."""
 
@@ -56,6 +67,7 @@ class Adapted:
         head: dict[str, nn.Parameter],
         identity: dict[str, Any],
         shapes: dict[str, tuple[int, ...]],
+        extent: Extent,
     ):
         self.model = model
         self.method = method
@@ -64,6 +76,7 @@ class Adapted:
         self._head = head
         self._identity = identity
         self._shapes = shapes
+        self._extent = extent
         self._attached = True
         self._disabled = False
 
@@ -261,6 +274,7 @@ class Adapted:
         """What :meth:`save` stores, by name in the model."""
         self._check_attached()
         state = {n: t.detach() for n, t in self.method.state().items()}
+        state.update({n: t for n, t in self.host.state().items() if n in self._extent.beside})
         state.update({n: p.detach() for n, p in self._head.items()})
         return state
 
@@ -274,6 +288,9 @@ class Adapted:
             backbone=self._identity,
             sources=self.method.sources,
             notes=self.method.notes(),
+            layers=self._extent.layers,
+            train_embeddings=self._extent.train_embeddings,
+            labels=_labels(self.model) if self._head else (),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -283,22 +300,50 @@ class Adapted:
         """
         return saved.write(self.snapshot(), folder)
 
-    def _load_state(self, state: dict[str, torch.Tensor]) -> None:
-        state = dict(state)
+    def _load_state(self, given: SavedAdapter, head: bool) -> None:
+        assert given.state is not None, "a source without its tensors cannot be loaded"
+        state = dict(given.state)
+        if not head:
+            left = {n: p.detach() for n, p in self._head.items()}
+            state = {n: t for n, t in state.items() if n not in given.head} | left
+        way_out = "; build the model for its task, or leave its head out: load(model, ..., head=False)"
         for name, parameter in self._head.items():
             if name not in state:
-                raise LoadError(f"the file lacks the task head's {name}; load it into a model of its task")
+                raise LoadError(f"{given.name} lacks the task head's {name}{way_out}")
             if state[name].shape != parameter.shape:
                 raise LoadError(
-                    f"the head's {name} has shape {tuple(state[name].shape)} in the file, {tuple(parameter.shape)} in "
-                    "the model; build the model with the same number of labels"
+                    f"the head's {name} has shape {tuple(state[name].shape)} in {given.name}, "
+                    f"{tuple(parameter.shape)} in the model; build the model with the same number of labels, or leave "
+                    "the head out: load(model, ..., head=False)"
                 )
-            if name in self.method.state():
+        if head and (others := [name for name in given.head if name not in self._head]):
+            raise LoadError(f"{given.name} has a task head that the model has not ({others[0]}){way_out}")
+        mine, beside = self.method.state(), self.host.state()
+        tensors = self._head | {n: beside[n] for n in self._extent.beside}
+        for name, tensor in tensors.items():
+            if name in mine:
                 continue
+            if name not in state or state[name].shape != tensor.shape:
+                raise LoadError(f"{given.name} does not hold {name} in the shape {tuple(tensor.shape)}")
             with torch.no_grad():
-                parameter.copy_(state.pop(name))
+                tensor.copy_(state.pop(name))
         self.method.load_state(state)
         self.guard.calibrated = True
+        if head:
+            self._name_labels(given)
+
+    def _name_labels(self, given: SavedAdapter) -> None:
+        """Give the classes the names that they have in a file."""
+        present, config = _labels(self.model), cast(Any, self.model).config
+        if not given.labels or given.labels == present:
+            return
+        if sorted(given.labels) == sorted(present):
+            raise LoadError(
+                f"{given.name} has the classes in the order {', '.join(given.labels)}, and the model's config in the "
+                f"order {', '.join(present)}; set model.config.id2label to the file's, and number your labels so"
+            )
+        self.host.set(config, "id2label", dict(enumerate(given.labels)))
+        self.host.set(config, "label2id", {name: i for i, name in enumerate(given.labels)})
 
     def resized(self, more: int) -> None:
         """The backbone's vocabulary has another size, and the model ``more`` parameters than before."""
@@ -376,6 +421,8 @@ def attach(
     *,
     sources: Sequence[str | os.PathLike[str] | SavedAdapter] = (),
     train_head: bool = True,
+    train_embeddings: bool | Sequence[int] = False,
+    layers: Sequence[int] | None = None,
     keep_original: bool = True,
     seed: int = 0,
     **options: Any,
@@ -389,13 +436,17 @@ def attach(
             or what :func:`peftlib.read` and :meth:`Adapted.snapshot` give.
         train_head: train the new task head too (classification, token and span heads; language-model heads are
             pretrained and stay frozen).
+        train_embeddings: train the token embeddings too, and a language model's output embeddings: all (True), or the
+            rows of these token ids, such as those of new tokens (resize the vocabulary first). They are saved along.
+        layers: let the method act on these layers only, counted from 0 over the encoder's, then the decoder's layers;
+            negative ones from the end. What stands in no layer, such as a prompt, is not concerned.
         keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
         seed: seeds the new parameters; the global random state is left alone.
 
     Raises:
         UnknownNameError: the method or an option does not exist.
         ConfigError: an option cannot have its value; sources are missing, or of a method that cannot be one.
-        TargetError: a target matches nothing, or a size does not fit.
+        TargetError: a target matches nothing, a size does not fit, or a layer or token does not exist.
         UnsupportedError: the family cannot host the method.
         LoadError: a source was made for another backbone, or is damaged.
         StateError: something is attached already.
@@ -406,7 +457,9 @@ def attach(
     here = saved.identity(model)
     for source in given:
         saved.check_backbone(source, here)
-    return _attach(model, chosen, given, here, train_head, keep_original, seed)
+    rows = train_embeddings if isinstance(train_embeddings, bool) else tuple(sorted(set(train_embeddings)))
+    extent = Extent(None if layers is None else tuple(layers), rows, train_head)
+    return _attach(model, chosen, given, here, extent, keep_original, seed)
 
 
 def _attach(
@@ -414,7 +467,7 @@ def _attach(
     chosen: Method,
     sources: tuple[SavedAdapter, ...],
     here: dict[str, Any],
-    train_head: bool,
+    extent: Extent,
     keep_original: bool,
     seed: int = 0,
 ) -> Adapted:
@@ -426,16 +479,20 @@ def _attach(
     try:
         with torch.random.fork_rng(devices), torch.device(host.device):
             torch.manual_seed(seed)
-            chosen.host = host
+            if extent.layers is not None:
+                extent = replace(extent, layers=_layers(host.anatomy.num_layers, extent.layers))
+            chosen.host = host if extent.layers is None else host.scope(layers=extent.layers)
             host.take_task_ids()
-            chosen.attach(host)
-            head = chosen.head(head) if train_head else {}
+            _train_embeddings(host, extent.train_embeddings)
+            extent = replace(extent, beside=tuple(host.state()))
+            chosen.attach(chosen.host)
+            head = chosen.head(head) if extent.train_head else {}
             host.train(head.values())
         host.name_once()
     except BaseException:
         host.remove()
         raise
-    adapted = Adapted(model, chosen, host, head, here, shapes)
+    adapted = Adapted(model, chosen, host, head, here, shapes, extent)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     if "penalty" in chosen.hooks():
@@ -445,29 +502,74 @@ def _attach(
     return adapted
 
 
-def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, keep_original: bool = True) -> Adapted:
+def _layers(count: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Positions of existing layers, in order."""
+    if not layers or not all(-count <= layer < count for layer in layers):
+        raise TargetError(f"layers={layers} are not all among the {count} layers; name some from 0 to {count - 1}")
+    return tuple(sorted({layer % count for layer in layers}))
+
+
+def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> None:
+    """Let the token embeddings train, of the input and of a language model's output, as a whole or in some rows."""
+    if not rows:
+        return
+    model = cast(Any, host.model)
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    weights = list({id(module.weight): module.weight for module in modules}.values())  # they may be tied
+    if rows is True:
+        host.train(weights)
+        return
+    for weight in weights:
+        tokens, width = weight.shape
+        if not all(0 <= row < tokens for row in rows):
+            raise TargetError(
+                f"train_embeddings={rows} are not all token ids, 0 to {tokens - 1}; for new tokens call "
+                "model.resize_token_embeddings(len(tokenizer)) first"
+            )
+        starts = torch.tensor(rows, device=weight.device)[:, None] * width  # (k, 1)
+        sparse.train_entries(host, weight, (starts + torch.arange(width, device=weight.device)).flatten())  # (k e)
+
+
+def _labels(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes, where the model's config has others than numbers."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = tuple(str(names[i]) for i in sorted(names))
+    return () if all(label == f"LABEL_{i}" for i, label in enumerate(labels)) else labels
+
+
+def load(
+    model: nn.Module,
+    adapter: str | os.PathLike[str] | SavedAdapter,
+    *,
+    head: bool = True,
+    keep_original: bool = True,
+) -> Adapted:
     """Attach a saved adapter to the backbone it was made for.
 
     Args:
         model: the backbone, of the same family and shapes as when it was saved.
         adapter: the folder that :meth:`Adapted.save` wrote, or what :func:`peftlib.read` and
             :meth:`Adapted.snapshot` give.
+        head: load the task head too; False leaves it out, for a model with another head or number of labels, whose
+            own head then trains.
         keep_original: as in :func:`attach`.
 
-    Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
-    changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
-    shapes give a warning.
+    The head's classes get the names that they have in the file. Only safetensors and JSON are read; nothing is
+    unpickled. Raises LoadError for a file that is missing, truncated, changed, or made for another backbone, head or
+    method. Weights that differ from the saved backbone's under the same shapes give a warning.
     """
     _check_free(model)
     given = adapter if isinstance(adapter, SavedAdapter) else saved.read(adapter)
     here = saved.identity(model)
-    saved.check_backbone(given, here)
-    assert given.state is not None, "a source without its tensors cannot be loaded"
+    # Under another head a backbone may lack its pooler; the shapes of what is loaded are compared all the same.
+    own = here if head or given.backbone is None else here | {"shapes": given.backbone.get("shapes")}
+    saved.check_backbone(given, own)
     # What the sources gave is in the adapter's own tensors; how they were built is all that is needed of them.
     sources = tuple(replace(source, state=None) for source in given.sources)
-    adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original)
+    extent = Extent(given.layers, given.train_embeddings, bool(given.head) or not head)
+    adapted = _attach(model, resolve(given.config), sources, here, extent, keep_original)
     try:
-        adapted._load_state(given.state)
+        adapted._load_state(given, head)
     except BaseException:
         adapted._leave(merge=False)
         raise
@@ -477,6 +579,7 @@ def load(model: nn.Module, adapter: str | os.PathLike[str] | SavedAdapter, *, ke
 def _check_free(model: nn.Module) -> None:
     if (present := getattr(model, "peftlib_adapted", None)) is not None:
         raise StateError(
-            f"{present.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
-            "or attach both at once with peftlib.combine(...)"
+            f"{present.name} is already attached to this {type(model).__name__}; merge() or detach() it first "
+            "(model.peftlib_adapted.detach(), as in a notebook's cell that runs again), or attach both at once with "
+            "peftlib.combine(...)"
         )

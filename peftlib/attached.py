@@ -3,6 +3,7 @@ refused with the call that is right, or done right."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -36,14 +37,17 @@ def _save_pretrained(
     adapted: Adapted, save: Callable[..., None], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:
     """A model in which only parameters of its own train is written as it is. Of the others the weights alone, without
-    what computes with them, are written into the Trainer's checkpoints, from which it resumes; they then have no
-    config, so that ``from_pretrained`` does not take them for a model."""
+    what computes with them, are written into the Trainer's checkpoints, from which it resumes, with a config that
+    ``from_pretrained`` refuses."""
     plain = adapted.host.plain and not adapted.is_disabled
     if not plain and not _CHECKPOINT.fullmatch(Path(save_directory).name):
         raise _refused(adapted, "save_pretrained() writes")
     save(save_directory, *args, **kwargs)
-    if not plain:
-        (Path(save_directory) / CONFIG_NAME).unlink(missing_ok=True)
+    config = Path(save_directory) / CONFIG_NAME
+    if not plain and config.is_file():
+        note = f"a checkpoint for the Trainer, of a model to which {adapted.name} was attached by peftlib; no model"
+        # The one setting that every family looks at, and that has to be a name of torch's.
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": note}, indent=2) + "\n")
 
 
 def _push_to_hub(adapted: Adapted, push: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +74,8 @@ def _resize_token_embeddings(
         raise StateError(f"{adapted.name} is disabled; leave `with adapted.disabled()` before resizing the vocabulary")
     if not adapted.calibrated:
         raise StateError(
-            f"{adapted.name} has yet to choose among the parameters that there are; resize the vocabulary before attach()"
+            f"{adapted.name} has yet to choose what to train, the token embeddings among it; resize the vocabulary "
+            "before attach()"
         )
     touched = {id(p) for p in adapted.trainable().values()}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -49,6 +49,9 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
             document["notes"] = saved.notes
         if saved.sources:
             document["sources"] = [{"name": source.name, **_described(source)} for source in saved.sources]
+        for name in ("layers", "train_embeddings", "labels"):
+            if value := getattr(saved, name):
+                document[name] = value
         document["sha256"] = _sha256(scratch / WEIGHTS, document)
         (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         os.chmod(scratch, 0o755)
@@ -93,6 +96,9 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
         backbone=document["backbone"],
         sources=sources,
         notes=document.get("notes", {}),
+        layers=tuple(document["layers"]) if "layers" in document else None,
+        train_embeddings=tuple(rows) if isinstance(rows := document.get("train_embeddings", False), list) else rows,
+        labels=tuple(document.get("labels", ())),
     )
 
 
@@ -138,6 +144,7 @@ def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
             f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
             f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
             f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
+            + ("" if saved.get("class") == here["class"] else " Under another head: load(model, ..., head=False).")
         )
     if saved.get("weights") and here["weights"] and saved["weights"] != here["weights"]:
         warnings.warn(

@@ -70,13 +70,19 @@ def test_the_trainer_resumes_from_its_checkpoints_and_saves_no_bare_model(tmp_pa
     adapted = BERT.attach()
     rows = [{k: v[i] for k, v in BERT.batch().items()} for i in range(8)]
     args = TrainingArguments(
-        tmp_path, max_steps=2, save_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True
+        tmp_path,
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
     )
     trainer = Trainer(adapted.model, args, train_dataset=rows, callbacks=[adapted.callback()])
     trainer.train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
     for cls in (type(adapted.model), AutoModelForSequenceClassification):
-        with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        with pytest.raises(Exception, match="of a model to which lora was attached by peftlib"):
             cls.from_pretrained(tmp_path / "checkpoint-2", local_files_only=True)
     with pytest.raises(StateError, match=r"adapted\.save\(folder\)"):
         trainer.save_model(str(tmp_path / "out"))
@@ -124,7 +130,9 @@ def test_the_vocabulary_grows_beside_a_method_or_the_call_is_refused(method, fam
     assert loaded.count().total == adapted.count().total
     for one in (adapted, loaded):
         assert torch.equal(case.logits(one.detach()), case.logits(grown(family)))
-    with pytest.raises(LoadError, match=r"made for a backbone with 260 token embeddings.*resize_token_embeddings\(260\)"):
+    with pytest.raises(
+        LoadError, match=r"made for a backbone with 260 token embeddings.*resize_token_embeddings\(260\)"
+    ):
         peftlib.load(backbone(family), tmp_path)
 
 

@@ -242,16 +242,17 @@ class Anatomy:
         weights = {id(p) for p in self.head.values()}
         return [m for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in weights][-1]
 
-    def sites(self, patterns: Sequence[str] | str | None = None) -> list[Site]:
+    def sites(self, patterns: Sequence[str] | str | None = None, optional: bool = False) -> list[Site]:
         """The sites that match any of the patterns, in forward order; all of them for None or ``"all-linear"``.
 
-        Raises TargetError for a pattern that matches nothing, with the nearest names.
+        Raises TargetError for a pattern that matches nothing, with the nearest names, and for no pattern at all, unless
+        that is meant to switch a part of a method off (``optional``).
         """
         every = [site for layer in self.layers for site in layer.sites.values()]
         if patterns is None or patterns == "all-linear":
             return every
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-        if not patterns:
+        if not patterns and not optional:
             raise TargetError('targets is empty; name at least one site, or "all-linear"')
         chosen: dict[int, Site] = {}
         names = list(dict.fromkeys(site.name for site in every))

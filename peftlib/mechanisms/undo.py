@@ -126,9 +126,7 @@ def put_attribute(module: nn.Module, name: str, value: object, stays: bool = Fal
 
 
 @suspends(put_attribute)
-def _suspend_own_attribute(
-    model: nn.Module, module: nn.Module, name: str, value: object, stays: bool = False
-) -> Step:
+def _suspend_own_attribute(model: nn.Module, module: nn.Module, name: str, value: object, stays: bool = False) -> Step:
     if stays:
         return nothing
     present = vars(module).get(name)

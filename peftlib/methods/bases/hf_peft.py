@@ -259,8 +259,8 @@ class IA3(Format):
     def write(self, method: Any) -> tuple[Settings, Tensors]:
         tensors, rows = {}, []
         modules = by_module(method.scales)
-        inputs = {site.path for site in method.host.anatomy.sites(method.config.inputs)}
-        outputs = {site.path for site in method.host.anatomy.sites(method.config.outputs)}
+        inputs = {site.path for site in method.host.anatomy.sites(method.config.inputs, optional=True)}
+        outputs = {site.path for site in method.host.anatomy.sites(method.config.outputs, optional=True)}
         if both := inputs & outputs:
             raise UnsupportedError(
                 f"HF peft's (IA)3 scales the input or the output of a map; here {min(both)} has both"

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from peftlib.anatomy import Site
+from peftlib.errors import TargetError
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.scaling import ScaleOutput
 from peftlib.methods.base import Method, MethodConfig
@@ -29,7 +30,7 @@ from peftlib.methods.bases import hf_peft
 
 @dataclass(frozen=True)
 class IA3Config(MethodConfig):
-    """``outputs`` and ``inputs``: site patterns of the linear maps whose output or input is scaled."""
+    """``outputs`` and ``inputs``: site patterns of the linear maps whose output or input is scaled; () for none."""
 
     outputs: tuple[str, ...] | str = ("*attention.key", "*attention.value")
     inputs: tuple[str, ...] | str = ("ffn.down",)
@@ -60,9 +61,11 @@ class IA3(Method):
     def attach(self, host: Host) -> None:
         c = self.config
         self.scales: dict[Site, ScaleInput | ScaleOutput] = {}
-        for site in host.anatomy.sites(c.outputs):
+        if not c.outputs and not c.inputs:
+            raise TargetError("outputs and inputs are both empty; name at least one site")
+        for site in host.anatomy.sites(c.outputs, optional=True):
             self.scales[site] = host.after(site, "ia3", ScaleOutput(site.out_features))
-        for site in host.anatomy.sites(c.inputs):
+        for site in host.anatomy.sites(c.inputs, optional=True):
             self.scales[site] = host.before(site, "ia3", ScaleInput(site.in_features))
 
     def merge(self) -> None:
