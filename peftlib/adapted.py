@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from peftlib import saved
+from peftlib import attached, saved
 from peftlib.errors import LoadError, StateError, TargetError
-from peftlib.mechanisms import atomic, quantized, state_dict
+from peftlib.mechanisms import atomic, quantized, sparse, state_dict
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
@@ -48,11 +48,29 @@ class Count:
         return 100 * self.trained / self.total
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where a method acts and what trains beside it: the ``layers``, ``train_embeddings`` and ``train_head`` of
+    :func:`attach`; ``beside`` names the stored tensors of the embeddings."""
+
+    layers: tuple[int, ...] | None = None
+    train_embeddings: bool | tuple[int, ...] = False
+    train_head: bool = True
+    beside: tuple[str, ...] = ()
+
+
 class Adapted:
     """A backbone with one method attached. Made by :func:`attach`; ``model`` is the same object that was given."""
 
     def __init__(
-        self, model: nn.Module, method: Method, host: Host, head: dict[str, nn.Parameter], identity: dict[str, Any]
+        self,
+        model: nn.Module,
+        method: Method,
+        host: Host,
+        head: dict[str, nn.Parameter],
+        identity: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+        extent: Extent,
     ):
         self.model = model
         self.method = method
@@ -61,6 +79,8 @@ class Adapted:
         self._head = head
         self._also: dict[str, nn.Parameter] = {}
         self._identity = identity
+        self._shapes = shapes
+        self._extent = extent
         self._attached = True
         self._disabled = False
 
@@ -101,6 +121,11 @@ class Adapted:
         rows += [("acts at" if not i else "", place) for i, place in enumerate(places)]
         rows += [("options", options)] if options else []
         return "\n".join([f"{self.name} on {type(self.model).__name__}", *(f"  {name:9}{text}" for name, text in rows)])
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether this is inside :meth:`disabled`."""
+        return self._disabled
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -298,6 +323,7 @@ class Adapted:
         self._check_attached()
         self._adopt()
         state = {n: t.detach() for n, t in self.method.state().items()}
+        state.update({n: t for n, t in self.host.state().items() if n in self._extent.beside})
         state.update({n: p.detach() for n, p in (self._head | self._also).items()})
         return state
 
@@ -312,6 +338,9 @@ class Adapted:
             backbone=self._identity,
             sources=self.method.sources,
             notes=self.method.notes(),
+            layers=self._extent.layers,
+            train_embeddings=self._extent.train_embeddings,
+            labels=_labels(self.model) if self._head else (),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -321,30 +350,62 @@ class Adapted:
         """
         return saved.write(self.snapshot(), folder)
 
-    def _load_state(self, state: dict[str, torch.Tensor]) -> None:
-        state = dict(state)
+    def _load_state(self, given: SavedAdapter, head: bool) -> None:
+        assert given.state is not None, "a source without its tensors cannot be loaded"
+        state = dict(given.state)
+        if not head:
+            left = {n: p.detach() for n, p in self._head.items()}
+            state = {n: t for n, t in state.items() if n not in given.head} | left
+        way_out = "; build the model for its task, or leave its head out: load(model, ..., head=False)"
         for name, parameter in self._head.items():
             if name not in state:
-                raise LoadError(f"the file lacks the task head's {name}; load it into a model of its task")
+                raise LoadError(f"{given.name} lacks the task head's {name}{way_out}")
             if state[name].shape != parameter.shape:
                 raise LoadError(
-                    f"the head's {name} has shape {tuple(state[name].shape)} in the file, {tuple(parameter.shape)} in "
-                    "the model; build the model with the same number of labels"
+                    f"the head's {name} has shape {tuple(state[name].shape)} in {given.name}, "
+                    f"{tuple(parameter.shape)} in the model; build the model with the same number of labels, or leave "
+                    "the head out: load(model, ..., head=False)"
                 )
-            if name in self.method.state():
+        if head and (others := [name for name in given.head if name not in self._head]):
+            raise LoadError(f"{given.name} has a task head that the model has not ({others[0]}){way_out}")
+        mine, beside = self.method.state(), self.host.state()
+        tensors = self._head | {n: beside[n] for n in self._extent.beside} | self._also
+        for name, tensor in tensors.items():
+            if name in mine:
                 continue
+            if name not in state or state[name].shape != tensor.shape:
+                raise LoadError(f"{given.name} does not hold {name} in the shape {tuple(tensor.shape)}")
             with torch.no_grad():
-                parameter.copy_(state.pop(name))
-        for name, parameter in self._also.items():
-            if name not in state or state[name].shape != parameter.shape:
-                raise LoadError(
-                    f"the file has no {name} of shape {tuple(parameter.shape)}, which trained with the adapter"
-                )
-            if name not in self.method.state():
-                with torch.no_grad():
-                    parameter.copy_(state.pop(name))
+                tensor.copy_(state.pop(name))
         self.method.load_state(state)
         self.guard.calibrated = True
+        if head:
+            self._name_labels(given)
+
+    def _name_labels(self, given: SavedAdapter) -> None:
+        """Give the classes the names that they have in a file."""
+        present, config = _labels(self.model), cast(Any, self.model).config
+        if not given.labels or given.labels == present:
+            return
+        if sorted(given.labels) == sorted(present):
+            raise LoadError(
+                f"{given.name} has the classes in the order {', '.join(given.labels)}, and the model's config in the "
+                f"order {', '.join(present)}; set model.config.id2label to the file's, and number your labels so"
+            )
+        self.host.set(config, "id2label", dict(enumerate(given.labels)))
+        self.host.set(config, "label2id", {name: i for i, name in enumerate(given.labels)})
+
+    def resized(self, more: int) -> None:
+        """The backbone's vocabulary has another size, and the model ``more`` parameters than before."""
+        parts = self.host.anatomy
+        inside = {id(p) for p in parts.embeddings.parameters()}
+        grown = {n: tuple(p.shape) for n, p in parts.base.named_parameters() if id(p) in inside}
+        self._shapes = self._shapes | grown
+        self._identity = self._identity | {
+            "vocabulary": parts.embeddings.num_embeddings,
+            "parameters": self._identity["parameters"] + more,
+            "shapes": saved.hashed(self._shapes),
+        }
 
     # Leaving
 
@@ -416,6 +477,8 @@ def attach(
     *,
     sources: Sequence[str | os.PathLike[str] | SavedAdapter] = (),
     train_head: bool = True,
+    train_embeddings: bool | Sequence[int] = False,
+    layers: Sequence[int] | None = None,
     keep_original: bool = True,
     keep_half: bool = False,
     seed: int = 0,
@@ -430,6 +493,10 @@ def attach(
             or what :func:`peftlib.read` and :meth:`Adapted.snapshot` give.
         train_head: train the new task head too (classification, token and span heads; language-model heads are
             pretrained and stay frozen).
+        train_embeddings: train the token embeddings too, and a language model's output embeddings: all (True), or the
+            rows of these token ids, such as those of new tokens (resize the vocabulary first). They are saved along.
+        layers: let the method act on these layers only, counted from 0 over the encoder's, then the decoder's layers;
+            negative ones from the end. What stands in no layer, such as a prompt, is not concerned.
         keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
         keep_half: on a half-precision backbone let what trains be in half precision too, which loses small steps. By
             default it is float32, and the backbone computes with it rounded to its own dtype.
@@ -438,7 +505,7 @@ def attach(
     Raises:
         UnknownNameError: the method or an option does not exist.
         ConfigError: an option cannot have its value; sources are missing, or of a method that cannot be one.
-        TargetError: a target matches nothing, or a size does not fit.
+        TargetError: a target matches nothing, a size does not fit, or a layer or token does not exist.
         UnsupportedError: the family cannot host the method.
         LoadError: a source was made for another backbone, or is damaged.
         StateError: something is attached already.
@@ -449,7 +516,9 @@ def attach(
     here = saved.identity(model)
     for source in given:
         saved.check_backbone(source, here)
-    return _attach(model, chosen, given, here, train_head, keep_original, keep_half, seed)
+    rows = train_embeddings if isinstance(train_embeddings, bool) else tuple(sorted(set(train_embeddings)))
+    extent = Extent(None if layers is None else tuple(layers), rows, train_head)
+    return _attach(model, chosen, given, here, extent, keep_original, keep_half, seed)
 
 
 def _attach(
@@ -457,43 +526,85 @@ def _attach(
     chosen: Method,
     sources: tuple[SavedAdapter, ...],
     here: dict[str, Any],
-    train_head: bool,
+    extent: Extent,
     keep_original: bool,
     keep_half: bool = False,
     seed: int = 0,
 ) -> Adapted:
     chosen.take_sources(sources)
+    shapes = saved.shapes_of(model)
     host = Host(model, keep_original, keep_half)
     head = dict(host.anatomy.head)
     devices = [host.device] if host.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.device(host.device):
             torch.manual_seed(seed)
-            chosen.host = host
+            if extent.layers is not None:
+                extent = replace(extent, layers=_layers(host.anatomy.num_layers, extent.layers))
+            chosen.host = host if extent.layers is None else host.scope(layers=extent.layers)
             host.take_task_ids()
-            chosen.attach(host)
+            _train_embeddings(host, extent.train_embeddings)
+            extent = replace(extent, beside=tuple(host.state()))
+            chosen.attach(chosen.host)
             host.name_task_ids()
-            head = chosen.head(head) if train_head else {}
+            head = chosen.head(head) if extent.train_head else {}
             host.train(head.values())
         state_dict.look_after(host)
     except BaseException:
         host.remove()
         raise
-    adapted = Adapted(model, chosen, host, head, here)
+    adapted = Adapted(model, chosen, host, head, here, shapes, extent)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     host.hook(model, accumulation.take_share, before=True)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
     host.hook(model, accumulation.give_share)
+    attached.answer(adapted)
     cast(Any, model).peftlib_adapted = adapted
     return adapted
+
+
+def _layers(count: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Positions of existing layers, in order."""
+    if not layers or not all(-count <= layer < count for layer in layers):
+        raise TargetError(f"layers={layers} are not all among the {count} layers; name some from 0 to {count - 1}")
+    return tuple(sorted({layer % count for layer in layers}))
+
+
+def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> None:
+    """Let the token embeddings train, of the input and of a language model's output, as a whole or in some rows."""
+    if not rows:
+        return
+    model = cast(Any, host.model)
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    weights = list({id(module.weight): module.weight for module in modules}.values())  # they may be tied
+    if rows is True:
+        host.train(weights)
+        return
+    for weight in weights:
+        tokens, width = weight.shape
+        if not all(0 <= row < tokens for row in rows):
+            raise TargetError(
+                f"train_embeddings={rows} are not all token ids, 0 to {tokens - 1}; for new tokens call "
+                "model.resize_token_embeddings(len(tokenizer)) first"
+            )
+        starts = torch.tensor(rows, device=weight.device)[:, None] * width  # (k, 1)
+        sparse.train_entries(host, weight, (starts + torch.arange(width, device=weight.device)).flatten())  # (k e)
+
+
+def _labels(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes, where the model's config has others than numbers."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = tuple(str(names[i]) for i in sorted(names))
+    return () if all(label == f"LABEL_{i}" for i, label in enumerate(labels)) else labels
 
 
 def load(
     model: nn.Module,
     adapter: str | os.PathLike[str] | SavedAdapter,
     *,
+    head: bool = True,
     keep_original: bool = True,
     keep_half: bool = False,
 ) -> Adapted:
@@ -503,26 +614,30 @@ def load(
         model: the backbone, of the same family and shapes as when it was saved.
         adapter: the folder that :meth:`Adapted.save` wrote, or what :func:`peftlib.read` and
             :meth:`Adapted.snapshot` give.
+        head: load the task head too; False leaves it out, for a model with another head or number of labels, whose
+            own head then trains.
         keep_original, keep_half: as in :func:`attach`.
 
-    Only safetensors and JSON are read; nothing is unpickled. Raises LoadError for a file that is missing, truncated,
-    changed, or made for another backbone, head or method. Weights that differ from the saved backbone's under the same
-    shapes give a warning.
+    The head's classes get the names that they have in the file. Only safetensors and JSON are read; nothing is
+    unpickled. Raises LoadError for a file that is missing, truncated, changed, or made for another backbone, head or
+    method. Weights that differ from the saved backbone's under the same shapes give a warning.
     """
     _check_free(model)
     given = adapter if isinstance(adapter, SavedAdapter) else saved.read(adapter)
     here = saved.identity(model)
-    saved.check_backbone(given, here)
-    assert given.state is not None, "a source without its tensors cannot be loaded"
+    # Under another head a backbone may lack its pooler; the shapes of what is loaded are compared all the same.
+    own = here if head or given.backbone is None else here | {"shapes": given.backbone.get("shapes")}
+    saved.check_backbone(given, own)
     # What the sources gave is in the adapter's own tensors; how they were built is all that is needed of them.
     sources = tuple(replace(source, state=None) for source in given.sources)
-    adapted = _attach(model, resolve(given.config), sources, here, bool(given.head), keep_original, keep_half)
+    extent = Extent(given.layers, given.train_embeddings, bool(given.head) or not head)
+    adapted = _attach(model, resolve(given.config), sources, here, extent, keep_original, keep_half)
     try:
         named = dict(model.named_parameters())
         if unknown := [name for name in given.also if name not in named]:
             raise LoadError(f"{given.name} trained {unknown[0]} too, which this {type(model).__name__} does not have")
         adapted._train_also({name: named[name] for name in given.also})
-        adapted._load_state(given.state)
+        adapted._load_state(given, head)
     except BaseException:
         adapted._leave(merge=False)
         raise
@@ -530,8 +645,9 @@ def load(
 
 
 def _check_free(model: nn.Module) -> None:
-    if (attached := getattr(model, "peftlib_adapted", None)) is not None:
+    if (present := getattr(model, "peftlib_adapted", None)) is not None:
         raise StateError(
-            f"{attached.name} is already attached to this {type(model).__name__}; merge() or detach() it first, "
-            "or attach both at once with peftlib.combine(...)"
+            f"{present.name} is already attached to this {type(model).__name__}; merge() or detach() it first "
+            "(model.peftlib_adapted.detach(), as in a notebook's cell that runs again), or attach both at once with "
+            "peftlib.combine(...)"
         )

@@ -58,6 +58,9 @@ def write(saved: SavedAdapter, folder: str | os.PathLike[str]) -> Path:
             document["notes"] = saved.notes
         if saved.sources:
             document["sources"] = [{"name": source.name, **_described(source)} for source in saved.sources]
+        for name in ("layers", "train_embeddings", "labels"):
+            if value := getattr(saved, name):
+                document[name] = value
         document["sha256"] = _sha256(scratch / WEIGHTS, document)
         (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         os.chmod(scratch, 0o755)
@@ -106,20 +109,32 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
         backbone=document["backbone"],
         sources=sources,
         notes=document.get("notes", {}),
+        layers=tuple(document["layers"]) if "layers" in document else None,
+        train_embeddings=tuple(rows) if isinstance(rows := document.get("train_embeddings", False), list) else rows,
+        labels=tuple(document.get("labels", ())),
     )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters below the head, by name there."""
+    return anatomy.weights.shapes(anatomy.of(model).base)
+
+
+def hashed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
     """What tells one backbone from another: class, shapes, and a hash of one weight."""
     parts = anatomy.of(model)
     first = parts.sites()[0]
-    shapes = sorted(anatomy.weights.shapes(parts.base).items())
     return {
         "model_type": parts.config.model_type,
         "class": type(model).__name__,
         "name": getattr(parts.config, "_name_or_path", ""),
         "parameters": anatomy.weights.count(model),
-        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        "vocabulary": parts.embeddings.num_embeddings,
+        "shapes": hashed(shapes_of(model)),
         "dtype": first.packed or str(first.module.get_parameter("weight").dtype).removeprefix("torch."),
         "weights": _hash(first),
     }
@@ -144,10 +159,18 @@ def check_backbone(adapter: SavedAdapter, here: dict[str, Any]) -> None:
         return
     saved, folder = adapter.backbone, adapter.name
     if saved.get("model_type") != here["model_type"] or saved.get("shapes") != here["shapes"]:
+        tokens = saved.get("vocabulary")
+        if tokens is not None and tokens != here["vocabulary"] and saved.get("model_type") == here["model_type"]:
+            raise LoadError(
+                f"{folder} was made for a backbone with {tokens} token embeddings, and this "
+                f"{here['name'] or here['class']} has {here['vocabulary']}; where it is the same one otherwise, call "
+                f"model.resize_token_embeddings({tokens}) first"
+            )
         raise LoadError(
             f"{folder} was made for a {saved.get('model_type')} backbone ({saved.get('name') or saved.get('class')}, "
             f"{saved.get('parameters', 0):,} parameters); this is {here['model_type']} "
             f"({here['name'] or here['class']}, {here['parameters']:,} parameters). Load the backbone it was made for."
+            + ("" if saved.get("class") == here["class"] else " Under another head: load(model, ..., head=False).")
         )
     kinds = {saved.get("dtype", "float32"), here.get("dtype", "float32")}
     # The hash is of bfloat16 numbers: those of the other forms are rounded otherwise.

@@ -265,16 +265,17 @@ class Anatomy:
         weights = {id(p) for p in self.head.values()}
         return [m for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) in weights][-1]
 
-    def sites(self, patterns: Sequence[str] | str | None = None) -> list[Site]:
+    def sites(self, patterns: Sequence[str] | str | None = None, optional: bool = False) -> list[Site]:
         """The sites that match any of the patterns, in forward order; all of them for None or ``"all-linear"``.
 
-        Raises TargetError for a pattern that matches nothing, with the nearest names.
+        Raises TargetError for a pattern that matches nothing, with the nearest names, and for no pattern at all, unless
+        that is meant to switch a part of a method off (``optional``).
         """
         every = [site for layer in self.layers for site in layer.sites.values()]
         if patterns is None or patterns == "all-linear":
             return every
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-        if not patterns:
+        if not patterns and not optional:
             raise TargetError('targets is empty; name at least one site, or "all-linear"')
         chosen: dict[int, Site] = {}
         names = list(dict.fromkeys(site.name for site in every))
@@ -398,11 +399,44 @@ def _layer(stack: str, table: Stack, index: int, path: str, module: nn.Module) -
     )
 
 
+def _check_transformers(model: nn.Module) -> None:
+    from transformers import PreTrainedModel  # late: the tables need no transformers
+
+    kind = type(model).__name__
+    foreign = next((m for m in model.modules() if type(m).__module__.partition(".")[0] in ("peft", "adapters")), None)
+    if foreign is not None:
+        raise UnsupportedError(
+            f"{kind} holds layers of another library ({type(foreign).__module__}.{type(foreign).__name__}); take the "
+            "plain model out of it first, as merge_and_unload() or unload() of HF peft's models do, or load the "
+            "backbone again. peftlib.from_hf_peft reads HF peft's saved adapters."
+        )
+    if isinstance(model, PreTrainedModel):
+        return
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in inside):
+            inside.append(name)
+    if not inside:
+        raise UnsupportedError(
+            f"{kind} is no model of transformers and holds none; peftlib knows where those keep their parts. "
+            f"Known: {', '.join(families())}."
+        )
+    paths = ["model" + "".join(f"[{n}]" if n.isdigit() else f".{n}" for n in name.split(".")) for name in inside]
+    raise UnsupportedError(
+        f"{kind} is a module around {'models' if len(paths) > 1 else 'a model'} of transformers; attach to "
+        f"{'one of them' if len(paths) > 1 else 'that'}: "
+        f"{' or '.join(f'attach({path}, ...)' for path in paths)}. {kind} then computes with the adapter. Wrap and "
+        "compile after attaching."
+    )
+
+
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a transformers model.
 
-    Raises UnsupportedError for a family without a table; the message lists the known ones and how to add one.
+    Raises UnsupportedError for a family without a table, which lists the known ones and how to add one; for a module
+    that is none of transformers' models, which names those inside it; and for one with layers of another library.
     """
+    _check_transformers(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = next((f for f in FAMILIES if kind in f.model_types), None)
     if family is None:

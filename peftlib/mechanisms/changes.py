@@ -46,21 +46,26 @@ class Changes:
         return part
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Name in the model -> parameter, for every parameter that trains."""
+        """Name in the model -> parameter, for every parameter that trains: without those that were frozen since."""
+        own = self._unfrozen()
+        ids = {id(p) for part in self._parts() for _, _, child in part.children for p in child.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad and (n in own or id(p) in ids)}
+
+    def _unfrozen(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter of its own that was unfrozen."""
         ids = {id(p) for part in self._parts() for p in part.unfrozen}
-        ids |= {
-            id(p)
-            for part in self._parts()
-            for _, _, child in part.children
-            for p in child.parameters()
-            if p.requires_grad
-        }
         return {n: p for n, p in self.model.named_parameters() if id(p) in ids}
 
     def paths(self) -> dict[str, nn.Module]:
         """Name in the model -> child module; a child shared by several owners appears once."""
         ids = {id(child) for part in self._parts() for _, _, child in part.children}
         return {name: module for name, module in self.model.named_modules() if id(module) in ids}
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's own weights say all: nothing but parameters of its own was changed or trains."""
+        inside = (step for step in self._undo if not undo.is_around(step, self.model))
+        return all(undo.restores_values(step) for step in inside)
 
     def owned(self) -> dict[str, torch.Tensor]:
         """Name in the model -> boolean mask, for frozen parameters into which a method writes: the entries that it
@@ -89,7 +94,7 @@ class Changes:
                 if id(value) not in seen:
                     seen.add(id(value))
                     tensors[f"{path}.{key}"] = value
-        tensors.update(self.trained())
+        tensors.update(self.trained() | self._unfrozen())
         return {n: t.detach() for n, t in tensors.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:

@@ -407,13 +407,18 @@ class Host(Changes):
         self.on_remove(partial(setattr, module, name, getattr(module, name)), restores=True)
         setattr(module, name, value)
 
+    def around(self, name: str, function: Callable[..., Any], *args: object, stays: bool = False) -> None:
+        """Let ``function(*args, before, ...)`` answer in the place of the model's method ``before`` of this name; one
+        that ``stays`` does so while the method is suspended too."""
+        model: Any = self.model
+        present = vars(model).get(name)
+        before = partial(getattr(type(model), name), model) if present is None else present
+        self.on_remove(partial(undo.put_attribute, model, name, present, stays))
+        setattr(model, name, partial(function, *args, before))
+
     def around_generate(self, function: Callable[..., Any], *args: object) -> None:
         """Let ``function(*args, generate, ...)`` answer in the place of the model's ``generate(...)``."""
-        model: Any = self.model
-        present = vars(model).get("generate")
-        generate = partial(type(model).generate, model) if present is None else present
-        self.on_remove(partial(undo.put_attribute, model, "generate", present))
-        model.generate = partial(function, *args, generate)
+        self.around("generate", function, *args)
 
     def _refuse_replicas(self) -> None:
         forward = call.around(self.model)
@@ -454,10 +459,12 @@ class DryRun(Host):
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         self.unfrozen.extend(parameters)
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False) -> None:
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *args: Any, before: bool = False, stays: bool = False
+    ) -> None:
         pass
 
-    def around_generate(self, function: Callable[..., Any], *args: object) -> None:
+    def around(self, name: str, function: Callable[..., Any], *args: object, stays: bool = False) -> None:
         pass
 
     def _hook(self, handle: call.Handle, stays: bool = False) -> None:

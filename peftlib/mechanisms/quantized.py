@@ -294,10 +294,10 @@ def quantize_sites(
     quantize: Callable[[torch.Tensor], nn.Module] = NormalFloatWeight,
     compute: str | None = None,
 ) -> dict[str, QuantizedLinear]:
-    """Path -> quantized map, put in the place of every map that one of the site patterns names."""
+    """Path -> quantized map, put in the place of every map that one of the site patterns names, if any."""
     dtype = None if compute is None else DTYPES.get(compute)
     modules: dict[str, QuantizedLinear] = {}
-    for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns)):
+    for path in dict.fromkeys(site.path for site in host.anatomy.sites(patterns, optional=True)):
         module = QuantizedLinear(host.model.get_submodule(path), dtype, quantize)
         modules[path] = host.replace(path, module)
     return modules

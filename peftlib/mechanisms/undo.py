@@ -126,8 +126,9 @@ def _suspend_attribute(model: nn.Module, module: nn.Module, name: str, value: ob
     return partial(setattr, module, name, present)
 
 
-def put_attribute(module: nn.Module, name: str, value: object) -> None:
-    """Give the module this attribute of its own again, or, with None, take away the one it has."""
+def put_attribute(module: nn.Module, name: str, value: object, stays: bool = False) -> None:
+    """Give the module this attribute of its own again, or, with None, take away the one it has. One that ``stays`` is
+    not suspended."""
     if value is None:
         delattr(module, name)
     else:
@@ -135,7 +136,9 @@ def put_attribute(module: nn.Module, name: str, value: object) -> None:
 
 
 @suspends(put_attribute)
-def _suspend_own_attribute(model: nn.Module, module: nn.Module, name: str, value: object) -> Step:
+def _suspend_own_attribute(model: nn.Module, module: nn.Module, name: str, value: object, stays: bool = False) -> Step:
+    if stays:
+        return nothing
     present = vars(module).get(name)
     put_attribute(module, name, value)
     return partial(setattr, module, name, present)
@@ -211,3 +214,17 @@ def restore(function: Callable[[], None]) -> None:
 def restores(undo: Callable[[], None]) -> bool:
     """Whether this undo step puts old values back, which a merge must not do."""
     return isinstance(undo, partial) and undo.func in (copy_back, put_module, restore)
+
+
+def restores_values(undo: Callable[[], None]) -> bool:
+    return isinstance(undo, partial) and undo.func is copy_back
+
+
+def is_around(undo: Callable[[], None], model: nn.Module) -> bool:
+    """Whether the change is a hook or an attribute of the whole model, and not inside of it."""
+    if not isinstance(undo, partial):
+        return False
+    if undo.func is unhook:
+        hooks = undo.args[0].hooks_dict_ref()
+        return any(hooks is own for own in vars(model).values())
+    return undo.func is put_attribute

@@ -112,7 +112,9 @@ class SavedAdapter:
     ``state`` (by name in the model, task head included) is None for the source of an adapter that was itself loaded:
     its file holds what it took from its sources, so only their configs are needed. ``backbone`` is the identity of the
     model it was made for, ``sources`` are the adapters it was built on, ``notes`` is what the config file
-    tells its reader; ``head`` and ``also`` name the task head's and the backbone's other parameters in ``state``.
+    tells its reader. ``head`` and ``also`` name the task head's and the backbone's other parameters in ``state``;
+    ``layers`` and ``train_embeddings`` are those of :func:`peftlib.attach`, ``labels`` the names of the head's classes,
+    where they have some.
     """
 
     name: str
@@ -123,6 +125,9 @@ class SavedAdapter:
     backbone: dict[str, Any] | None = None
     sources: tuple[SavedAdapter, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    train_embeddings: bool | tuple[int, ...] = False
+    labels: tuple[str, ...] = ()
 
     @property
     def own(self) -> dict[str, torch.Tensor]:

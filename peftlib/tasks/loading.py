@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 
 import datasets
+import pandas as pd
 from datasets import Dataset
 
 from peftlib import sources
 from peftlib.errors import DataError, SourceError, UnknownNameError
-from peftlib.tasks import embedded, files, generation, glue, smoke
-from peftlib.tasks.task import Task
+from peftlib.tasks import embedded, files, generation, glue, rows, smoke
+from peftlib.tasks.task import KINDS, Task
 from peftlib.tasks.text import normalized, sentences
 
 SOURCES = ("auto", "embedded", "generated", "folder", "hub")
@@ -88,9 +89,9 @@ def _find(name: str, source: str, root: str | os.PathLike | None, options: dict)
 def texts(name: str, **options) -> list[str]:
     """The sentences of a task's training texts, without labels, each once and in the order of the rows; ``options`` as
     for :func:`load`."""
-    rows = load(name, **options).splits["train"]
-    columns = [column for column in ("text", "text_pair") if column in rows.column_names]
-    found = (sentence for row in rows for column in columns for sentence in sentences(row[column]))
+    train = load(name, **options).splits["train"]
+    columns = [column for column in ("text", "text_pair") if column in train.column_names]
+    found = (sentence for row in train for column in columns for sentence in sentences(row[column]))
     return list(dict.fromkeys(sentence for sentence in found if normalized(sentence)))
 
 
@@ -120,7 +121,7 @@ def _from_hub(module, name: str, options: dict) -> Task:
 
 def custom(
     name: str,
-    splits: Mapping[str, Dataset | Sequence[Mapping]],
+    splits: Mapping[str, Dataset | pd.DataFrame | Sequence[Mapping]],
     *,
     kind: str = "classification",
     text: str = "text",
@@ -130,49 +131,56 @@ def custom(
     metrics: Sequence[str] = (),
     max_length: int = 128,
 ) -> Task:
-    """A task from your own rows: ``datasets.Dataset`` objects or lists of dictionaries, by split.
+    """A task from your own rows: lists of dictionaries, ``datasets.Dataset`` or ``pandas.DataFrame`` objects, by split.
 
     text, text_pair, label: the names of your columns. With ``label=None``, or in a split other than "train" that lacks
-    the column, rows can be predicted only. label_names default to the numbers of the classes.
+    the column or has no label in it (None, nan, -1), rows can be predicted only. Classes are numbers from 0, or names
+    out of label_names, which default to those that a Dataset knows, else to the numbers.
 
     Where there is no "validation", it is cut from "train" by a hash of the text.
+
+    Raises UnknownNameError for another kind, DataError that names row and column for what such a task cannot use.
     """
-    found = {
-        split: rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)) for split, rows in splits.items()
-    }
+    if kind not in KINDS:
+        raise UnknownNameError("kind of task", kind, KINDS)
+    classes = kind in ("classification", "multiple_choice")
+    columns_of = rows.splits(name, splits)
+    label_names = tuple(label_names) or (rows.class_names(splits, label) if classes else ())
     wanted = {"text": text, "text_pair": text_pair, "label": label}
     made: dict[str, Dataset] = {}
-    for split, rows in found.items():
-        if len(rows) == 0:
-            raise DataError(f"task {name!r}: split {split!r} is empty")
-        columns = {}
+    for split, columns in columns_of.items():
+        values: dict[str, list] = {}
         for role, column in wanted.items():
-            if column is None or (role == "label" and split != "train" and column not in rows.column_names):
+            if column is None or (role == "label" and split != "train" and column not in columns):
                 continue
-            if column not in rows.column_names:
+            if column not in columns:
                 raise DataError(
-                    f"task {name!r} has no column {column!r} in split {split!r}; it has: "
-                    f"{', '.join(rows.column_names)}. Name yours with {role}=."
+                    f"task {name!r} has no column {column!r} in split {split!r}; it has: {', '.join(columns)}. Name "
+                    f"yours with {role}=."
                 )
-            columns[role] = list(rows[column])
-        made[split] = Dataset.from_dict(columns)
+            given = rows.Column(name, split, column, columns[column])
+            if role != "label":
+                values[role] = given.texts()
+            elif split == "train" or not given.unlabelled:
+                values[role] = given.classes(label_names) if classes else _answers(given, kind)
+        made[split] = Dataset.from_dict(values)
     if "validation" not in made and "train" in made:
         train, validation = glue.cut(made["train"])
         if train and validation:
             made |= {"train": Dataset.from_list(train), "validation": Dataset.from_list(validation)}
-    if kind in ("classification", "multiple_choice") and not label_names and label is not None:
-        seen = sorted({value for rows in made.values() if "label" in rows.column_names for value in rows["label"]})
-        if any(not isinstance(value, int) or value < 0 for value in seen):
-            raise DataError(
-                f"task {name!r}: labels must be class numbers from 0; found {seen[:5]!r}. Give numbers and label_names="
-            )
-        label_names = [str(number) for number in range(max(seen, default=-1) + 1)]
+    if classes and not label_names and label is not None:
+        seen = [max(split["label"]) for split in made.values() if "label" in split.column_names]
+        label_names = tuple(str(number) for number in range(max(seen, default=-1) + 1))
     return Task(
         name=name,
         kind=kind,
         splits=made,
         source="custom",
         metrics=tuple(metrics) or _DEFAULT_METRICS.get(kind, ()),
-        label_names=tuple(label_names),
+        label_names=label_names,
         max_length=max_length,
     )
+
+
+def _answers(labels: rows.Column, kind: str) -> list:
+    return labels.numbers() if kind == "regression" else labels.texts()

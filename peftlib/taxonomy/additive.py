@@ -357,8 +357,8 @@ METHODS = (
         merge_note=_PROMPT_STAYS,
         original="google-research/prompt-tuning",
         below_head="Prompts learn slowly: the paper trains them for 30,000 steps at a rate of 0.3, the track has 80 "
-        "steps, in which none of eight rates from 0.00002 to 1 learned; and the paper finds prompts behind other methods "
-        "on small models.",
+        "steps, in which none of eight rates from 0.00002 to 1 learned; and the paper finds prompts behind other "
+        "methods on small models.",
         tiny={"length": 32, "init": "random"},  # the first tokens' embeddings are those of the texts
         tiny_rate=0.01,
         exceptions={

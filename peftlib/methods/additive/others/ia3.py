@@ -30,7 +30,7 @@ from peftlib.methods.bases import hf_peft
 
 @dataclass(frozen=True)
 class IA3Config(MethodConfig):
-    """``outputs`` and ``inputs``: site patterns of the linear maps whose output or input is scaled."""
+    """``outputs`` and ``inputs``: site patterns of the linear maps whose output or input is scaled; () for none."""
 
     outputs: tuple[str, ...] | str = ("*attention.key", "*attention.value")
     inputs: tuple[str, ...] | str = ("ffn.down",)
@@ -122,12 +122,12 @@ class IA3(Method):
     def attach(self, host: Host) -> None:
         c = self.config
         self.scales: dict[Site, ScaleInput | ScaleOutput] = {}
-        for site in host.anatomy.sites(c.outputs) if c.outputs else ():
-            self.scales[site] = host.after(site, "ia3", ScaleOutput(site.out_features))
-        for site in host.anatomy.sites(c.inputs) if c.inputs else ():
-            self.scales[site] = host.before(site, "ia3", ScaleInput(site.in_features))
-        if not self.scales:
+        if not c.outputs and not c.inputs:
             raise TargetError("outputs and inputs are both empty; name at least one site")
+        for site in host.anatomy.sites(c.outputs, optional=True):
+            self.scales[site] = host.after(site, "ia3", ScaleOutput(site.out_features))
+        for site in host.anatomy.sites(c.inputs, optional=True):
+            self.scales[site] = host.before(site, "ia3", ScaleInput(site.in_features))
 
     def merge(self) -> None:
         self._fold(ScaleOutput)

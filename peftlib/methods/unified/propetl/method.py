@@ -199,7 +199,8 @@ class ProPETL(PerTask):
         """What is stored as it is: prototypes (a table without its MLP) and the task head."""
         masks, tables = self._parts(TopMask), self._parts(Table)
         packed = {id(p) for module in (*masks.values(), *tables.values()) for p in module.parameters()}
-        dense = {n: p for n, p in self.host.trained().items() if id(p) not in packed}
+        stored = self.host.state().keys()
+        dense = {n: p for n, p in self.host.model.named_parameters() if n in stored and id(p) not in packed}
         return dense | {f"{name}.table": table() for name, table in tables.items()}
 
     @torch.no_grad()

@@ -146,7 +146,7 @@ class LoftQ(QuantizedUpdates):
         fine = round(host.anatomy.num_layers * (c.bits - 2) / 2)  # so many layers take 4 bits, the others 2
         layers = {site.path: i for i, layer in enumerate(host.anatomy.layers) for site in layer.sites.values()}
         modules = {}
-        for path in dict.fromkeys(site.path for site in host.anatomy.sites(c.quantize)):
+        for path in dict.fromkeys(site.path for site in host.anatomy.sites(c.quantize, optional=True)):
             parts = {str(site): site.rows for site in targets if site.path == path}
             fit = partial(self._fit, path, parts, 4 if layers[path] < fine else 2)
             module = QuantizedLinear(host.model.get_submodule(path), DTYPES.get(c.compute), fit)
