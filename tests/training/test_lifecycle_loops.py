@@ -16,8 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import peftlib
 from peftlib import tasks
-from peftlib.conformance.case import LABELS, Case, backbone, batch, lm_head, logits, texts, tokenizer
-from peftlib.errors import DataError
+from peftlib.conformance.case import LABELS, Case, batch, logits, texts, tokenizer
 
 STEPS, RATE = 3, 1e-2
 SEAMS = {
