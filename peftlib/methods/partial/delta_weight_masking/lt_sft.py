@@ -69,7 +69,7 @@ class LTSFTConfig(MethodConfig):
 
 class LTSFT(ChosenEntries):
     Config = LTSFTConfig
-    learning_rate = 5e-4
+    learning_rate = 1e-4
 
     def attach(self, host: Host) -> None:
         super().attach(host)

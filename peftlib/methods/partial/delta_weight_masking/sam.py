@@ -57,7 +57,7 @@ class SAMConfig(MethodConfig):
 
 class SAM(MaskedGradients):
     Config = SAMConfig
-    learning_rate = 5e-4
+    learning_rate = 2e-3
 
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]], checkpoint: Path | None = None) -> None:
         c, theta_0, model = self.config, self.candidates.values(), self.host.model
