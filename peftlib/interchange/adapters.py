@@ -39,7 +39,7 @@ PICKLED = ("pytorch_adapter.bin", "pytorch_model_adapter_fusion.bin", "pytorch_m
 Config = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
-BOTTLENECK = {
+BOTTLENECK: Config = {
     "mh_adapter": None,
     "output_adapter": None,
     "reduction_factor": None,
@@ -70,7 +70,7 @@ BOTTLENECK = {
 }
 """Settings of a bottleneck that count, with the defaults of ``adapters``."""
 
-LORA = {
+LORA: Config = {
     "selfattn_lora": True,
     "intermediate_lora": False,
     "output_lora": False,
@@ -86,7 +86,7 @@ LORA = {
     "vera_b": None,
 }
 
-PREFIX = {
+PREFIX: Config = {
     "encoder_prefix": True,
     "leave_out": [],
     "flat": False,
@@ -99,7 +99,7 @@ PREFIX = {
 
 SAME_PREFIX = {name: value for name, value in PREFIX.items() if name != "prefix_length"}
 
-DYNAMIC_FUSION = {
+DYNAMIC_FUSION: Config = {
     "key": True,
     "query": True,
     "value": True,
@@ -348,7 +348,8 @@ class _File:
         return self.parts.layers
 
     def sequential_adapter(self) -> tuple[Config, Tensors]:
-        c, values = self.bottleneck_config(self.document["config"], scaling=1.0), {}
+        c = self.bottleneck_config(self.document["config"], scaling=1.0)
+        values: Tensors = {}
         for layer in self._layers():
             for name in ("attention.output", "ffn.down"):
                 site = layer.sites[name]
@@ -361,7 +362,7 @@ class _File:
         return options | {"variant": "pfeiffer"}, self.behind_ffn()
 
     def behind_ffn(self) -> Tensors:
-        values = {}
+        values: Tensors = {}
         for layer in self._layers():
             values |= self.bottleneck(layer.sites["ffn.down"], f"{layer.path}.sequential_adapter")
         return values
@@ -372,7 +373,7 @@ class _File:
         return options | {"dropout": 0.0}, self.beside_ffn()
 
     def beside_ffn(self) -> Tensors:
-        values = {}
+        values: Tensors = {}
         for site in (layer.sites["ffn.down"] for layer in self._layers()):
             values |= self.bottleneck(site, f"{site.path}.parallel_adapter")
         return values
@@ -438,11 +439,12 @@ class _File:
     def lora(self) -> tuple[Config, Tensors]:
         c = self.lora_config(self.document["config"], use_gating=False)
         letters = {"q": "attention.query", "k": "attention.key", "v": "attention.value"}
-        names = [letters.get(letter) for letter in c["attn_matrices"]] if c["selfattn_lora"] else []
-        if None in names or (c["selfattn_lora"] and len(self.parts.stacks) > 1):
+        chosen = c["attn_matrices"] if c["selfattn_lora"] else []
+        if not letters.keys() >= {*chosen} or (chosen and len(self.parts.stacks) > 1):
             raise UnsupportedError(
                 f"{self.folder} has LoRA at attn_matrices={c['attn_matrices']!r}; peftlib reads q, k and v of one stack"
             )
+        names = [letters[letter] for letter in chosen]
         names += ["ffn.up"] * bool(c["intermediate_lora"]) + ["ffn.down"] * bool(c["output_lora"])
         options = {"rank": c["r"], "alpha": float(c["alpha"]), "targets": tuple(names), "dropout": c["dropout"]}
         return options, self.loras(self.parts.sites(tuple(names)))

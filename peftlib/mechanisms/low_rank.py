@@ -83,7 +83,7 @@ Pattern = tuple[tuple[str, Any], ...]
 """Pairs of a site pattern, which is matched against a site's name and its path, and a value."""
 
 
-def pairs(pattern: Mapping[str, Any] | Iterable[Iterable[Any]]) -> Pattern:
+def pairs(pattern: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Pattern:
     """A pattern that was given as a dictionary or, from JSON, in lists."""
     items = pattern.items() if isinstance(pattern, Mapping) else pattern
     return tuple((name, value) for name, value in items)

@@ -51,8 +51,10 @@ CASES = [
             ("adalora", {"init_r": 6, "target_r": 3, "total_step": 10, "tinit": 1, "tfinal": 2}),
             *((("lokr", {"r": 64, "decompose_factor": 4}),) if family != "gpt2" else ()),
         )
-        if (family, options.get("init_lora_weights")) != ("gpt2", "olora")  # whose layer HF peft cannot run
+        if (family, options.get("init_lora_weights")) != ("gpt2", "olora")  # which HF peft runs on square maps alone
     ),
+    ("gpt2", *CAUSAL, "lora", {"target_modules": r".*attn\.c_proj", "init_lora_weights": "olora", "r": 4}),
+    (*PLACES[0], "lora", {"init_lora_weights": "olora", "use_dora": True, "use_rslora": True, "r": 4}),
     *(
         (family, head, task, kind, {"num_transformer_submodules": 1, **options})
         for family, head, task in FAMILIES

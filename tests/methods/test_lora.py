@@ -10,7 +10,7 @@ import torch
 
 import peftlib
 from peftlib import backbones
-from peftlib.errors import TargetError
+from peftlib.errors import ConfigError, TargetError
 from peftlib.mechanisms.low_rank import LowRank
 from tests.methods.facts import Count, Default, Facts, Holds, Start, Trains, kaiming_uniform, tiny, zeros
 from tests.methods.helpers import Spy, backbone, inputs, perturb
@@ -235,6 +235,48 @@ def test_gradients_are_those_of_the_formula(dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@torch.no_grad()
+def test_ranks_and_alphas_by_pattern(family, stabilized, tmp_path):
+    """The first pattern that matches a name or a path counts; the scale follows a map's own rank."""
+    layer = peftlib.anatomy.of(backbone(family)).layers[1].path
+    options = {
+        "targets": ("attention.query", "attention.value", "ffn.up"),
+        "rank_pattern": {f"{layer}.*": 3, "ffn.*": 2, "attention.*": 5},
+        "alpha_pattern": {"attention.value": 7.0},
+        "rank_stabilized": stabilized,
+    }
+    adapted = peftlib.attach(backbone(family), "lora", rank=4, alpha=8.0, **options)
+    perturb(adapted)
+    deltas = {}
+    for site, update in adapted.method.updates.items():
+        rank = 3 if site.layer else {"ffn.up": 2}.get(site.name, 5)
+        alpha = 7.0 if site.name == "attention.value" else 8.0
+        assert update.A.shape == (rank, site.in_features)
+        deltas[str(site)] = alpha / (math.sqrt(rank) if stabilized else rank) * update.B @ update.A
+        torch.testing.assert_close(update.delta(), deltas[str(site)])
+    before = adapted.model(**inputs(family)).logits
+    loaded = peftlib.load(backbone(family), adapted.save(tmp_path / "adapter"))
+    assert loaded.config == adapted.config
+    assert torch.equal(loaded.model(**inputs(family)).logits, before)
+    assert torch.allclose(adapted.merge()(**inputs(family)).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"rank_pattern": {"ffn.*": 2}}, TargetError, "'ffn.*' of rank_pattern or alpha_pattern matches none"),
+        ({"alpha_pattern": {"nothing": 2}}, TargetError, "'nothing' matches nothing"),
+        ({"rank_pattern": {"attention.query": 33}}, TargetError, "rank 33 does not fit"),
+        ({"rank_pattern": {"attention.query": 0}}, ConfigError, "rank_pattern.*=0 is too small"),
+    ],
+)
+def test_patterns_that_cannot_be(options, error, match):
+    with pytest.raises(error, match=match):
+        peftlib.attach(backbone("bert"), "lora", **options)
 
 
 @pytest.mark.parametrize("rank", [0, 33])

@@ -140,7 +140,7 @@ def all_used(left: Tensors, used: Sized, folder: object) -> None:
         raise LoadError(f"{folder} holds no adapter's tensors")
 
 
-def copy(parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
+def copy(parameter: torch.Tensor, value: torch.Tensor, name: str) -> None:
     """Copy a file's value; raises LoadError for another shape."""
     if parameter.shape != value.shape:
         raise LoadError(f"{name} has shape {tuple(value.shape)} in the file, {tuple(parameter.shape)} here")
