@@ -65,7 +65,7 @@ def of(module: nn.Module) -> torch.Tensor:
                 f"the weight of a {type(module).__name__} is offloaded, so nothing can be merged into it; save() the "
                 "adapter, load the backbone without offload, load() the adapter there and merge"
             )
-        return onloaded(module)
+        return onloaded(module, "weight")
     return module.weight.T if transposed(module) else module.weight
 
 
@@ -162,13 +162,13 @@ def offloaded(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
-def onloaded(module: nn.Module) -> torch.Tensor:
-    """A copy of an offloaded (out, in) weight on the device where the module computes."""
+def onloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A copy of an offloaded parameter on the device where the module computes; a weight is (out, in)."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        weight = module.get_parameter("weight").detach().clone()
-    return weight.T if transposed(module) else weight
+        values = module.get_parameter(name).detach().clone()
+    return values.T if name == "weight" and transposed(module) else values
 
 
 def device(module: nn.Module) -> torch.device | None:

@@ -376,6 +376,10 @@ class Host(Changes):
         old = owner.get_submodule(name)
         if any(m is old for part in self.root._parts() for m, _, _ in part.children):
             raise StateError(f"another method changes what {path} computes, and this one replaces it")
+        if weights.offloaded(old):
+            raise UnsupportedError(
+                f"{path} is offloaded, so nothing can take its place; name it in device_map to keep it on a device"
+            )
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:
