@@ -291,7 +291,7 @@ class Adapted:
             with torch.no_grad():
                 parameter.copy_(state.pop(name))
         self.method.load_state(state)
-        self.guard.calibrated = True
+        self.guard.calibrated = self.guard.filled = True
 
     # Leaving
 
@@ -304,6 +304,7 @@ class Adapted:
         offloaded weight.
         """
         self._check_attached()
+        self.guard.check_values()
         self.method.check_mergeable()
         with self.host.all_or_nothing(*self.method.parts_and_itself()):
             self.host.fold()
@@ -340,6 +341,11 @@ class Adapted:
             raise StateError(
                 f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
                 "load the backbone again"
+            )
+        if self.guard.from_meta and self.host.device.type != "meta" and self.trainable().keys() - self.host.paths():
+            raise StateError(
+                f"{self.name} was attached on the meta device, where there were no values to keep; load the backbone "
+                "again"
             )
 
 
@@ -426,6 +432,10 @@ def _attach(
         host.remove()
         raise
     adapted = Adapted(model, chosen, host, head, here)
+    if host.device.type == "meta":
+        adapted.guard.from_meta, adapted.guard.filled = True, False
+        host.hook(model, adapted.guard.require_values, before=True)
+        host.on_remove(model.register_load_state_dict_post_hook(adapted.guard.take_values).remove)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     host.hook(model, accumulation.take_share, before=True)

@@ -177,9 +177,10 @@ def device(module: nn.Module) -> torch.device | None:
     tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
     if tensor is None:
         return None
-    if tensor.is_meta and getattr(module, "_hf_hook", None) is not None:
-        execution = getattr(module._hf_hook, "execution_device", None)
-        return tensor.device if execution is None else torch.device(execution)
+    if tensor.is_meta:
+        hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+        brought = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
+        return torch.device(next(brought, tensor.device))
     return tensor.device
 
 
