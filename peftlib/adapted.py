@@ -378,7 +378,7 @@ class Adapted:
             with torch.no_grad():
                 tensor.copy_(state.pop(name))
         self.method.load_state(state)
-        self.guard.calibrated = True
+        self.guard.calibrated = self.guard.filled = True
         if head:
             self._name_labels(given)
 
@@ -418,6 +418,7 @@ class Adapted:
         offloaded weight.
         """
         self._check_attached()
+        self.guard.check_values()
         self.method.check_mergeable()
         with self.host.all_or_nothing(*self.method.parts_and_itself()):
             self.host.fold()
@@ -455,6 +456,11 @@ class Adapted:
             raise StateError(
                 f"{self.name} changed the backbone's own parameters and attach(keep_original=False) kept no copy; "
                 "load the backbone again"
+            )
+        if self.guard.from_meta and self.host.device.type != "meta" and self.trainable().keys() - self.host.paths():
+            raise StateError(
+                f"{self.name} was attached on the meta device, where there were no values to keep; load the backbone "
+                "again"
             )
 
 
@@ -554,6 +560,10 @@ def _attach(
         host.remove()
         raise
     adapted = Adapted(model, chosen, host, head, here, shapes, extent)
+    if host.device.type == "meta":
+        adapted.guard.from_meta, adapted.guard.filled = True, False
+        host.hook(model, adapted.guard.require_values, before=True, stays=True)
+        host._hook(model.register_load_state_dict_post_hook(adapted.guard.take_values), stays=True)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
     host.hook(model, accumulation.take_share, before=True)

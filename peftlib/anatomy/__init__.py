@@ -94,6 +94,8 @@ class Site:
     def bias(self) -> torch.Tensor | None:
         """The (out_features,) bias as a view, or None."""
         bias = getattr(self.module, "bias", None)
+        if bias is not None and weights.offloaded(self.module):
+            bias = weights.onloaded(self.module, "bias")
         return None if bias is None else bias[self.rows]
 
     def __str__(self) -> str:

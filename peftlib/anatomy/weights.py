@@ -65,7 +65,7 @@ def of(module: nn.Module) -> torch.Tensor:
                 f"the weight of a {type(module).__name__} is offloaded, so nothing can be merged into it; save() the "
                 "adapter, load the backbone without offload, load() the adapter there and merge"
             )
-        return onloaded(module)
+        return onloaded(module, "weight")
     return module.weight.T if transposed(module) else module.weight
 
 
@@ -162,13 +162,13 @@ def offloaded(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
 
 
-def onloaded(module: nn.Module) -> torch.Tensor:
-    """A copy of an offloaded (out, in) weight on the device where the module computes."""
+def onloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A copy of an offloaded parameter on the device where the module computes; a weight is (out, in)."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        weight = module.get_parameter("weight").detach().clone()
-    return weight.T if transposed(module) else weight
+        values = module.get_parameter(name).detach().clone()
+    return values.T if name == "weight" and transposed(module) else values
 
 
 def device(module: nn.Module) -> torch.device | None:
@@ -177,9 +177,10 @@ def device(module: nn.Module) -> torch.device | None:
     tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
     if tensor is None:
         return None
-    if tensor.is_meta and getattr(module, "_hf_hook", None) is not None:
-        execution = getattr(module._hf_hook, "execution_device", None)
-        return tensor.device if execution is None else torch.device(execution)
+    if tensor.is_meta:
+        hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+        brought = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
+        return torch.device(next(brought, tensor.device))
     return tensor.device
 
 

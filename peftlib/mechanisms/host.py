@@ -341,7 +341,14 @@ class Host(Changes):
     def _fit(self, child: nn.Module, module: nn.Module) -> None:
         """Bring a new child to the device of the module that it changes and, where half precision is kept, to its
         dtype."""
-        if (device := weights.device(module)) is not None and all(p.device != device for p in child.parameters()):
+        device = weights.device(module)
+        if device is not None and any(p.device != device for p in child.parameters()):
+            hung = {id(p) for part in self.root._parts() for _, _, other in part.children for p in other.parameters()}
+            if any(id(p) in hung for p in child.parameters()):
+                raise UnsupportedError(
+                    f"this method's parts share parameters, and the model has them on {self.device} and {device}; put "
+                    "it on one device (device_map), or choose a method that shares nothing (lora, ia3, ...)"
+                )
             child.to(device)
         if self.keep_half:
             dtype = next((p.dtype for p in module.parameters() if p.dtype in weights.PLAIN), None)
@@ -376,6 +383,10 @@ class Host(Changes):
         old = owner.get_submodule(name)
         if any(m is old for part in self.root._parts() for m, _, _ in part.children):
             raise StateError(f"another method changes what {path} computes, and this one replaces it")
+        if weights.offloaded(old):
+            raise UnsupportedError(
+                f"{path} is offloaded, so nothing can take its place; name it in device_map to keep it on a device"
+            )
         module.train(old.training)
         owner._modules[name] = module
         if self.keep_original:

@@ -27,6 +27,8 @@ class Guard:
         self.method = method
         self.calibrated = not method.calibrates
         self.running: Lifecycle | None = None
+        self.from_meta = False
+        self.filled = True
         self._open = False
 
     @contextmanager
@@ -37,6 +39,24 @@ class Guard:
             yield
         finally:
             self._open = False
+
+    def require_values(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """A forward hook of a model that was on the meta device, where nothing has values."""
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise StateError where what the method added has had no values yet."""
+        if self.filled or self.method.host.device.type == "meta":
+            return
+        raise StateError(
+            f"{self.method.name} was attached on the meta device, so its start was never drawn: attach it once the "
+            "model has its weights, or load a state that holds what it trains (model.load_state_dict)"
+        )
+
+    def take_values(self, model: nn.Module, incompatible: Any) -> None:
+        """A hook after ``load_state_dict``: whether the state had all that the method stores."""
+        names = {*self.method.host.root.trained(), *self.method.host.root.state()}
+        self.filled = self.filled or names.isdisjoint(incompatible.missing_keys)
 
     def require_lifecycle(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """A forward hook: a training forward outside the lifecycle would silently be another method."""

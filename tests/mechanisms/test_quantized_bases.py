@@ -16,6 +16,7 @@ from peftlib import anatomy
 from peftlib.anatomy import weights
 from peftlib.conformance.case import Case, backbone, logits, train
 from peftlib.errors import MergeError, UnsupportedError
+from peftlib.mechanisms import tasks
 from peftlib.taxonomy import entry
 from tests.mechanisms.packing import packed, plain
 from tests.methods.helpers import perturb
@@ -41,6 +42,12 @@ CHANGING = {
 """The methods that change the weights of the backbone's maps: these have no place on codes."""
 KINDS = {"4bit": 1e-5, "8bit": 0.1}
 """How far logits may be from the plain backbone's, of the largest: LLM.int8() rounds what goes into a map too."""
+
+
+@pytest.fixture(autouse=True)
+def rows_are_of_task_zero():
+    with tasks.unnamed_rows(0):
+        yield
 
 
 def far(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -68,6 +68,7 @@ class WeightDecomposed(LowRank):
         super().__init__(site.in_features, site.out_features, rank, scale, dropout)
         self.site = site
         self.detach_norm = detach_norm
+        self.to(site.weight.device)
         self.m = nn.Parameter(self.norm().detach().to(self.A.dtype))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
