@@ -241,7 +241,7 @@ class Host(Changes):
         child by name on the module that it is handed. Others are refused there.
         """
         if any(isinstance(arg, nn.Module) for arg in args):
-            self._refuse_replicas()
+            self.refuse_replicas()
         function = partial(function, *args)
         if isinstance(module, PreTrainedModel):
             forward = call.around(module)
@@ -349,7 +349,9 @@ class Host(Changes):
         self.on_remove(partial(undo.put_attribute, model, "generate", present))
         model.generate = partial(function, *args, generate)
 
-    def _refuse_replicas(self) -> None:
+    def refuse_replicas(self) -> None:
+        """Let torch's DataParallel be told that parts of the method hold each other, as its copies would hold the
+        original's."""
         forward = call.around(self.model)
         self.on_remove(partial(setattr, forward, "refusal", forward.refusal))
         forward.refusal = (
