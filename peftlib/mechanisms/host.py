@@ -189,7 +189,7 @@ class Host(Changes):
     def after_layer(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``h <- child(h)`` for the hidden state h that a layer gives, alone or as the first of a tuple."""
         child = self.add(layer, name, child)
-        self._hook(layer.register_forward_hook(partial(_after_layer, name)))
+        self._hook(_before_recorders(layer, layer.register_forward_hook(partial(_after_layer, name))))
         return child
 
     def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -248,7 +248,7 @@ class Host(Changes):
             self._hook(call.Place(forward, forward.before if before else forward.behind, function))
         else:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
-            self._hook(register(function, with_kwargs=True))
+            self._hook(_before_recorders(module, register(function, with_kwargs=True)))
 
     def at_end(self, module: PreTrainedModel, function: Callable[..., Any], *args: Any) -> None:
         """Call ``function(*args, module)`` whenever the model's forward ends, also where it raises."""
@@ -403,6 +403,15 @@ class DryRun(Host):
         raise StateError("this method changes weights of the backbone itself, so what it would hang cannot be told")
 
     parametrize = write = replace = _refuse
+
+
+def _before_recorders(module: nn.Module, handle: call.Handle) -> call.Handle:
+    """Let the hooks with which transformers records hidden states, once a model was asked for some, see what a method
+    makes of an output, and not what was there before it."""
+    for key, hook in list(module._forward_hooks.items()):
+        if str(getattr(hook, "__module__", "")).startswith("transformers."):
+            module._forward_hooks.move_to_end(key)
+    return handle
 
 
 def _part_name(name: str, part: Part | None) -> str:
