@@ -22,7 +22,8 @@ from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import undo
 from peftlib.mechanisms.host import Host
 
-NAME = "peftlib"
+NAME, WEIGHED = "peftlib", "peftlib_weighed"
+"""The function, and the one that gives attention weights as well, in the place of transformers' eager attention."""
 GIVEN = "peftlib_given"
 
 
@@ -99,6 +100,7 @@ def attention(
     *,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    weighed: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The registered function: children first, then transformers' sdpa attention. Attention weights, where the model is
@@ -113,13 +115,13 @@ def attention(
         kwargs["position_bias"] = inputs.position_bias
     if inputs.query.shape[-1] != query.shape[-1] and kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-        if inputs.given is not None:
-            raise UnsupportedError(
-                "a layer gets some of the tokens alone, so there are no attention weights of all; call the model "
-                "without output_attentions"
-            )
+    asked = kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False))
+    if asked and inputs.given is not None:
+        raise UnsupportedError(
+            "a layer gets some of the tokens alone, so there are no attention weights of all; call the model without "
+            "output_attentions"
+        )
+    if asked or (weighed and inputs.given is None):
         scaling = kwargs.get("scaling")
         output, weights = inputs.weights(
             inputs.query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("dropout", 0.0)
@@ -133,17 +135,19 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(WEIGHED, partial(attention, weighed=True))
+for name in (NAME, WEIGHED):
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def use(host: Host) -> None:
-    """Make the host's model call our attention function, until the method leaves."""
+def use(host: Host, merged: bool = False) -> None:
+    """Make the host's model call our attention function until the method leaves; ``merged``: also after a merge."""
     model = cast(PreTrainedModel, host.model)
     before = model.config._attn_implementation
-    if before == NAME:
+    if before in (NAME, WEIGHED):
         return
-    model.set_attn_implementation(NAME)
-    host.on_remove(partial(_use, model, before))
+    model.set_attn_implementation(WEIGHED if before == "eager" else NAME)
+    host.on_remove(partial(_use, model, before), restores=merged)
 
 
 def _use(model: PreTrainedModel, implementation: str) -> None:
@@ -152,8 +156,9 @@ def _use(model: PreTrainedModel, implementation: str) -> None:
 
 @undo.suspends(_use)
 def _use_again(whole: nn.Module, model: PreTrainedModel, implementation: str) -> undo.Step:
+    present = model.config._attn_implementation
     model.set_attn_implementation(implementation)
-    return partial(_use, model, NAME)
+    return partial(_use, model, present)
 
 
 def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -168,11 +173,7 @@ def attach(host: Host, module: nn.Module, name: str, child: nn.Module) -> nn.Mod
 def keep_heads_of_bias(host: Host, module: nn.Module, name: str, heads: torch.Tensor) -> None:
     """Let an attention module that has lost heads see the rows of its position bias that belong to those left, and
     hand the whole bias on. A merge leaves this in place: the module does not compute without it."""
-    model = cast(PreTrainedModel, host.model)
-    before = model.config._attn_implementation
-    if before != NAME:
-        model.set_attn_implementation(NAME)
-        host.on_remove(partial(_use, model, before), restores=True)
+    use(host, merged=True)
     module.add_module(name, _HeadsOfBias(heads))
     _ask(module, name)
     host.on_remove(partial(_take_out, module, name), restores=True)

@@ -203,7 +203,7 @@ class Host(Changes):
     def after_layer(self, layer: nn.Module, name: str, child: nn.Module) -> nn.Module:
         """``h <- child(h)`` for the hidden state h that a layer gives, alone or as the first of a tuple."""
         child = self.add(layer, name, child)
-        self._hook(layer.register_forward_hook(partial(_after_layer, name)))
+        self._hook(_before_recorders(layer, layer.register_forward_hook(partial(_after_layer, name))))
         return child
 
     def before(self, where: Site | nn.Module, name: str, child: nn.Module) -> nn.Module:
@@ -258,14 +258,14 @@ class Host(Changes):
         child by name on the module that it is handed. Others are refused there.
         """
         if any(isinstance(arg, nn.Module) for arg in args):
-            self._refuse_replicas()
+            self.refuse_replicas()
         function = partial(function, *args)
         if isinstance(module, PreTrainedModel):
             forward = call.around(module)
             self._hook(call.Place(forward, forward.before if before else forward.behind, function), stays)
         else:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
-            self._hook(register(function, with_kwargs=True), stays)
+            self._hook(_before_recorders(module, register(function, with_kwargs=True)), stays)
 
     def at_end(self, module: PreTrainedModel, function: Callable[..., Any], *args: Any, stays: bool = False) -> None:
         """Call ``function(*args, module)`` whenever the model's forward ends, also where it raises."""
@@ -431,7 +431,9 @@ class Host(Changes):
         """Let ``function(*args, generate, ...)`` answer in the place of the model's ``generate(...)``."""
         self.around("generate", function, *args)
 
-    def _refuse_replicas(self) -> None:
+    def refuse_replicas(self) -> None:
+        """Let torch's DataParallel be told that parts of the method hold each other, as its copies would hold the
+        original's."""
         forward = call.around(self.model)
         self.on_remove(partial(setattr, forward, "refusal", forward.refusal))
         forward.refusal = (
@@ -485,6 +487,15 @@ class DryRun(Host):
         raise StateError("this method changes weights of the backbone itself, so what it would hang cannot be told")
 
     parametrize = write = replace = _refuse
+
+
+def _before_recorders(module: nn.Module, handle: call.Handle) -> call.Handle:
+    """Let the hooks with which transformers records hidden states, once a model was asked for some, see what a method
+    makes of an output, and not what was there before it."""
+    for key, hook in list(module._forward_hooks.items()):
+        if str(getattr(hook, "__module__", "")).startswith("transformers."):
+            module._forward_hooks.move_to_end(key)
+    return handle
 
 
 def _part_name(name: str, part: Part | None) -> str:

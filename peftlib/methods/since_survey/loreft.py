@@ -222,6 +222,11 @@ def _see_labels(tokens: Tokens, order: tuple[str, ...], module: nn.Module, args:
 
 
 def _generate(tokens: Tokens, generate: Callable, *args, **kwargs):
+    if past_length(kwargs) > 0:
+        raise UnsupportedError(
+            "the cache holds the text of an earlier turn, edited at its own ends; give the whole text without "
+            "past_key_values"
+        )
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     given = next((x for x in (*args[:1], *named) if x is not None), None)
     tokens.now.prompt = None if given is None else given.shape[1]

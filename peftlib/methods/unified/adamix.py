@@ -86,10 +86,10 @@ class Draw(Local):
     def __init__(self) -> None:
         self.i: torch.Tensor | None = None
 
-    def new(self, count: int, device: torch.device) -> torch.Tensor:
-        # As a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.
-        self.i = torch.randint(count, (1,), device=device)  # (1,)
-        return self.i
+
+def _one_of(count: int, device: torch.device) -> torch.Tensor:
+    # As a tensor: no jump in a compiled graph, and a recomputation restores the generator, so draws it again.
+    return torch.randint(count, (1,), device=device)  # (1,)
 
 
 class Experts(nn.Module):
@@ -132,7 +132,7 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.count == 1:
             return F.linear(x, *self.mean())  # (..., in) -> (..., out)
-        i = Draw().new(self.count, x.device) if self.shared is None else self.shared.i  # (1,)
+        i = _one_of(self.count, x.device) if self.shared is None else self.shared.i  # (1,)
         W = self.weight.index_select(0, i)[0]  # (M, out, in) -> (out, in)
         b = None if self.bias is None else self.bias.index_select(0, i)[0]  # (M, out) -> (out,)
         return F.linear(x, W, b)  # (..., in) -> (..., out)
@@ -239,4 +239,4 @@ class AdaMix(LowRankUpdates):
 
 def _draw(draw: Draw, experts: Experts, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
     if experts.training and experts.count > 1:
-        draw.new(experts.count, experts.weight.device)
+        draw.i = _one_of(experts.count, experts.weight.device)

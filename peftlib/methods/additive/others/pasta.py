@@ -7,8 +7,8 @@ so that the vectors are those of [CLS], the first [SEP] and so on; e is dropout.
 bit. The vectors start at N(0, 0.02), as the reference code's do, so the start is near the backbone; ``std=0`` starts at
 it. Trained: tokens d a layer. The addition depends on where the tokens stand: no merge.
 
-A layer sees hidden states and no ids, so the ids are looked at once a forward, where they enter the first stack. With a
-cache the vectors act on the tokens of its first call.
+A layer sees hidden states and no ids, so the ids are looked at once a forward, where they enter the first stack. What a
+cache holds is counted in.
 
 Source: Yang et al. 2023, arXiv:2210.04382, and its code, which is for BERT and has a vector for each special token of a
 row: L d 3 for pairs of texts, L d 2 for single ones and for NER. RoBERTa's pairs have four, and so have the paper's
@@ -21,6 +21,7 @@ in the encoder. The paper's rate is 2.5e-4 for up to 150 epochs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,20 @@ class Places(nn.Module):
 
     @property
     def now(self) -> torch.Tensor:
-        return self.run.get()
+        return self.run.get()[0]
 
-    def find(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def find(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, earlier: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """p (b, n), and which tokens are special (b, past + n), the ``earlier`` ones (b, past) included."""
         special = torch.isin(input_ids, self.ids)  # (b, n)
         if mask is not None:
             special = special & mask.bool()  # (b, n)
-        p = special.long().cumsum(dim=1) * special  # (b, n)
-        return p * (p <= self.count)  # (b, n)
+        p = special.long().cumsum(dim=1)  # (b, n)
+        if earlier is not None:
+            p = p + earlier.sum(dim=1, keepdim=True)  # (b, n)
+        p = p * special  # (b, n)
+        return p * (p <= self.count), special if earlier is None else torch.cat([earlier, special], dim=1)
 
 
 class TokenVectors(nn.Module):
@@ -98,6 +105,8 @@ class Pasta(Method):
         inputs = parts.stack_inputs(stack)
         places = host.add(inputs, f"{self.name}_places", Places(self._ids(host), c.tokens))
         host.hook(inputs, _find, places, names(inputs), before=True)
+        if stack == "decoder":
+            host.hook(inputs, _remember, places)
         for layer in parts.layers:
             if layer.stack == stack:
                 child = host.add(layer.module, self.name, TokenVectors(c.tokens, parts.d, c.std, c.dropout))
@@ -126,16 +135,34 @@ def _find(places: Places, order: tuple[str, ...], module: nn.Module, args: tuple
     """Before the stack."""
     call = by_name(order, args, kwargs)
     refuse_packed(call, "the vectors count the special tokens of one text a row")
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    ids, mask, cache = (call.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
     if ids is None:
         raise UnsupportedError(
             "vectors for special tokens are placed by the tokens' ids, and the model was given embeddings without ids; "
             "call it with input_ids"
         )
-    if past_length(call) > 0:
-        places.run.set(torch.zeros_like(ids))  # (b, n)
-    else:
-        places.run.set(places.find(ids, mask if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else None))
+    (b, n), past = ids.shape, int(past_length(call))
+    mine = mask[:, -n:] if isinstance(mask, torch.Tensor) and mask.shape == (b, past + n) else None  # (b, n)
+    p, special = places.find(ids, mine, _earlier(cache, b, past) if past else None)
+    places.run.set((p, special))
+    if cache is not None:
+        cache.peftlib_special = special
+
+
+def _earlier(cache: Any, rows: int, past: int) -> torch.Tensor:
+    """Which of a cache's tokens are special, (rows, past)."""
+    special = getattr(cache, "peftlib_special", None)
+    if special is None or rows % len(special):
+        raise UnsupportedError(
+            "the cache was filled without the vectors, or has other rows than it had; begin with an empty one"
+        )
+    return special[:, :past].repeat_interleave(rows // len(special), dim=0)
+
+
+def _remember(places: Places, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Behind a decoder, which may have made the cache itself."""
+    if (cache := getattr(output, "past_key_values", None)) is not None:
+        cache.peftlib_special = places.run.get()[1]
 
 
 def _add(child: TokenVectors, places: Places, module: nn.Module, args: tuple, kwargs: dict):

@@ -94,12 +94,14 @@ class BiLSTM(nn.Module):
     def __init__(self, e: int, h: int, dropout: float):
         super().__init__()
         self.hidden, self.dropout = h, dropout
-        for name, parameter in nn.LSTM(e, h, 2, bidirectional=True).named_parameters():
+        weights = dict(nn.LSTM(e, h, 2, bidirectional=True).named_parameters())
+        self.names = tuple(weights)
+        for name, parameter in weights.items():
             self.register_parameter(name, parameter)
 
     def forward(self, E: torch.Tensor) -> torch.Tensor:
         start = E.new_zeros(4, 1, self.hidden)  # (2 layers of 2 directions, 1, h)
-        weights = list(self.parameters())
+        weights = [getattr(self, name) for name in self.names]
         return torch.lstm(E, (start, start), weights, True, 2, self.dropout, self.training, True, True)[0]  # (1, m, 2h)
 
 

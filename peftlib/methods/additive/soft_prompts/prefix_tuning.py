@@ -98,6 +98,8 @@ class PrefixTuning(Method):
                     prefix.key.copy_(seen[i].key[0])
                     prefix.value.copy_(seen[i].value[0])
             attention.attach(host, module, "prefix", prefix)
+        if owners:
+            host.refuse_replicas()  # the prefixes hold the modules that count them
         if c.shift_positions:
             positions.shift(host, c.length)
 

@@ -118,6 +118,7 @@ class IntrinsicSAID(Method):
                 f"dimension={c.dimension} leaves nothing beside the scales of {len(order)} groups; give more, or "
                 'groups="layer"'
             )
+        host.refuse_replicas()  # every tensor holds the point
         self.point = host.add(host.anatomy.base, "intrinsic", Point(c.dimension - len(order), len(order)))
         for index, (name, tensor) in enumerate(tensors.items()):
             seed = 1_000_003 * c.projection_seed + index
