@@ -428,7 +428,7 @@ def _attach(
     adapted = Adapted(model, chosen, host, head, here)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
-    host.hook(model, accumulation.take_share, before=True)
+    accumulation.look_after(host)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
     host.hook(model, accumulation.give_share)

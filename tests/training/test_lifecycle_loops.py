@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def dpo(adapted: peftlib.Adapted, reference, folder):
 
     made = arguments(folder, 1, DPOConfig, gradient_checkpointing=False, beta=0.5, per_device_eval_batch_size=8)
     words = [text.split() for text in texts()]
-    pairs = [(" ".join(a[:2]), " " + " ".join(a[2:]), " " + " ".join(b[1:])) for a, b in zip(words, words[1:])]
+    pairs = [(" ".join(a[:2]), " " + " ".join(a[2:]), " " + " ".join(b[1:])) for a, b in pairwise(words)]
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs])
     return DPOTrainer(
         adapted.model,
