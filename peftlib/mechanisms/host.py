@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from peftlib import anatomy
 from peftlib.anatomy import Anatomy, Layer, Site
 from peftlib.errors import StateError
-from peftlib.mechanisms import undo
+from peftlib.mechanisms import pickling, undo
 from peftlib.mechanisms.changes import Changes
 from peftlib.mechanisms.outputs import Args, state_of, with_state
 from peftlib.mechanisms.tasks import Tasks, leave_model, take_task_ids
@@ -249,6 +249,7 @@ class Host(Changes):
         for module, name in owners:
             self._undo.append(partial(undo.unparametrize, module, name, list(module._parameters)))
             parametrize.register_parametrization(module, name, child, unsafe=True)
+            pickling.allow(module)
         module, name = owners[0]
         lists = cast(nn.ModuleDict, module.parametrizations)
         self.children.append((lists[name], "0", child))

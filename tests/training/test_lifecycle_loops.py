@@ -299,7 +299,7 @@ def test_dpo_trainer_compares_with_the_backbone(method, tmp_path):
 def test_a_penalty_on_a_loss_that_does_not_train_is_refused(trained, tmp_path):
     adapted = attached("adalora", "llama", "causal_lm")
     plain = Case("adalora", "llama", "causal_lm").backbone()
-    with pytest.raises(StateError, match="adalora adds a penalty to the loss.*the penalty is lost"):
+    with pytest.raises(StateError, match=r"adalora adds a penalty to the loss.*the penalty is lost"):
         (trained(adapted, plain, tmp_path) if trained is dpo else sft(adapted, 1, tmp_path)).train()
 
 
