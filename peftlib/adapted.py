@@ -566,7 +566,7 @@ def _attach(
         host._hook(model.register_load_state_dict_post_hook(adapted.guard.take_values), stays=True)
     if chosen.hooks() or chosen.calibrates:
         host.hook(model, adapted.guard.require_lifecycle, before=True)
-    host.hook(model, accumulation.take_share, before=True)
+    accumulation.look_after(host)
     if "penalty" in chosen.hooks():
         host.hook(model, adapted.guard.add_penalty)
     host.hook(model, accumulation.give_share)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from peftlib import anatomy
 from peftlib.anatomy import Anatomy, Layer, Site, weights
 from peftlib.errors import StateError, UnsupportedError
-from peftlib.mechanisms import call, precision, undo
+from peftlib.mechanisms import call, pickling, precision, undo
 from peftlib.mechanisms.changes import Changes
 from peftlib.mechanisms.outputs import Args, state_of, with_state
 from peftlib.mechanisms.tasks import Tasks, enter_model, generate_with_tasks, leave_model
@@ -288,6 +288,7 @@ class Host(Changes):
         for module, name in owners:
             self._undo.append(partial(undo.unparametrize, module, name, list(module._parameters)))
             parametrize.register_parametrization(module, name, child, unsafe=True)
+            pickling.allow(module)
         module, name = owners[0]
         lists = cast(nn.ModuleDict, module.parametrizations)
         self.children.append((lists[name], "0", child))

@@ -15,10 +15,20 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import Args, Kwargs
 
 ITEMS = "num_items_in_batch"
 """The number of labels in an optimizer step, as transformers' Trainer calls it."""
+
+
+def look_after(host: Host) -> None:
+    """Count the labels of the host's model until the method leaves; :func:`give_share` comes after a penalty."""
+    model: Any = host.model
+    if getattr(model, "loss_type", "") is None and type(model).__name__.endswith("LMHeadModel"):
+        # GPT-2's. With the name, Trainer counts the labels as the loss does, without a row's first.
+        host.set(model, "loss_type", "ForCausalLM")
+    host.hook(model, take_share, before=True)
 
 
 def items(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:

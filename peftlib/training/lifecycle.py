@@ -29,6 +29,8 @@ class Guard:
         self.running: Lifecycle | None = None
         self.from_meta = False
         self.filled = True
+        self.added = self.reached = False
+        """Whether a penalty was added since the step began, and whether a backward pass has come to it."""
         self._open = False
 
     @contextmanager
@@ -78,6 +80,9 @@ class Guard:
         penalty = self.method.penalty(ForwardPass(model, args, kwargs, output))
         if penalty is None:
             return None
+        if penalty.requires_grad and not torch.compiler.is_compiling():
+            self.added = True
+            penalty.register_hook(self._reach)
         if isinstance(output, tuple):
             return (output[0] + penalty, *output[1:])
         if getattr(output, "loss", None) is None:
@@ -87,6 +92,18 @@ class Guard:
             )
         output.loss = output.loss + penalty
         return output
+
+    def _reach(self, gradient: torch.Tensor) -> None:
+        self.reached = True
+
+    def check_penalty(self) -> None:
+        """Raise StateError where the loss that was differentiated is not the one that the penalty was added to."""
+        if self.added and not self.reached:
+            raise StateError(
+                f"{self.method.name} adds a penalty to the loss that the model returns, and this loop trains on "
+                "another one that it computes from the outputs (as TRL's trainers do): the penalty is lost. Train on "
+                "output.loss (peftlib.fit, transformers.Trainer), or attach a method without a penalty"
+            )
 
 
 class Lifecycle:
@@ -110,9 +127,9 @@ class Lifecycle:
 
     A step of several forwards and backward passes has one ``step_start`` before and one ``gradients`` after all of
     them, and says how many they are at most, ``accumulation``. Their losses add up to that of one forward over all
-    rows: divide each by their number, or hand ``num_items_in_batch``, the step's number of labels, to the model,
-    whose losses are then shares of it. With GradScaler, ``unscale_`` comes before :meth:`gradients`; a step whose
-    gradients are not finite, which the scaler leaves out, is none for the method.
+    rows: divide each by their number, or hand ``num_items_in_batch``, the step's number of labels, to the model, whose
+    losses are then shares of it. With GradScaler, ``unscale_`` comes before :meth:`gradients`; a step whose gradients
+    are not finite, which the scaler leaves out, is none for the method.
     """
 
     def __init__(
@@ -182,6 +199,7 @@ class Lifecycle:
     def step_start(self) -> None:
         """Before the first forward of an optimizer step."""
         self.forwards, self.skipped = 0, False
+        self.guard.added = self.guard.reached = False
         self.method.on_step_start(self.training)
 
     def count_forward(self) -> None:
@@ -196,6 +214,7 @@ class Lifecycle:
     def gradients(self, loss_scale: float = 1.0) -> None:
         """After backward and clipping, before the optimizer's step. ``loss_scale``: by which the loss was multiplied in
         the backward pass; the gradients of what trains are without it again."""
+        self.guard.check_penalty()
         self.skipped = not self._finite()
         if not self.skipped:
             self.method.on_gradients(dataclasses.replace(self.training, loss_scale=loss_scale))

@@ -1,22 +1,25 @@
-"""Other people's loops: plain PyTorch, accelerate, Lightning, ``transformers.Trainer`` and TRL's end where ``fit`` ends,
-for one method of every seam, with two batches a step and with one."""
+"""Other people's loops: plain PyTorch, accelerate, Lightning, ``transformers.Trainer`` and TRL's end where ``fit``
+ends, for one method of every seam, with two batches a step and with one."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import peftlib
 from peftlib import tasks
 from peftlib.conformance.case import LABELS, Case, batch, logits, texts, tokenizer
+from peftlib.errors import StateError
+from tests.methods.helpers import perturb
 
 STEPS, RATE = 3, 1e-2
 SEAMS = {
@@ -50,34 +53,28 @@ def final(adapted: peftlib.Adapted, method: str) -> torch.Tensor:
     return logits(adapted.model, **{k: v for k, v in batch("bert").items() if k != "labels"}, **data)
 
 
-def loader(method: str, passes: int) -> DataLoader:
-    return DataLoader(rows(method), batch_size=8 // passes)
+def loader(method: str, passes: int, *which: str) -> DataLoader:
+    return DataLoader(rows(method, *which), batch_size=8 // passes)
 
 
 @functools.cache
 def by_fit(method: str) -> torch.Tensor:
     """Steps of all eight rows at once."""
     adapted = attached(method)
-    data = {"text": texts(), "label": list(LABELS), "task_id": [i % 2 for i in range(8)]}
-    task = tasks.Task(
-        "eight", "classification", {"train": Dataset.from_dict(data)}, "custom", ("accuracy",), ("a", "b")
-    )
-    if "tasks" in SEAMS[method]:
-        both = [{k: v[i::2] for k, v in data.items() if k != "task_id"} for i in range(2)]
-        task = tasks.mix(
-            [
-                tasks.Task(
-                    f"part {i}", "classification", {"train": Dataset.from_dict(d)}, "custom", ("accuracy",), ("a", "b")
-                )
-                for i, d in enumerate(both)
-            ]
-        )
+
+    def task(columns: dict) -> tasks.Task:
+        made = {"train": Dataset.from_dict(columns)}
+        return tasks.Task("eight", "classification", made, "custom", ("accuracy",), ("a", "b"))
+
+    data = {"text": texts(), "label": list(LABELS)}
+    parts = [{k: v[i::2] for k, v in data.items()} for i in range(2)]
+    chosen = tasks.mix([task(part) for part in parts]) if "tasks" in SEAMS[method] else task(data)
     options = {"steps": STEPS, "batch_size": 8, "learning_rate": RATE, "warmup": 0.0, "evaluate_on": None}
-    peftlib.fit(adapted, task, tokenizer=tokenizer("bert"), progress=False, **options)
+    peftlib.fit(adapted, chosen, tokenizer=tokenizer("bert"), progress=False, **options)
     return final(adapted, method)
 
 
-def plainly(adapted: peftlib.Adapted, method: str, passes: int, folder) -> None:
+def plainly(adapted: peftlib.Adapted, method: str, passes: int, folder, *which: str) -> None:
     optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=RATE, weight_decay=0.0)
     life = adapted.lifecycle(STEPS, accumulation=passes)
     schedule = life.scheduler(optimizer, peftlib.Schedule("linear"))
@@ -85,7 +82,7 @@ def plainly(adapted: peftlib.Adapted, method: str, passes: int, folder) -> None:
     with life:
         for _ in range(STEPS):
             life.step_start()
-            for part in loader(method, passes):
+            for part in loader(method, passes, *which):
                 (adapted.model(**part).loss / passes).backward()
             torch.nn.utils.clip_grad_norm_(adapted.trainable().values(), 1.0)
             life.gradients()
@@ -208,3 +205,116 @@ def test_one_batch_a_step_ends_there_too(loop, tmp_path):
     adapted = attached("adalora")
     loop(adapted, "adalora", 1, tmp_path)
     torch.testing.assert_close(final(adapted, "adalora"), by_fit("adalora"), atol=1e-5, rtol=1e-5)
+
+
+# Text, of unlike lengths
+
+
+TEXT = ["lora", "prefix_tuning", "adalora"]
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])  # 3: three, three and two rows
+@pytest.mark.parametrize("method", TEXT)
+def test_seq2seq_trainer_weighs_labels_alike(method, passes, tmp_path):
+    one, other = (attached(method, "t5", "seq2seq") for _ in range(2))
+    plainly(one, method, 1, tmp_path, "t5", "seq2seq")
+    made = arguments(tmp_path, passes, Seq2SeqTrainingArguments, per_device_train_batch_size=-(-8 // passes))
+    data = rows(method, "t5", "seq2seq")
+    Seq2SeqTrainer(other.model, made, train_dataset=data, callbacks=[other.callback()]).train()
+    case = Case(method, "t5", "seq2seq")
+    torch.testing.assert_close(case.logits(other.model), case.logits(one.model), atol=1e-5, rtol=1e-4)
+
+
+def token_lists() -> list[list[int]]:
+    data = batch("llama", "causal_lm")
+    return [ids[mask.bool()].tolist() for ids, mask in zip(data["input_ids"], data["attention_mask"])]
+
+
+def sft(adapted: peftlib.Adapted, passes: int, folder):
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        adapted.model,
+        arguments(folder, passes, SFTConfig, remove_unused_columns=True, gradient_checkpointing=False),
+        train_dataset=Dataset.from_dict({"input_ids": token_lists()}),
+        processing_class=tokenizer("llama"),
+        callbacks=[adapted.callback()],
+    )
+
+
+def dpo(adapted: peftlib.Adapted, reference, folder):
+    from trl import DPOConfig, DPOTrainer
+
+    made = arguments(folder, 1, DPOConfig, gradient_checkpointing=False, beta=0.5, per_device_eval_batch_size=8)
+    words = [text.split() for text in texts()]
+    pairs = [(" ".join(a[:2]), " " + " ".join(a[2:]), " " + " ".join(b[1:])) for a, b in pairwise(words)]
+    data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs])
+    return DPOTrainer(
+        adapted.model,
+        reference,
+        made,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer("llama"),
+        callbacks=[adapted.callback()],
+    )
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "intrinsic_said"])
+def test_sft_trainer_weighs_labels_alike(method, passes, tmp_path):
+    one, other = (attached(method, "llama", "causal_lm") for _ in range(2))
+    plainly(one, method, 1, tmp_path, "llama", "causal_lm")
+    sft(other, passes, tmp_path).train()
+    case = Case(method, "llama", "causal_lm")
+    torch.testing.assert_close(case.logits(other.model), case.logits(one.model), atol=1e-5, rtol=1e-4)
+
+
+def likelihood(model, row: dict[str, list[int]], answer: str) -> torch.Tensor:
+    """The log probability of an answer."""
+    ids = torch.tensor([row["prompt_ids"] + row[answer]])
+    found = logits(model, input_ids=ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return found[len(row["prompt_ids"]) - 1 :].sum()
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "intrinsic_said"])
+def test_dpo_trainer_compares_with_the_backbone(method, tmp_path):
+    adapted, plain = attached(method, "llama", "causal_lm"), Case(method, "llama", "causal_lm").backbone()
+    perturb(adapted, std=0.1)
+    trainer = dpo(adapted, plain, tmp_path)
+    margins = []
+    for row in trainer.train_dataset:
+        mine, yours = (
+            likelihood(model, row, "chosen_ids") - likelihood(model, row, "rejected_ids")
+            for model in (adapted.model, plain)
+        )
+        margins.append(mine - yours)
+    expected = -torch.nn.functional.logsigmoid(0.5 * torch.stack(margins)).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < expected
+
+
+@pytest.mark.parametrize("trained", [dpo, sft])
+def test_a_penalty_on_a_loss_that_does_not_train_is_refused(trained, tmp_path):
+    adapted = attached("adalora", "llama", "causal_lm")
+    plain = Case("adalora", "llama", "causal_lm").backbone()
+    with pytest.raises(StateError, match=r"adalora adds a penalty to the loss.*the penalty is lost"):
+        (trained(adapted, plain, tmp_path) if trained is dpo else sft(adapted, 1, tmp_path)).train()
+
+
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "prefix_tuning", "moelora"])
+def test_a_head_that_is_fused_into_the_loss_sees_the_method(method):
+    """TRL's trainers call the model so, and score no logits."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    case = Case(method, "llama", "causal_lm", options=SEAMS.get(method, {}))
+    adapted, data = case.attach(), case.batch()
+    perturb(adapted, std=0.1)
+    ids = {"task_ids": torch.arange(8) % 2} if method == "moelora" else {}
+    shifted = data["labels"][:, 1:]
+    scores = logits(adapted.model, **data, **ids)[:, :-1].log_softmax(-1)
+    expected = scores.gather(2, shifted.clamp(min=0)[..., None])[..., 0].masked_fill(shifted == -100, 0)
+    add_fused_lm_head(adapted.model)
+    found = adapted.model(**data, **ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -140,7 +140,7 @@ class LTSFT(ChosenEntries):
         self.head_start = [state[f"head_start.{i}"].to(self.host.device) for i in range(len(state))]
 
     def penalty(self, forward: ForwardPass) -> torch.Tensor | None:
-        if not self.config.l1:
+        if not (self.config.l1 and self.children):  # the warm-up training has a loss of its own
             return None
         entries = ((child.values, child.original) for child in self.children.values())
         return self._distance((*entries, *zip(self.trained_head().values(), self.head_start)))
