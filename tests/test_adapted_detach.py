@@ -17,8 +17,8 @@ METHODS = [
     "fish_mask",
     "qlora",
     "lora_prune",
-    "prefix_tuning",
-    "intrinsic_said",
+    "p_tuning",
+    "oft",
 ]
 
 
