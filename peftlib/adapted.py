@@ -80,7 +80,7 @@ class Adapted:
         self._also: dict[str, nn.Parameter] = {}
         self._identity = identity
         self._shapes = shapes
-        self._extent = extent
+        self.extent = extent
         self._attached = True
         self._disabled = False
 
@@ -323,7 +323,7 @@ class Adapted:
         self._check_attached()
         self._adopt()
         state = {n: t.detach() for n, t in self.method.state().items()}
-        state.update({n: t for n, t in self.host.state().items() if n in self._extent.beside})
+        state.update({n: t for n, t in self.host.state().items() if n in self.extent.beside})
         state.update({n: p.detach() for n, p in (self._head | self._also).items()})
         return state
 
@@ -338,8 +338,8 @@ class Adapted:
             backbone=self._identity,
             sources=self.method.sources,
             notes=self.method.notes(),
-            layers=self._extent.layers,
-            train_embeddings=self._extent.train_embeddings,
+            layers=self.extent.layers,
+            train_embeddings=self.extent.train_embeddings,
             labels=_labels(self.model) if self._head else (),
         )
 
@@ -369,7 +369,7 @@ class Adapted:
         if head and (others := [name for name in given.head if name not in self._head]):
             raise LoadError(f"{given.name} has a task head that the model has not ({others[0]}){way_out}")
         mine, beside = self.method.state(), self.host.state()
-        tensors = self._head | {n: beside[n] for n in self._extent.beside} | self._also
+        tensors = self._head | {n: beside[n] for n in self.extent.beside} | self._also
         for name, tensor in tensors.items():
             if name in mine:
                 continue
@@ -584,7 +584,7 @@ def _layers(count: int, layers: tuple[int, ...]) -> tuple[int, ...]:
 
 def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> None:
     """Let the token embeddings train, of the input and of a language model's output, as a whole or in some rows."""
-    if not rows:
+    if rows is False or rows == ():
         return
     model = cast(Any, host.model)
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -18,12 +18,33 @@ from transformers.utils import CONFIG_NAME
 from peftlib.errors import StateError
 
 if TYPE_CHECKING:
-    from peftlib.adapted import Adapted
+    from peftlib.mechanisms.host import Host
+
+
+class Attached(Protocol):
+    """What is asked of a model with a method; :class:`peftlib.Adapted` is one."""
+
+    model: Any
+    host: Host
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def calibrated(self) -> bool: ...
+
+    @property
+    def is_disabled(self) -> bool: ...
+
+    def trainable(self) -> dict[str, nn.Parameter]: ...
+
+    def resized(self, more: int) -> None: ...
+
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # the Trainer's folders
 
 
-def answer(adapted: Adapted) -> None:
+def answer(adapted: Attached) -> None:
     """Stand in for the calls of the adapted model until the method leaves."""
     if not isinstance(adapted.model, PreTrainedModel):
         return
@@ -34,7 +55,7 @@ def answer(adapted: Adapted) -> None:
 
 
 def _save_pretrained(
-    adapted: Adapted, save: Callable[..., None], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    adapted: Attached, save: Callable[..., None], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:
     """A model in which only parameters of its own train is written as it is. Of the others the weights alone, without
     what computes with them, are written into the Trainer's checkpoints, from which it resumes, with a config that
@@ -46,17 +67,18 @@ def _save_pretrained(
     config = Path(save_directory) / CONFIG_NAME
     if not plain and config.is_file():
         note = f"a checkpoint for the Trainer, of a model to which {adapted.name} was attached by peftlib; no model"
-        # The one setting that every family looks at, and that has to be a name of torch's.
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": note}, indent=2) + "\n")
+        size = adapted.model.config.attribute_map.get("hidden_size", "hidden_size")
+        # No model can be made with this as a size, and the Trainer looks at the config's version alone.
+        config.write_text(json.dumps(json.loads(config.read_text()) | {size: note}, indent=2) + "\n")
 
 
-def _push_to_hub(adapted: Adapted, push: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _push_to_hub(adapted: Attached, push: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not adapted.host.plain or adapted.is_disabled:
         raise _refused(adapted, "push_to_hub() uploads")
     return push(*args, **kwargs)
 
 
-def _refused(adapted: Adapted, call: str) -> StateError:
+def _refused(adapted: Attached, call: str) -> StateError:
     return StateError(
         f"{adapted.name} is attached, and {call} the model's weights without what computes with them, which "
         "from_pretrained() would load as another model. Use adapted.save(folder), which peftlib.load(model, folder) "
@@ -65,7 +87,7 @@ def _refused(adapted: Adapted, call: str) -> StateError:
 
 
 def _resize_token_embeddings(
-    adapted: Adapted, resize: Callable[..., nn.Embedding], *args: Any, **kwargs: Any
+    adapted: Attached, resize: Callable[..., nn.Embedding], *args: Any, **kwargs: Any
 ) -> nn.Embedding:
     model = adapted.model
     if not (args or kwargs):  # asks for the embeddings alone

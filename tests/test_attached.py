@@ -16,6 +16,16 @@ from peftlib.errors import LoadError, StateError
 from tests.methods.helpers import perturb
 
 BERT = Case("lora", "bert")
+ON_EMBEDDINGS = (
+    "fish_mask",
+    "lt_sft",
+    "child_tuning_f",
+    "child_tuning_d",
+    "diff_pruning",
+    "sam",
+    "intrinsic_said",
+    "full",
+)
 PLAIN = ("bitfit", "child_tuning_f", "full", "head")
 
 
@@ -117,12 +127,12 @@ def test_the_vocabulary_grows_beside_a_method_or_the_call_is_refused(method, fam
     adapted = case.attach()
     perturb(adapted)
     structure = structure_of(adapted.model)
-    try:
-        resized(adapted.model)
-    except StateError as error:
-        assert "token embeddings" in str(error)
+    if method in ON_EMBEDDINGS:
+        with pytest.raises(StateError, match="token embeddings"):
+            resized(adapted.model)
         assert_same_structure(structure_of(adapted.model), structure)
         return
+    resized(adapted.model)
     tuned = case.logits(adapted.model)
     adapted.save(tmp_path)
     loaded = peftlib.load(grown(family), tmp_path)

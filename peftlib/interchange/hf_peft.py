@@ -97,6 +97,11 @@ def to_hf_peft(adapted: Adapted, folder: str | os.PathLike[str]) -> Path:
             f"{adapted.name} has no counterpart that HF peft loads; it takes {', '.join(known)}. merge() gives a plain "
             "model, where the method can"
         )
+    if adapted.extent.train_embeddings:
+        raise UnsupportedError(
+            f"the token embeddings train beside {adapted.name}, and peftlib does not write them for HF peft; attach it "
+            "without train_embeddings, or save() it"
+        )
     format = known[adapted.name]
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and all(p.name in (CONFIG, WEIGHTS) for p in folder.iterdir())):

@@ -36,8 +36,9 @@ def all_or_nothing(model: nn.Module, *holders: object, writes: bool = True) -> I
     except BaseException:
         for attributes in objects:
             attributes.put_back()
-        for tensor, tensor.data, flag, tensor.grad in tensors:
-            tensor.requires_grad_(flag)
+        for tensor, data, flag, gradient in tensors:
+            tensor.data = data
+            tensor.requires_grad_(flag).grad = gradient
         journal.put_back()
         raise
 

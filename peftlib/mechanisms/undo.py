@@ -87,7 +87,11 @@ def _leave_in(model: nn.Module, module: nn.Module, name: str) -> Step:
 def put_module(owner: nn.Module, name: str, module: nn.Module) -> None:
     present = owner.get_submodule(name)
     device = next((tensor.device for tensor in (*present.parameters(), *present.buffers())), None)
-    owner._modules[name] = (module if device is None else module.to(device)).train(present.training)
+    if device is not None:
+        # A quantized map's weight has the dtype that it would have; the model may have got another since.
+        weight = getattr(present, "weight", None)
+        module.to(device, None if weight is None else weight.dtype)
+    owner._modules[name] = module.train(present.training)
 
 
 @suspends(put_module)
@@ -160,7 +164,7 @@ def unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
 
 @suspends(unparametrize)
 def _suspend_computation(model: nn.Module, module: nn.Module, name: str, order: list[str]) -> Step:
-    children = list(module.parametrizations[name])  # type: ignore[index, arg-type]  # a dict of module lists
+    children = list(module.parametrizations[name])  # type: ignore[index]  # a dict of module lists
     for child in children:
         child.forward = _unchanged
     return partial(_resume_computation, children)

@@ -85,13 +85,14 @@ class Column:
         known = f"of {len(names)} ({', '.join(names)})" if names else "from 0"
         if isinstance(value, str) and not names:
             raise self._refused(row, "class number", "give class numbers from 0, or label_names=[...] for names")
-        if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
+        if not isinstance(value, numbers.Real) or not math.isfinite(value) or float(value) < 0:
             raise self._refused(row, f"class {known}", "leave unlabelled rows out; one row has one class")
-        if value != int(value):
+        number = float(value)
+        if not number.is_integer():
             raise self._refused(row, f"class {known}", 'scores are for kind="regression"')
-        if names and value >= len(names):
+        if names and number >= len(names):
             raise self._refused(row, f"class {known}", "name it in label_names, or leave the row out")
-        return int(value)
+        return int(number)
 
     @property
     def unlabelled(self) -> bool:

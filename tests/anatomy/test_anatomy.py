@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, ViTConfig, ViTModel
 
+import peftlib
 from peftlib import anatomy
 from peftlib.conformance.case import ENCODER_DECODERS, ENCODERS, FAMILIES, backbone, inputs, lm_head
 from peftlib.errors import TargetError, UnsupportedError
@@ -157,3 +159,40 @@ def test_a_pattern_without_a_near_name_lists_all_sites():
 def test_no_pattern_at_all_is_an_error():
     with pytest.raises(TargetError, match="targets is empty"):
         anatomy.of(backbone("bert")).sites(())
+
+
+class Ranker(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = backbone("bert", "base")
+        self.config = self.encoder.config
+
+
+@pytest.mark.parametrize(
+    ("wrap", "way_out"),
+    [
+        (lambda model: Ranker(), r"Ranker is a module around a model.*attach\(model\.encoder, \.\.\.\)"),
+        (lambda model: torch.nn.Sequential(Ranker()), r"attach\(model\[0\]\.encoder, \.\.\.\)"),
+        (torch.nn.DataParallel, r"DataParallel is.*attach\(model\.module, \.\.\.\)"),
+        (lambda model: torch.compile(model, backend="eager"), r"attach\(model\._orig_mod, \.\.\.\)"),
+        (
+            lambda model: torch.nn.ModuleList([model, Ranker()]),
+            r"attach\(model\[0\], \.\.\.\) or attach\(model\[1\]\.encoder, ",
+        ),
+        (
+            lambda model: peft.get_peft_model(model, peft.LoraConfig()),
+            r"layers of another library \(peft\..*merge_and_unload",
+        ),
+        (lambda model: peft.get_peft_model(model, peft.LoraConfig()).base_model.model, "layers of another library"),
+    ],
+    ids=["own", "nested", "parallel", "compiled", "two", "peft", "inside peft"],
+)
+def test_a_wrapped_model_is_refused_with_the_way_out(wrap, way_out):
+    with pytest.raises(UnsupportedError, match=way_out):
+        anatomy.of(wrap(backbone("bert")))
+
+
+def test_inside_another_module_a_model_is_adapted_in_place():
+    ranker = Ranker()
+    adapted = peftlib.attach(ranker.encoder, "lora")
+    assert [n for n, p in ranker.named_parameters() if p.requires_grad] == [f"encoder.{n}" for n in adapted.trainable()]
