@@ -50,8 +50,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a method acts and what trains beside it: the ``layers``, ``train_embeddings`` and ``train_head`` of
-    :func:`attach`; ``beside`` names the stored tensors of the embeddings."""
+    """Where a method acts and what trains beside it: the ``layers_to_transform``, ``train_embeddings`` and
+    ``train_head`` of :func:`attach`; ``beside`` names the stored tensors of the embeddings."""
 
     layers: tuple[int, ...] | None = None
     train_embeddings: bool | tuple[int, ...] = False
@@ -484,7 +484,7 @@ def attach(
     sources: Sequence[str | os.PathLike[str] | SavedAdapter] = (),
     train_head: bool = True,
     train_embeddings: bool | Sequence[int] = False,
-    layers: Sequence[int] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
     keep_original: bool = True,
     keep_half: bool = False,
     seed: int = 0,
@@ -501,8 +501,8 @@ def attach(
             pretrained and stay frozen).
         train_embeddings: train the token embeddings too, and a language model's output embeddings: all (True), or the
             rows of these token ids, such as those of new tokens (resize the vocabulary first). They are saved along.
-        layers: let the method act on these layers only, counted from 0 over the encoder's, then the decoder's layers;
-            negative ones from the end. What stands in no layer, such as a prompt, is not concerned.
+        layers_to_transform: let the method act on these layers only, counted from 0 over the encoder's, then the
+            decoder's layers; negative ones from the end. What stands in no layer, such as a prompt, is not concerned.
         keep_original: keep CPU copies of backbone parameters that the method trains or replaces, for ``detach()``.
         keep_half: on a half-precision backbone let what trains be in half precision too, which loses small steps. By
             default it is float32, and the backbone computes with it rounded to its own dtype.
@@ -523,7 +523,7 @@ def attach(
     for source in given:
         saved.check_backbone(source, here)
     rows = train_embeddings if isinstance(train_embeddings, bool) else tuple(sorted(set(train_embeddings)))
-    extent = Extent(None if layers is None else tuple(layers), rows, train_head)
+    extent = Extent(None if layers_to_transform is None else tuple(layers_to_transform), rows, train_head)
     return _attach(model, chosen, given, here, extent, keep_original, keep_half, seed)
 
 
@@ -578,7 +578,9 @@ def _attach(
 def _layers(count: int, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Positions of existing layers, in order."""
     if not layers or not all(-count <= layer < count for layer in layers):
-        raise TargetError(f"layers={layers} are not all among the {count} layers; name some from 0 to {count - 1}")
+        raise TargetError(
+            f"layers_to_transform={layers} are not all among the {count} layers; name some from 0 to {count - 1}"
+        )
     return tuple(sorted({layer % count for layer in layers}))
 
 

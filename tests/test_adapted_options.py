@@ -33,7 +33,7 @@ def test_a_method_acts_on_some_layers_only(method, family, tmp_path):
     everywhere = case.attach().trainable()
     bare = case.backbone()
     structure, before = structure_of(bare), case.logits(bare)
-    adapted = case.attach(bare, layers=(-1,))
+    adapted = case.attach(bare, layers_to_transform=(-1,))
     last = adapted.host.anatomy.layers[-1].path
     head = set(adapted.head_names)
     assert all(n.startswith(f"{last}.") for n in adapted.trainable() if n not in head)
@@ -50,7 +50,7 @@ def test_a_method_acts_on_some_layers_only(method, family, tmp_path):
 @pytest.mark.parametrize("layers", [(), (2,), (0, 9), (-3,)])
 def test_layers_that_do_not_exist(layers):
     with pytest.raises(TargetError, match=r"are not all among the 2 layers"):
-        peftlib.attach(backbone("bert"), "lora", layers=layers)
+        peftlib.attach(backbone("bert"), "lora", layers_to_transform=layers)
 
 
 def test_each_layer_can_have_options_of_its_own():

@@ -225,10 +225,14 @@ def restores_values(undo: Callable[[], None]) -> bool:
 
 
 def is_around(undo: Callable[[], None], model: nn.Module) -> bool:
-    """Whether the change is a hook or an attribute of the whole model, and not inside of it."""
+    """Whether the change is a hook or an attribute of the whole model and not inside of it, or a hook that only reads."""
     if not isinstance(undo, partial):
         return False
     if undo.func is unhook:
-        hooks = undo.args[0].hooks_dict_ref()
-        return any(hooks is own for own in vars(model).values())
+        handle, stays = undo.args
+        if stays:
+            return True
+        if isinstance(handle, Place):
+            return handle.forward.module is model
+        return any(handle.hooks_dict_ref() is own for own in vars(model).values())
     return undo.func is put_attribute
