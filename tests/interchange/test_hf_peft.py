@@ -35,6 +35,9 @@ CASES = [
         (family, head, task, "lora", {"target_modules": EVERYWHERE[family], "use_rslora": True, "r": 3})
         for family, head, task in (PLACES[0], PLACES[1], PLACES[3], ("gpt2", *CAUSAL))
     ),
+    (*PLACES[0], "lora", {"target_modules": "all-linear", "exclude_modules": r".*(key|pooler|classifier).*"}),
+    (*PLACES[3], "lora", {"layers_to_transform": [1], "layers_pattern": "layers", "fan_in_fan_out": True}),
+    (*PLACES[0], "ia3", {"target_modules": ["key"], "feedforward_modules": []}),
     *((*place, "ia3", {}) for place in (*PLACES, ("gpt2", *CAUSAL))),
     *((*place, "prompt", {"num_transformer_submodules": 1}) for place in (PLACES[0], PLACES[1], PLACES[3], PLACES[4])),
     *((*place, "prefix", {}) for place in (PLACES[0], PLACES[3], PLACES[4], ("gpt2", *CAUSAL))),
@@ -101,8 +104,9 @@ def _theirs(family, head, task, kind, folder, **options):
     """A saved HF peft adapter with all trained parameters moved, and its logits."""
     more = {"num_virtual_tokens": 5} if kind in PROMPTS else {}
     more |= {"encoder_hidden_size": 8} if kind == "p_tuning" else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)
         model = peft.get_peft_model(_model(family, head), CONFIGS[kind](task_type=task, **(more | options))).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
