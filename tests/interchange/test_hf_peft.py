@@ -343,7 +343,11 @@ def _change(folder, **settings) -> None:
             for start in ("pissa_niter_4", "corda", "loftq", "lora_ga", "mica", "of a later version")
         ),
         ({"r": 4}, LoadError, "says rank 4 for .*query"),
-        ({"rank_pattern": 3}, LoadError, "a setting of a wrong type"),
+        *(
+            ({name: "much"}, LoadError, "a setting of a wrong type|says rank much")
+            for name in ("rank_pattern", "lora_alpha", "lora_dropout", "r")
+        ),
+        ({"lora_alpha": None}, LoadError, "a setting of a wrong type"),
         ({"alpha_pattern": {"(": 3}}, LoadError, "a setting of a wrong type"),
         ({"use_dora": True, "init_lora_weights": "olora"}, LoadError, "has no .*lora_magnitude_vector"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, UnsupportedError, "pissa|use_dora"),
