@@ -36,7 +36,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ("peftlib/methods", "peftlib/mechanisms")
-TESTED_AS = {"changes": "host", "undo": "host", "bayesian": "autopeft", "search": "autopeft"}
+TESTED_AS = {
+    "changes": "host",
+    "undo": "host",
+    "bayesian": "autopeft",
+    "search": "autopeft",
+    "format": "hf_peft",
+    "updates": "hf_peft",
+    "prompts": "hf_peft",
+}
 """Files that are tried by the tests of another name, where they have none of their own."""
 USERS = 3
 """Test files of methods that try a mechanism, beside its own."""
@@ -166,7 +174,7 @@ def tests(file: str) -> tuple[str, ...]:
     if path.parent.name in ("autopeft", "s3delta"):
         name = path.parent.name
     names = dict.fromkeys((name, TESTED_AS.get(name, name)))
-    folders = ("mechanisms", "methods", "training")
+    folders = ("mechanisms", "methods", "training", "interchange")
     own = [ROOT / "tests" / folder / f"test_{n}.py" for n in names for folder in folders]
     found = [test for test in own if test.is_file()]
     if "mechanisms" in path.parts or "bases" in path.parts or not found:

@@ -66,12 +66,12 @@ def from_hf_peft(model: nn.Module, folder: str | os.PathLike[str], *, keep_origi
     tensors = {n: t for n, t in tensors.items() if not (n in frozen and _equal(t, frozen[n]))}
     try:
         options, fill = format.read(settings, tensors, parts, folder)
+        _check_saved_modules(settings, parts, there, folder)
+        adapted = attach(model, method_config(method, **options), train_head=bool(head), keep_original=keep_original)
     except (TypeError, ValueError, AttributeError, KeyError, re.error) as error:
         if isinstance(error, PeftlibError):
             raise
         raise LoadError(f"{Path(folder) / CONFIG} has a setting of a wrong type: {error}") from error
-    _check_saved_modules(settings, parts, there, folder)
-    adapted = attach(model, method_config(method, **options), train_head=bool(head), keep_original=keep_original)
     try:
         with torch.no_grad():
             fill(adapted.method)

@@ -50,8 +50,8 @@ TASKS = {
 """HF peft's name of a task -> the like."""
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
-_RANKS = {"lora_A.weight": 0, "lora_A": 0, "lora.A": 0, "dora.A": 0, "pissa.A": 0, "adalora.Q": 0}
-"""End of a tensor's name -> the dimension that is the rank."""
+_ROWS = ("lora_A.weight", "lora_A", "adapter_down.0.weight")
+"""Ends of the names of tensors in other libraries' files that have as many rows as the rank, or the bottleneck."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ def _ours(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     backbone = backbone if isinstance(backbone, dict) else {}
     options = document.get("config")
     options = options if isinstance(options, dict) else {}
-    size = options.get("rank", options.get("bottleneck"))
+    sizes = [options.get("rank", options.get("bottleneck")), *(r for _, r in options.get("rank_pattern", ()))]
     found = {
         "library": "peftlib",
         "method": str(document.get("method")),
         "base": " ".join(str(backbone[n]) for n in ("class", "name") if backbone.get(n)),
         "head": _head_of(backbone.get("class")),
-        "rank": _ranks(tensors) or ((size,) if isinstance(size, int) else ()),
+        "rank": tuple(sorted({size for size in sizes if isinstance(size, int)})),
         "options": options,
         "odd": odd,
     }
@@ -191,7 +191,7 @@ def _adapterhubs(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         "method": name,
         "base": " ".join(str(document[n]) for n in ("model_class", "model_name") if document.get(n)),
         "head": _head_of(document.get("model_class")),
-        "rank": _ranks(tensors) or tuple(sorted({len(t) for n, t in tensors.items() if n.endswith("down.0.weight")})),
+        "rank": _ranks(tensors),
         "options": config,
         "odd": odd,
     }
@@ -203,16 +203,7 @@ def _head_of(model_class: object) -> str:
 
 
 def _ranks(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    return tuple(
-        sorted(
-            {
-                tensor.shape[dim]
-                for name, tensor in tensors.items()
-                for end, dim in _RANKS.items()
-                if name.endswith(f".{end}") and tensor.dim() > dim
-            }
-        )
-    )
+    return tuple(sorted({len(t) for name, t in tensors.items() if name.endswith(_ROWS) and t.dim()}))
 
 
 def _dtypes(tensors: Mapping[str, torch.Tensor]) -> Counter[str]:

@@ -35,6 +35,9 @@ CASES = [
         (family, head, task, "lora", {"target_modules": EVERYWHERE[family], "use_rslora": True, "r": 3})
         for family, head, task in (PLACES[0], PLACES[1], PLACES[3], ("gpt2", *CAUSAL))
     ),
+    (*PLACES[0], "lora", {"target_modules": "all-linear", "exclude_modules": r".*(key|pooler|classifier).*"}),
+    (*PLACES[3], "lora", {"layers_to_transform": [1], "layers_pattern": "layers", "fan_in_fan_out": True}),
+    (*PLACES[0], "ia3", {"target_modules": ["key"], "feedforward_modules": []}),
     *((*place, "ia3", {}) for place in (*PLACES, ("gpt2", *CAUSAL))),
     *((*place, "prompt", {"num_transformer_submodules": 1}) for place in (PLACES[0], PLACES[1], PLACES[3], PLACES[4])),
     *((*place, "prefix", {}) for place in (PLACES[0], PLACES[3], PLACES[4], ("gpt2", *CAUSAL))),
@@ -101,8 +104,9 @@ def _theirs(family, head, task, kind, folder, **options):
     """A saved HF peft adapter with all trained parameters moved, and its logits."""
     more = {"num_virtual_tokens": 5} if kind in PROMPTS else {}
     more |= {"encoder_hidden_size": 8} if kind == "p_tuning" else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)
         model = peft.get_peft_model(_model(family, head), CONFIGS[kind](task_type=task, **(more | options))).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -339,7 +343,11 @@ def _change(folder, **settings) -> None:
             for start in ("pissa_niter_4", "corda", "loftq", "lora_ga", "mica", "of a later version")
         ),
         ({"r": 4}, LoadError, "says rank 4 for .*query"),
-        ({"rank_pattern": 3}, LoadError, "a setting of a wrong type"),
+        *(
+            ({name: "much"}, LoadError, "a setting of a wrong type|says rank much")
+            for name in ("rank_pattern", "lora_alpha", "lora_dropout", "r")
+        ),
+        ({"lora_alpha": None}, LoadError, "a setting of a wrong type"),
         ({"alpha_pattern": {"(": 3}}, LoadError, "a setting of a wrong type"),
         ({"use_dora": True, "init_lora_weights": "olora"}, LoadError, "has no .*lora_magnitude_vector"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, UnsupportedError, "pissa|use_dora"),

@@ -88,7 +88,7 @@ class Format:
         if found := sorted({name for name in self.refused if name in settings} - set(off)):
             raise UnsupportedError(
                 f"{folder} is a {self.kind} adapter with {_listed(found, settings)}, which peftlib's method does not "
-                "have; HF peft's merge_and_unload() or its own training go on with it"
+                "have; HF peft itself trains on with it, and its merge_and_unload() gives a plain model"
             )
         return {**self.used, **settings}
 

@@ -65,8 +65,8 @@ class LoRA(LowRankUpdates):
 
     def targets(self, host: Host) -> list[Site]:
         c = self.config
-        sites = host.anatomy.sites(c.targets)
-        for site in sites:
+        sites = host.anatomy.sites(c.targets) if c.rank_pattern else super().targets(host)
+        for site in sites if c.rank_pattern else ():
             check_rank(c.rank_at(site), site)
         for pattern, _ in (*c.rank_pattern, *c.alpha_pattern):
             if not set(host.anatomy.sites(pattern)) & set(sites):
