@@ -6,17 +6,20 @@ module to change the inputs and then calls transformers' own sdpa function. With
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftlib.errors import UnsupportedError
 from peftlib.mechanisms import undo
 from peftlib.mechanisms.host import Host
 
@@ -99,8 +102,21 @@ def use(host: Host) -> None:
     before = model.config._attn_implementation
     if before == NAME:
         return
+    _check(host)
     model.set_attn_implementation(NAME)
     host.on_remove(partial(_use, model, before))
+
+
+def _check(host: Host) -> None:
+    """Raise UnsupportedError where an attention module computes by itself, and would never call ours."""
+    for layer in host.anatomy.layers:
+        kinds = type(layer.attention).__mro__
+        if not any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds):
+            raise UnsupportedError(
+                f"{type(layer.attention).__name__} of transformers {transformers.__version__} does not call its attention "
+                "interface, through which this method reaches keys and values; install transformers 5, or "
+                "choose a method that acts on linear maps (lora, ia3, sequential_adapter, ...)"
+            )
 
 
 def _use(model: PreTrainedModel, implementation: str) -> None:
@@ -128,6 +144,7 @@ def keep_heads_of_bias(host: Host, module: nn.Module, name: str, heads: torch.Te
     model = cast(PreTrainedModel, host.model)
     before = model.config._attn_implementation
     if before != NAME:
+        _check(host)
         model.set_attn_implementation(NAME)
         host.on_remove(partial(_use, model, before), restores=True)
     module.add_module(name, _HeadsOfBias(heads))
