@@ -51,7 +51,9 @@ $(LOCKED): | $(VENV)/bin/python
 	@echo "env 2/4: $(TORCH) and what it needs on this machine"
 	@$(PIP) install $(TORCH) -c $(LOCK) | $(COUNT)
 	@echo "env 3/4: everything in $(LOCK)"
-	@$(PIP) install --no-deps -r $(LOCK) | $(COUNT)
+	@$(PIP) install --no-deps -r <(grep -v '# apart' $(LOCK)) | $(COUNT)
+	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/apart $$(sed -n 's/  # apart$$//p' $(LOCK)) 2>&1 \
+		| { grep ERROR >&2 || true; }
 	@rm -f $(VENV)/.locked-* && touch $@
 
 $(EDITABLE): $(LOCKED)

@@ -24,7 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -223,7 +223,7 @@ def _plain_from_gguf(file: Path) -> Path:
     return sources.cached_folder(f"models/{file.stem}-{_hash([file])[:16]}-transformers-{version}", build)
 
 
-def _config(place: _Place) -> PreTrainedConfig:
+def _config(place: _Place) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(place.at, local_files_only=place.local_only)
     except (OSError, ValueError) as error:
@@ -243,7 +243,7 @@ def _source_error(place: _Place, error: Exception) -> SourceError:
     )
 
 
-def _head_class(config: PreTrainedConfig, head: str, name: str):
+def _head_class(config: PretrainedConfig, head: str, name: str):
     auto = HEADS[head]
     if type(config) not in auto._model_mapping:
         possible = [h for h, a in HEADS.items() if type(config) in a._model_mapping]
@@ -254,12 +254,12 @@ def _head_class(config: PreTrainedConfig, head: str, name: str):
     return auto
 
 
-def _label(config: PreTrainedConfig, head: str, num_labels: int) -> None:
+def _label(config: PretrainedConfig, head: str, num_labels: int) -> None:
     if head in ("classification", "token_classification", "masked_lm"):
         config.num_labels = num_labels
 
 
-def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
+def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
     if dropout is None:
         return
     for key, value in config.to_dict().items():
@@ -267,7 +267,7 @@ def _set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
             setattr(config, key, dropout)
 
 
-def _note_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _note_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the ids of [CLS], [SEP] and [MASK] into the config: methods that act on them see the model alone."""
     for name in ("cls_token_id", "sep_token_id", "mask_token_id"):
         token_id = getattr(tokenizer, name, None)
@@ -330,7 +330,7 @@ def _load_pretrained(place: _Place, head: str, num_labels: int, dtype: torch.dty
     )
 
 
-def _ensure_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _ensure_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Decoder-only models often come without a padding token, which a batch needs; the end token serves."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

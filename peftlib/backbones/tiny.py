@@ -11,7 +11,7 @@ import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_LENGTH = 256
 
@@ -166,7 +166,7 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
-def config(family: str, **changes) -> PreTrainedConfig:
+def config(family: str, **changes) -> PretrainedConfig:
     """The family's config with the ids of its tokenizer."""
     special, _, shape = FAMILIES[family]
     vocabulary = _vocabulary(special)

@@ -6,6 +6,7 @@ module to change the inputs and then calls transformers' own sdpa function. With
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -146,8 +148,21 @@ def use(host: Host, merged: bool = False) -> None:
     before = model.config._attn_implementation
     if before in (NAME, WEIGHED):
         return
+    _check(host)
     model.set_attn_implementation(WEIGHED if before == "eager" else NAME)
     host.on_remove(partial(_use, model, before), restores=merged)
+
+
+def _check(host: Host) -> None:
+    """Raise UnsupportedError where an attention module computes by itself, and would never call ours."""
+    for layer in host.anatomy.layers:
+        kinds = type(layer.attention).__mro__
+        if not any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds):
+            raise UnsupportedError(
+                f"{type(layer.attention).__name__} of transformers {transformers.__version__} does not call its attention "
+                "interface, through which this method reaches keys and values; install transformers 5, or "
+                "choose a method that acts on linear maps (lora, ia3, sequential_adapter, ...)"
+            )
 
 
 def _use(model: PreTrainedModel, implementation: str) -> None:

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 from . import ROOT, pyproject
 
-PIN = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[^\s+]+)(?P<mark>  # no-deps)?")
+PIN = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[^\s+]+)(?:  # (?P<mark>no-deps|apart))?")
 
 
 def read_lock() -> dict[str, re.Match]:
@@ -44,8 +44,10 @@ def test_lock_is_sorted_and_leaves_cuda_to_torch():
 
 
 def test_marked_lines_are_those_that_pyproject_names():
-    marked = {name for name, match in LOCK.items() if match["mark"]}
-    assert marked == set(pyproject()["tool"]["peftlib"]["lock"]["no-deps"])
+    settings = pyproject()["tool"]["peftlib"]["lock"]
+    for mark in ("no-deps", "apart"):
+        named = {canonicalize_name(Requirement(line).name) for line in settings[mark]}
+        assert {name for name, match in LOCK.items() if match["mark"] == mark} == named
 
 
 def test_environment_yml_is_the_lock_for_conda():
@@ -54,8 +56,11 @@ def test_environment_yml_is_the_lock_for_conda():
     assert dependencies[:2] == ["python=3.11", "pip"]
     pins = [f"{n}=={m['version']}" for n, m in LOCK.items() if not m["mark"]]
     assert dependencies[2:] == [{"pip": pins}]
-    extra = " ".join(f"{n}=={m['version']}" for n, m in LOCK.items() if m["mark"])
+    extra, apart = (
+        " ".join(f"{n}=={m['version']}" for n, m in LOCK.items() if m["mark"] == mark) for mark in ("no-deps", "apart")
+    )
     assert f"#   pip install --no-deps {extra}\n" in text
+    assert f'#   pip install --no-deps --target "$CONDA_PREFIX/apart" {apart}\n' in text
 
 
 def test_lock_meets_every_requirement_of_pyproject():
@@ -73,7 +78,12 @@ def test_lock_meets_every_requirement_of_pyproject():
 
 
 def test_installed_versions_are_the_locked_ones():
-    installed = {name: metadata.version(name).partition("+")[0] for name in LOCK}
+    folder = str(Path(sys.prefix) / "apart")
+    apart = {canonicalize_name(found.name): found.version for found in metadata.distributions(path=[folder])}
+    installed = {
+        name: apart.get(name) if match["mark"] == "apart" else metadata.version(name).partition("+")[0]
+        for name, match in LOCK.items()
+    }
     assert installed == {name: match["version"] for name, match in LOCK.items()}
 
 
@@ -100,12 +110,12 @@ def closure() -> set[str]:
 
 
 def test_lock_holds_what_is_required_neither_more_nor_less():
-    assert closure() == set(LOCK)
+    assert closure() == {name for name, match in LOCK.items() if match["mark"] != "apart"}
 
 
 def test_every_pin_installs_on_the_oldest_python():
     oldest = pyproject()["project"]["requires-python"].removeprefix(">=") + ".0"
-    wanted = {name: metadata.metadata(name)["Requires-Python"] or "" for name in LOCK}
+    wanted = {name: metadata.metadata(name)["Requires-Python"] or "" for name in closure()}
     assert not {name: python for name, python in wanted.items() if not SpecifierSet(python).contains(oldest)}
 
 
@@ -134,6 +144,7 @@ def project(tmp_path, monkeypatch):
     for name in ("nvidia-part", "triton", "mac", "runtime"):
         wheel(name, "1.0")
     wheel("late", "1.0+cpu", "part>=2")
+    wheel("beside", "1.0", "runtime")
     write_project(tmp_path, "app")
     (tmp_path / "requirements.lock").write_text("app==1.0\nmodel==1.0\npart==1.0\n")
     for name, value in {"FIND_LINKS": index, "NO_INDEX": 1, "OFFLINE": 1, "CACHE_DIR": tmp_path / "cache"}.items():
@@ -145,7 +156,7 @@ def write_project(root: Path, *required: str) -> None:
     (root / "pyproject.toml").write_text(
         f'[project]\nname = "own"\nversion = "1"\nrequires-python = ">=3.11"\ndependencies = {list(required)}\n'
         "[project.optional-dependencies]\ndev = []\n"
-        '[tool.peftlib.lock]\nextras = ["dev"]\nno-deps = ["model"]\n'
+        '[tool.peftlib.lock]\nextras = ["dev"]\nno-deps = ["model"]\napart = ["beside"]\n'
     )
 
 
@@ -154,7 +165,7 @@ def test_lock_tool_keeps_what_the_lock_has(project):
     for _ in range(2):
         tool().main(project, [])
         lines = [line for line in (project / "requirements.lock").read_text().splitlines() if line[0] != "#"]
-        assert lines == ["app==1.0", "model==1.0  # no-deps", "part==1.0"]
+        assert lines == ["app==1.0", "beside==1.0  # apart", "model==1.0  # no-deps", "part==1.0"]
     dependencies = yaml.safe_load((project / "environment.yml").read_text())["dependencies"]
     assert dependencies[2:] == [{"pip": ["app==1.0", "part==1.0"]}]
 
@@ -170,14 +181,15 @@ def test_lock_tool_keeps_what_the_lock_has(project):
     ids=str,
 )
 def test_lock_tool_changes_what_is_named(project, upgrade, changed):
-    pins, no_deps = tool().resolve(project, upgrade)
-    assert pins == {"app": "1.0", "model": "1.0", "part": "1.0"} | changed
-    assert no_deps == {"model"}
+    pins, marks = tool().resolve(project, upgrade)
+    assert pins == {"app": "1.0", "beside": "1.0", "model": "1.0", "part": "1.0"} | changed
+    assert marks == {"model": "no-deps", "beside": "apart"}
 
 
 def test_lock_tool_changes_what_a_new_requirement_rules_out(project):
     write_project(project, "app", "late")
-    assert tool().resolve(project)[0] == {"app": "1.0", "late": "1.0", "model": "1.0", "part": "2.0"}
+    expected = {"app": "1.0", "beside": "1.0", "late": "1.0", "model": "1.0", "part": "2.0"}
+    assert tool().resolve(project)[0] == expected
 
 
 def test_lock_tool_says_what_cannot_be(project, capfd):

@@ -79,6 +79,7 @@ ASPECTS = {
     "stored.py",
     "launch_script.py",
     "packing.py",
+    "torchao_script.py",
 }
 """Files of tests/ that hold no tests."""
 
