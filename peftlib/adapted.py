@@ -16,11 +16,10 @@ from torch import nn
 
 from peftlib import saved
 from peftlib.errors import LoadError, StateError, TargetError
-from peftlib.mechanisms import state_dict
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
-from peftlib.training import accumulation
+from peftlib.training import accumulation, state_dict
 from peftlib.training.lifecycle import Guard, Lifecycle
 
 if TYPE_CHECKING:
