@@ -16,11 +16,11 @@ from torch import nn
 
 from peftlib import attached, saved
 from peftlib.errors import LoadError, StateError, TargetError
-from peftlib.mechanisms import atomic, quantized, sparse, state_dict
+from peftlib.mechanisms import atomic, quantized, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
 from peftlib.methods.registry import resolve
-from peftlib.training import accumulation
+from peftlib.training import accumulation, state_dict
 from peftlib.training.lifecycle import Guard, Lifecycle
 
 if TYPE_CHECKING:

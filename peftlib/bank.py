@@ -106,7 +106,7 @@ class Bank:
         for module in self.model.modules():
             for leaf, new in module._parameters.items():
                 old = None if new is None else kept.get(names[id(new)])
-                if old is not None and old is not new:
+                if new is not None and old is not None and old is not new:
                     old.data = new.data
                     module._parameters[leaf] = old
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import signal
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -329,3 +332,30 @@ def test_what_is_read_is_what_was_taken(tmp_path):
     perturb(adapted)
     again = peftlib.load(backbone("bert"), taken)
     assert torch.equal(Case("lora", "bert").logits(again.model), before)
+
+
+def _save(folder: str, start) -> None:
+    adapted = peftlib.attach(peftlib.backbones.load("tiny-bert").model, "lora")
+    for turn in range(4):
+        start.wait()
+        adapted.save(f"{folder}/{turn}/adapter")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_several_processes_save_to_one_folder(exchanges, tmp_path, monkeypatch):
+    """Both have come as far as putting their folder in its place; threads do here what processes do."""
+    rename, meet, start = os.rename, threading.Barrier(2), threading.Barrier(2)
+
+    def together(*names):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(timeout=0.2)
+        return rename(*names)
+
+    monkeypatch.setattr(os, "rename", together)
+    if not exchanges:
+        monkeypatch.setattr(module, "_exchange", lambda a, b: False)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: _save(str(tmp_path), start), range(2)))
+    for turn in range(4):
+        assert peftlib.read(tmp_path / str(turn) / "adapter").config.method == "lora"
+        assert [p.name for p in (tmp_path / str(turn)).iterdir()] == ["adapter"]

@@ -1,7 +1,7 @@
 """Pickles of modules with parametrized tensors, as ``torch.save(model)`` makes them.
 
-torch gives such a module a class of its own, which pickle cannot find by its name, and refuses. What it is made from can
-be found: the class from before, and the module's attributes.
+torch gives such a module a class of its own, which pickle cannot find by its name, and refuses. What it is made from
+can be found: the class from before, and the module's attributes.
 """
 
 from __future__ import annotations

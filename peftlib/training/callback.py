@@ -244,7 +244,8 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
 
 def _described(state: TrainerState) -> dict[str, Any] | None:
     """What :meth:`PeftCallback.state` wrote; None in a checkpoint of an older peftlib."""
-    found: Any = (state.stateful_callbacks or {}).get(PeftCallback.__name__)
+    states: Any = state.stateful_callbacks or {}
+    found = states.get(PeftCallback.__name__)
     last = found[-1] if isinstance(found, list) else found
     return last and last["attributes"].get("described")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import peftlib
-from peftlib.conformance.case import Case, backbone, batch, train
-from peftlib.errors import StateError, UnsupportedError
+from peftlib.conformance.case import Case, backbone, batch, logits, train
+from peftlib.errors import LoadError, StateError, UnsupportedError
 from peftlib.taxonomy import entry
+from peftlib.training.callback import PeftCallback
 
 
 def rows(family: str = "bert") -> list[dict[str, torch.Tensor]]:
@@ -276,3 +279,138 @@ def test_a_gaussian_is_fitted_at_the_end_of_a_classification(tmp_path):
         callback.life = other.lifecycle(1).__enter__()
         callback.on_train_end(None, None, None, train_dataloader=[batch("bert")])
         assert not other.method.fitted and other.guard.running is None
+
+
+# Resuming, repeating, searching
+
+
+def checkpointed(folder, method: str = "lora", **options) -> None:
+    adapted = Case(method, "bert", options=options).attach()
+    made = arguments(folder, max_steps=3, save_strategy="steps", save_steps=2)
+    Trainer(adapted.model, made, train_dataset=rows(), callbacks=[adapted.callback()]).train()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("lora", {"alpha": 32.0}, r"alpha=\S+ there and 32\.0 here"),
+        ("lora", {"rank": 3}, r"other options: .* has shape"),
+        ("lora", {"targets": ("attention.query",)}, r"other options: it has \d+ tensors that this model has not"),
+        ("bitfit", {}, r"another method than the one attached"),
+        ("sequential_adapter", {}, r"another method than the one attached"),
+    ],
+)
+def test_another_method_or_other_options_do_not_resume(method, options, said, tmp_path):
+    checkpointed(tmp_path)
+    adapted = Case(method, "bert", options=options).attach()
+    run = Trainer(adapted.model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback()])
+    with pytest.raises(LoadError, match=said):
+        run.train(resume_from_checkpoint=True)
+    assert adapted.guard.running is None
+
+
+def test_a_run_resumes_in_another_folder_where_its_state_is_named(tmp_path):
+    whole = trained("adalora", tmp_path / "whole", save_strategy="steps", save_steps=2)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    with pytest.raises(LoadError, match=r"peftlib\.safetensors of the checkpoint.*resume_from_checkpoint="):
+        trained("adalora", tmp_path / "other", resume=checkpoint)
+    trained("adalora", tmp_path / "other", save_strategy="steps", save_steps=2, learning_rate=0.05)  # another run's
+    resumed = trained("adalora", tmp_path / "other", resume=checkpoint, resume_from_checkpoint=checkpoint)
+    assert_close(whole, resumed)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "p_tuning"])
+def test_a_checkpoint_is_an_adapter(method, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    adapted = Case(method, "bert").attach()
+    made = arguments(tmp_path, load_best_model_at_end=True, **options)
+    run = Trainer(adapted.model, made, train_dataset=rows(), eval_dataset=rows(), callbacks=[adapted.callback()])
+    run.train()
+    best = run.state.best_model_checkpoint
+    loaded = peftlib.load(backbone("bert"), best)
+    data = {k: v for k, v in batch("bert").items() if k != "labels"}
+    torch.testing.assert_close(logits(loaded.model, **data), logits(adapted.model, **data))
+
+
+@pytest.mark.parametrize(
+    ("method", "again"), [("lora", True), ("adalora", True), ("p_tuning", False), ("adamix", False)]
+)
+def test_a_second_training_goes_on_or_says_why_not(method, again, tmp_path):
+    adapted = Case(method, "bert").attach()
+    run = Trainer(adapted.model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback()])
+    run.train()
+    before = {n: p.detach().clone() for n, p in adapted.trainable().items()}
+    if again:
+        run.train()
+        assert not [n for n, p in adapted.trainable().items() if torch.equal(p, before[n])]
+        return
+    with pytest.raises(StateError, match=f"{method} has put new parameters.*build a new Trainer"):
+        run.train()
+    Trainer(adapted.model, arguments(tmp_path), train_dataset=rows(), callbacks=[adapted.callback()]).train()
+    assert not [n for n, p in adapted.trainable().items() if torch.equal(p, before[n])]
+
+
+def test_each_model_that_the_trainer_makes_has_its_own_hooks(tmp_path):
+    made = []
+
+    def model_init():
+        made.append(Case("adalora", "bert").attach())
+        return made[-1].model
+
+    run = Trainer(None, arguments(tmp_path), train_dataset=rows(), callbacks=[PeftCallback()], model_init=model_init)
+    run.train()
+    run.train()
+    assert_close(made[-1], trained("adalora", tmp_path / "alone"))
+    assert_close(made[-1], made[-2])
+    plain = Trainer(backbone("bert"), arguments(tmp_path), train_dataset=rows(), callbacks=[PeftCallback()])
+    with pytest.raises(StateError, match="nothing is attached to the Trainer's BertForSequenceClassification"):
+        plain.train()
+
+
+def test_a_trial_of_a_search_has_a_folder_of_its_own(tmp_path):
+    adapted = Case("adalora", "bert").trained()
+    for trial in (0, 1):
+        folder = tmp_path / f"run-{trial}" / "checkpoint-2"
+        folder.mkdir(parents=True)
+        os.utime(folder, (2e9 + trial, 2e9 + trial))  # the newest
+        state = TrainerState(global_step=2, is_hyper_param_search=True)
+        callback = adapted.callback()
+        callback.on_save(arguments(tmp_path), state, None, model=adapted.model)
+        assert peftlib.read(folder).config == adapted.config
+
+
+def test_a_lifecycle_is_a_part_of_accelerate_s_state(tmp_path):
+    from accelerate import Accelerator
+
+    def steps(adapted, life, optimizer, number):
+        adapted.model.train()
+        for _ in range(number):
+            life.step_start()
+            adapted.model(**batch("bert")).loss.backward()
+            life.gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            life.step_end()
+
+    def begin(method="adalora", **options):
+        adapted = Case(method, "bert", options=options).attach()
+        accelerator, life = Accelerator(cpu=True), adapted.lifecycle(6)
+        optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=1e-2)
+        _, optimizer = accelerator.prepare(adapted.model, optimizer)
+        accelerator.register_for_checkpointing(life)
+        return adapted, accelerator, life, optimizer
+
+    adapted, accelerator, life, optimizer = begin()
+    with life:
+        steps(adapted, life, optimizer, 3)
+        accelerator.save_state(str(tmp_path))
+        steps(adapted, life, optimizer, 2)
+    other, accelerator, life, optimizer = begin()
+    accelerator.load_state(str(tmp_path))
+    assert life.step == 3
+    with life:
+        steps(other, life, optimizer, 2)
+    assert_close(adapted, other)
+    _, accelerator, _, _ = begin(alpha=3.0)
+    with pytest.raises(LoadError, match=r"alpha=\S+ there and 3\.0 here"):
+        accelerator.load_state(str(tmp_path))

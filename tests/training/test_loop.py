@@ -68,6 +68,34 @@ def test_accumulated_steps_equal_steps_on_large_batches():
     )
 
 
+@pytest.mark.parametrize(("family", "head"), [("llama", "causal_lm"), ("t5", "seq2seq")])
+@pytest.mark.parametrize("method", ["lora", "adalora", "prompt_tuning"])
+def test_accumulated_steps_weigh_the_labels_of_texts_of_unlike_lengths_alike(method, family, head):
+    rows = [
+        {"text": f"the movie {i}", "label": " ".join(["good", "bad", "fine"] * (1 + 3 * (i % 3)))} for i in range(8)
+    ]
+    task = tasks.Task("texts", head, {"train": Dataset.from_list(rows)}, "custom", ("nll",))
+    ends, losses = [], []
+    for size, times in ((8, 1), (2, 4), (3, 3)):
+        adapted = Case(method, family, head).attach()
+        options = {"evaluate_on": None, "progress": False, "group_by_length": False, "learning_rate": 1e-3}
+        result = peftlib.fit(
+            adapted,
+            task,
+            tokenizer=tokenizer(family),
+            steps=2,
+            batch_size=size,
+            gradient_accumulation=times,
+            log_every=1,
+            **options,
+        )
+        ends.append(adapted)
+        losses.append([h["loss"] for h in result.history])
+    for other, loss in zip(ends[1:], losses[1:]):
+        assert distance(ends[0], other) < 1e-5
+        assert loss == pytest.approx(losses[0], abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_bf16_trains_in_float32_parameters_and_leaves_forward_as_it_was(family):
     model = backbone(family)
