@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peftlib import attached, saved
-from peftlib.errors import LoadError, StateError, TargetError
+from peftlib.errors import ConfigError, LoadError, StateError, TargetError
 from peftlib.mechanisms import atomic, quantized, sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, SavedAdapter
@@ -549,9 +549,11 @@ def _attach(
                 extent = replace(extent, layers=_layers(host.anatomy.num_layers, extent.layers))
             chosen.host = host if extent.layers is None else host.scope(layers=extent.layers)
             host.take_task_ids()
-            _train_embeddings(host, extent.train_embeddings)
+            rows = _train_embeddings(host, extent.train_embeddings)
             extent = replace(extent, beside=tuple(host.state()))
             chosen.attach(chosen.host)
+            if any(table.requires_grad for table in rows):
+                raise ConfigError(f"{chosen.name} trains the token embeddings itself; leave train_embeddings out")
             host.name_task_ids()
             head = chosen.head(head) if extent.train_head else {}
             host.train(head.values())
@@ -584,16 +586,17 @@ def _layers(count: int, layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({layer % count for layer in layers}))
 
 
-def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> None:
-    """Let the token embeddings train, of the input and of a language model's output, as a whole or in some rows."""
+def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> list[nn.Parameter]:
+    """Let the token embeddings train, of the input and of a language model's output, as a whole or in some rows; gives
+    the tables of which rows train."""
     if rows is False or rows == ():
-        return
+        return []
     model = cast(Any, host.model)
     modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     weights = list({id(module.weight): module.weight for module in modules}.values())  # they may be tied
     if rows is True:
         host.train(weights)
-        return
+        return []
     for weight in weights:
         tokens, width = weight.shape
         if not all(0 <= row < tokens for row in rows):
@@ -603,6 +606,7 @@ def _train_embeddings(host: Host, rows: bool | tuple[int, ...]) -> None:
             )
         starts = torch.tensor(rows, device=weight.device)[:, None] * width  # (k, 1)
         sparse.train_entries(host, weight, (starts + torch.arange(width, device=weight.device)).flatten())  # (k e)
+    return weights
 
 
 def _labels(model: nn.Module) -> tuple[str, ...]:

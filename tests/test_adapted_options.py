@@ -11,7 +11,7 @@ import peftlib
 from peftlib import saved
 from peftlib.conformance.case import Case, backbone, logits, supported_family, train
 from peftlib.conformance.checks import assert_same_structure, structure_of
-from peftlib.errors import LoadError, StateError, TargetError
+from peftlib.errors import ConfigError, LoadError, PeftlibError, StateError, TargetError
 from tests.methods.helpers import perturb
 
 METHODS = peftlib.methods()
@@ -119,6 +119,10 @@ def grown(family: str, head: str) -> torch.nn.Module:
 def test_token_embeddings_train_and_are_saved_along(method, family, head, rows, tmp_path):
     case = Case(method, family, head)
     bare = grown(family, head)
+    if method == "child_tuning_f" and rows is not True:
+        with pytest.raises(ConfigError, match="trains the token embeddings itself"):
+            case.start(bare, train_embeddings=rows)
+        return
     if method == "bitfit" and family in ("llama", "t5"):
         return
     data = case.inputs()
@@ -143,7 +147,7 @@ def test_token_embeddings_train_and_are_saved_along(method, family, head, rows, 
     optimizer.zero_grad()
     tuned = logits(bare, **data)
     moved = (bare.get_input_embeddings().weight - start).abs().sum(1) > 0
-    if rows is not True and method != "child_tuning_f":
+    if rows is not True:
         assert moved.nonzero().flatten().tolist() in ([257], [3, 257], [3, 257, 258])
     assert moved[257]
     folder = adapted.save(tmp_path)
@@ -154,6 +158,20 @@ def test_token_embeddings_train_and_are_saved_along(method, family, head, rows, 
     with pytest.raises(StateError, match="acts on the token embeddings"):
         bare.resize_token_embeddings(270)
     assert torch.equal(logits(adapted.detach(), **data), before)
+
+
+@pytest.mark.parametrize("method", ["fish_mask", "lt_sft", "diff_pruning"])
+def test_rows_that_train_are_not_among_what_is_chosen(method, tmp_path):
+    case = Case(method, "bert")
+    adapted = case.attach(train_embeddings=(3,))
+    perturb(adapted)
+    table = "bert.embeddings.word_embeddings.parametrizations.weight"
+    assert {n for n in adapted.trainable() if "word_embeddings" in n} == {f"{table}.0.values"}
+    loaded = peftlib.load(case.backbone(), adapted.save(tmp_path))
+    assert torch.equal(case.logits(loaded.model), case.logits(adapted.model))
+    for refused in ("full", "intrinsic_said"):
+        with pytest.raises(PeftlibError):
+            Case(refused, "bert").start(train_embeddings=(3,))
 
 
 def test_merged_embeddings_stay():

@@ -159,8 +159,8 @@ def _check(host: Host) -> None:
         kinds = type(layer.attention).__mro__
         if not any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in kinds):
             raise UnsupportedError(
-                f"{type(layer.attention).__name__} of transformers {transformers.__version__} does not call its attention "
-                "interface, through which this method reaches keys and values; install transformers 5, or "
+                f"{type(layer.attention).__name__} of transformers {transformers.__version__} does not call its "
+                "attention interface, through which this method reaches keys and values; install transformers 5, or "
                 "choose a method that acts on linear maps (lora, ia3, sequential_adapter, ...)"
             )
 

@@ -8,7 +8,7 @@ parameters as the one that it resumes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from peftlib.errors import TargetError
 from peftlib.mechanisms import sparse
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import Method, MethodConfig, TrainingState
+
+
+def free(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those that are frozen and that nothing else computes or writes into."""
+    return {n: p for n, p in parameters.items() if not p.requires_grad and ".parametrizations." not in n}
 
 
 class Budgeted:
@@ -73,8 +78,8 @@ class ChosenEntries(Budgeted, Method):
         self.find_candidates(host)
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
-        """The candidates: by default all frozen tensors of the backbone below its head."""
-        return {n: p for n, p in host.anatomy.named_parameters().items() if not p.requires_grad}
+        """The candidates: by default all frozen tensors of the backbone below its head that nothing else changes."""
+        return free(host.anatomy.named_parameters())
 
     def trained_head(self) -> dict[str, nn.Parameter]:
         """The task head's parameters, where it trains."""

@@ -31,7 +31,7 @@ from peftlib.errors import TargetError
 from peftlib.mechanisms import importance
 from peftlib.mechanisms.host import Host
 from peftlib.methods.base import MethodConfig, at_least, between, one_of
-from peftlib.methods.bases.entries import ChosenEntries
+from peftlib.methods.bases.entries import ChosenEntries, free
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FishMask(ChosenEntries):
 
     def choices(self, host: Host) -> dict[str, nn.Parameter]:
         head = host.anatomy.head
-        return {n: p for n, p in host.model.named_parameters() if not p.requires_grad and n not in head}
+        return {n: p for n, p in free(dict(host.model.named_parameters())).items() if n not in head}
 
     @property
     def k(self) -> int:
