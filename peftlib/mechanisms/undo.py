@@ -225,7 +225,7 @@ def restores_values(undo: Callable[[], None]) -> bool:
 
 
 def is_around(undo: Callable[[], None], model: nn.Module) -> bool:
-    """Whether the change is a hook or an attribute of the whole model and not inside of it, or a hook that only reads."""
+    """Whether the change is a hook or an attribute of the whole model, not inside of it, or a hook that only reads."""
     if not isinstance(undo, partial):
         return False
     if undo.func is unhook:

@@ -113,8 +113,8 @@ class SavedAdapter:
     its file holds what it took from its sources, so only their configs are needed. ``backbone`` is the identity of the
     model it was made for, ``sources`` are the adapters it was built on, ``notes`` is what the config file
     tells its reader. ``head`` and ``also`` name the task head's and the backbone's other parameters in ``state``;
-    ``layers`` and ``train_embeddings`` are the layers to transform and the embeddings of :func:`peftlib.attach`, ``labels`` the names of the head's classes,
-    where they have some.
+    ``layers`` and ``train_embeddings`` are the layers to transform and the embeddings of :func:`peftlib.attach`,
+    ``labels`` the names of the head's classes, where they have some.
     """
 
     name: str
