@@ -320,8 +320,10 @@ def test_t5_base_as_in_the_original():
 def test_bad_sizes_and_options():
     with pytest.raises(TargetError, match=r"reduction 3 does not divide.*choose 2 or 4 or 8"):
         attach(backbone("bert"), reduction=3)
-    with pytest.raises(TargetError, match=r"reduction 8.*even for rotary.*choose 2 or 4"):
-        attach(backbone("llama"), reduction=8)
+    with pytest.raises(TargetError, match=r"reduction 16.*even for rotary.*choose 2 or 4"):
+        attach(backbone("llama"), reduction=16)
+    with pytest.warns(UserWarning, match=r"reduction=8 becomes 4"):
+        peftlib.attach(backbone("llama"), "ladder_side_tuning")
     with pytest.raises(TargetError, match=r"dropped_layers=\(0, 1\) leaves no layer"):
         attach(backbone("bert"), dropped_layers=(0, 1))
     with pytest.raises(UnknownNameError, match=r"'fish'.*'fisher'"):

@@ -8,6 +8,7 @@ import peftlib
 from peftlib import anatomy, backbones
 from peftlib.conformance.case import batch, train
 from peftlib.errors import LoadError, TargetError, UnknownNameError, UnsupportedError
+from peftlib.mechanisms import call
 from peftlib.mechanisms.template import Layout, Template
 from peftlib.methods.base import ConfigError
 from tests.methods.facts import Count, Default, Facts, Start, Trains, kaiming_uniform, normal, uniform
@@ -260,7 +261,7 @@ def test_by_default_three_vectors_stand_behind_the_text():
         seen = []
         stack = anatomy.of(model).stack_inputs(anatomy.of(model).stacks[0])
         adapted = peftlib.attach(model, "p_tuning")
-        stack.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["inputs_embeds"]), with_kwargs=True)
+        call.around(stack).before.append(lambda m, a, k, seen=seen: seen.append(k["inputs_embeds"]))
         ids = torch.tensor([[5, 6, 7, 8]])
         given = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
         logits(model, **given)

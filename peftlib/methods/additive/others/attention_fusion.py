@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlib.errors import UnsupportedError
 from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import state_of, with_state
@@ -61,6 +62,12 @@ class AttentionFusion(Method):
         parts = host.anatomy
         last = parts.stacks[-1]
         holder = parts.holder(last)
+        count = sum(layer.stack == last for layer in parts.layers) + self.config.with_embeddings
+        if count < 2:
+            raise UnsupportedError(
+                f"the query chooses among the layers of a stack, and the {last} of this {type(host.model).__name__} "
+                "has one; add the embeddings with with_embeddings=True, or use another method"
+            )
         fusion = host.add(holder, self.name, LayerAttention(parts.d))
         for stack in parts.stacks:
             layers = [layer.module for layer in parts.layers if layer.stack == stack]

@@ -29,6 +29,7 @@ from torch import nn
 
 from peftlib.anatomy import Site
 from peftlib.mechanisms import low_rank
+from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.low_rank import LowRank, thin
 from peftlib.mechanisms.precision import cast
 from peftlib.methods.base import ConfigError, MethodConfig, TrainingState, at_least
@@ -118,9 +119,9 @@ class DyLoRA(LowRankUpdates):
     Config = DyLoRAConfig
     learning_rate = 2e-3
 
-    def __init__(self, config: DyLoRAConfig):
-        super().__init__(config)
-        self.rank = config.rank
+    def attach(self, host: Host) -> None:
+        super().attach(host)
+        self.rank = self.config.rank
 
     def update(self, site: Site) -> Nested:
         c = self.config
