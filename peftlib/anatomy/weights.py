@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,8 @@ def of(module: nn.Module) -> torch.Tensor:
                 "adapter, load the backbone without offload, load() the adapter there and merge"
             )
         return onloaded(module, "weight")
-    return module.weight.T if transposed(module) else module.weight
+    weight = cast(torch.Tensor, module.weight)  # a parametrized one is no parameter
+    return weight.T if transposed(module) else weight
 
 
 def transposed(module: nn.Module) -> bool:
@@ -89,7 +90,7 @@ def dequantized(module: nn.Module) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         module.state_dict()  # takes back the order of codes that its CPU kernel wants
-        found = dequantize_4bit(weight.data, map_.weight.quant_state)
+        found = dequantize_4bit(map_.weight.data, map_.weight.quant_state)
     elif type(weight).__name__ == "Int8Params":
         scales = map_.state.SCB if map_.weight.SCB is None else map_.weight.SCB
         found = map_.weight.data.float() * (scales.float() / 127)[:, None]
@@ -179,8 +180,8 @@ def device(module: nn.Module) -> torch.device | None:
         return None
     if tensor.is_meta:
         hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
-        brought = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
-        return torch.device(next(brought, tensor.device))
+        brought = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in brought if device is not None), tensor.device))
     return tensor.device
 
 

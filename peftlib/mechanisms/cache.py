@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -25,4 +25,4 @@ def grow(cache: Any, layers: int) -> None:
             sliding = like.sliding_window if isinstance(like, DynamicSlidingWindowLayer) else None
             part.layers.append(DynamicLayer() if sliding is None else DynamicSlidingWindowLayer(sliding))
             if getattr(like, "record_past", False):  # wrong guesses of assisted decoding are cut back
-                part.layers[-1].activate_past_recording()
+                cast(DynamicSlidingWindowLayer, part.layers[-1]).activate_past_recording()

@@ -493,9 +493,9 @@ class DryRun(Host):
 def _before_recorders(module: nn.Module, handle: call.Handle) -> call.Handle:
     """Let the hooks with which transformers records hidden states, once a model was asked for some, see what a method
     makes of an output, and not what was there before it."""
-    for key, hook in list(module._forward_hooks.items()):
-        if str(getattr(hook, "__module__", "")).startswith("transformers."):
-            module._forward_hooks.move_to_end(key)
+    hooks = module._forward_hooks
+    for key in [k for k, h in hooks.items() if str(getattr(h, "__module__", "")).startswith("transformers.")]:
+        hooks[key] = hooks.pop(key)
     return handle
 
 

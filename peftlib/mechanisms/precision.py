@@ -86,7 +86,7 @@ def _keep_dtype(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -
     return undo.nothing  # the values from before, which are then in its place, have their own
 
 
-def _widened(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+def _widened(module: nn.Module) -> tuple[Any, tuple[str, ...]]:
     """The module's own class, and which of its parameters it rounds."""
     return getattr(type(module), "peftlib_widened", (type(module), ()))
 
@@ -117,12 +117,12 @@ LIKE = "peftlib_like"
 
 
 @functools.cache
-def _computing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _computing(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """A class of modules of this kind whose parameters of these names are rounded within a forward."""
 
     def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        _, _, *rest = super(made, module).__reduce_ex__(protocol)
-        return (_unpickled, (kind, names), *rest)
+        reduced = super(made, module).__reduce_ex__(protocol)
+        return (_unpickled, (kind, names), *reduced[2:])
 
     members = {name: property(functools.partial(_read, name), functools.partial(_set, name)) for name in names}
     made: type[nn.Module] = type(
@@ -133,7 +133,7 @@ def _computing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     return made
 
 
-def _unpickled(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _unpickled(kind: Any, names: tuple[str, ...]) -> nn.Module:
     made = _computing(kind, names)
     return made.__new__(made)
 
@@ -144,7 +144,7 @@ def _read(name: str, module: nn.Module) -> torch.Tensor | None:
         value = vars(module).get(name)  # a replica of DataParallel has no parameters
     if value is None or not (torch.compiler.is_compiling() or getattr(_forwards, "running", None)):
         return value
-    return value.to(module._buffers[LIKE].dtype)
+    return value.to(module.get_buffer(LIKE).dtype)
 
 
 def _set(name: str, module: nn.Module, value: torch.Tensor) -> None:
