@@ -127,10 +127,10 @@ def attention(
         )
         weights = weights[..., inputs.added :]  # (B, H, q, added + k) -> (B, H, q, k)
         return output if inputs.finish is None else inputs.finish(output), weights
-    output, weights = sdpa_attention_forward(
+    output, _ = sdpa_attention_forward(
         module, inputs.query, inputs.key, inputs.value, inputs.mask, is_causal=is_causal, **kwargs
     )
-    return output if inputs.finish is None else inputs.finish(output), weights
+    return output if inputs.finish is None else inputs.finish(output), None
 
 
 AttentionInterface.register(NAME, attention)

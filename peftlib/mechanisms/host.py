@@ -410,7 +410,7 @@ def _before_recorders(module: nn.Module, handle: call.Handle) -> call.Handle:
     makes of an output, and not what was there before it."""
     for key, hook in list(module._forward_hooks.items()):
         if str(getattr(hook, "__module__", "")).startswith("transformers."):
-            module._forward_hooks.move_to_end(key)
+            cast(Any, module._forward_hooks).move_to_end(key)
     return handle
 
 

@@ -275,7 +275,7 @@ def _laid_out(
     module: Any,
     template: Template,
     limit: int | None,
-    spots: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor],
+    spots: Callable[[Any, torch.Tensor], torch.Tensor],
 ) -> Layout:
     """The layout of a call, whose ids and mask become embeddings and a mask with the vectors among them; ``spots``
     gives the vectors' places from ids and mask."""
