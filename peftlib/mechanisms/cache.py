@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -23,6 +23,7 @@ def grow(cache: Any, layers: int) -> None:
         while len(part.layers) < layers:
             like = part.layers[0] if part.layers else None
             sliding = like.sliding_window if isinstance(like, DynamicSlidingWindowLayer) else None
-            part.layers.append(DynamicLayer() if sliding is None else DynamicSlidingWindowLayer(sliding))
+            layer: Any = DynamicLayer() if sliding is None else DynamicSlidingWindowLayer(sliding)
             if getattr(like, "record_past", False):  # wrong guesses of assisted decoding are cut back
-                cast(DynamicSlidingWindowLayer, part.layers[-1]).activate_past_recording()
+                layer.activate_past_recording()
+            part.layers.append(layer)
