@@ -135,7 +135,7 @@ def test_the_loss_is_that_of_the_first_pass_and_half_the_symmetric_divergence_of
         passes.append(plain(adapted.model, **kwargs))
         return passes[-1].__class__(loss=passes[-1].loss, logits=passes[-1].logits)
 
-    adapted.model.forward = forward
+    adapted.model.forward.own = forward
     adapted.model.train()
     torch.manual_seed(0)  # one draw in sixteen gives both passes the same experts
     with adapted.lifecycle(1):
