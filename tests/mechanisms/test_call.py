@@ -127,7 +127,7 @@ class Body(torch.nn.Module):
 )
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_body_that_is_called_past_its_model_takes_task_ids(family, method, options, direct):
-    model = moved(peftlib.attach(backbone(family), method, tasks=2, **options))
+    model = moved(peftlib.attach(backbone(family), method, **options))
     own = Body(model).eval()
     if direct:
         own.body.__call__ = None  # nothing but forward is called
