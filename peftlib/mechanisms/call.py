@@ -137,7 +137,7 @@ class Forward:
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         forward = Forward.__new__(Forward)
         vars(forward).update(vars(self) | {"module": replica})
-        vars(replica).update(forward=forward)
+        vars(replica).update(forward=forward, peftlib_forward=forward)
         return replica
 
 
@@ -156,18 +156,18 @@ class Unbound:
 
 def around(module: nn.Module) -> Forward:
     """The module's :class:`Forward`, made when there is none."""
-    present = vars(module).get("forward")
-    if isinstance(present, Forward):
+    present = vars(module).get("peftlib_forward")  # another library may have wrapped it
+    if present is not None:
         return present
     forward = Forward(module)
-    vars(module).update(forward=forward, _replicate_for_data_parallel=forward.replicate)
+    vars(module).update(forward=forward, peftlib_forward=forward, _replicate_for_data_parallel=forward.replicate)
     return forward
 
 
 def plainly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's forward without the functions around it."""
-    present = module.forward
-    return present.plain(module, args, kwargs) if isinstance(present, Forward) else present(*args, **kwargs)
+    present = vars(module).get("peftlib_forward")
+    return module.forward(*args, **kwargs) if present is None else present.plain(module, args, kwargs)
 
 
 class Handle(Protocol):
@@ -195,6 +195,6 @@ class Place:
         forward, own = self.forward, vars(self.forward.module)
         if own.get("forward") is not forward or forward.before or forward.behind or forward.leaving:
             return
-        del own["forward"], own["_replicate_for_data_parallel"]
+        del own["forward"], own["peftlib_forward"], own["_replicate_for_data_parallel"]
         if forward.own is not None:
             own["forward"] = forward.own

@@ -127,7 +127,7 @@ class Body(torch.nn.Module):
 )
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_body_that_is_called_past_its_model_takes_task_ids(family, method, options, direct):
-    model = moved(peftlib.attach(backbone(family), method, tasks=2, **options))
+    model = moved(peftlib.attach(backbone(family), method, **options))
     own = Body(model).eval()
     if direct:
         own.body.__call__ = None  # nothing but forward is called
@@ -238,3 +238,18 @@ def test_what_a_backward_pass_in_its_own_thread_repeats_has_the_batch_s_tasks(th
     assert not errors
     for name, gradient in zip(names, want, strict=True):
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def test_a_second_pass_is_plain_also_where_another_library_has_wrapped_the_forward():
+    model = peftlib.attach(backbone("bert"), "adamix").model
+    inner, calls = model.forward, []
+
+    def wrapped(*args, **kwargs):
+        calls.append(kwargs)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapped
+    model.train()
+    with model.peftlib_adapted.lifecycle(1):
+        assert model(**inputs("bert"), labels=torch.tensor([0, 1, 0])).loss.isfinite()
+    assert len(calls) == 1
