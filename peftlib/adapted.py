@@ -168,8 +168,9 @@ class Adapted:
 
     def _adopt(self) -> None:
         """Take what was unfrozen by hand for trained, too."""
-        trained = self.host.trained()
-        more = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in trained}
+        trained, for_now = self.host.trained(), self.host.trains_for_now()
+        named = self.model.named_parameters()
+        more = {n: p for n, p in named if p.requires_grad and n not in trained and id(p) not in for_now}
         if more:
             warnings.warn(
                 f"{len(more)} parameters were unfrozen after attach ({next(iter(more))}, ...). They count as trained "

@@ -103,6 +103,7 @@ class Host(Changes):
         self._layers: tuple[int, ...] | None = None
         self._gate: Gate | None = None
         self._exchange: Callable[[nn.Module], nn.Module] | None = None
+        self._temporary: list[Host] = []
         for module in model.modules():
             # bitsandbytes orders 4-bit codes for a CPU kernel in an evaluation, and has no gradient from then on.
             if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -140,11 +141,19 @@ class Host(Changes):
         or stored, and are taken back at the end."""
         part = self._part()
         part._undo, part._merges = [], []
+        self.root._temporary.append(part)
         try:
             yield part
         finally:
             for step in reversed(part._undo):
                 step()
+            self.root._temporary.remove(part)
+
+    def trains_for_now(self) -> set[int]:
+        """The ids of the parameters of :meth:`temporary` changes."""
+        parts = [part for temporary in self.root._temporary for part in temporary._parts()]
+        hung = [p for part in parts for _, _, child in part.children for p in child.parameters()]
+        return {id(p) for p in (*hung, *(p for part in parts for p in part.unfrozen))}
 
     def dry_run(self) -> DryRun:
         """A host on which a method only says what it would hang where and train; the model stays as it is."""
@@ -424,7 +433,7 @@ class Host(Changes):
         that ``stays`` does so while the method is suspended too."""
         model: Any = self.model
         present = vars(model).get(name)
-        before = partial(getattr(type(model), name), model) if present is None else present
+        before = partial(_own_method, name, model) if present is None else present
         self.on_remove(partial(undo.put_attribute, model, name, present, stays))
         setattr(model, name, partial(function, *args, before))
 
@@ -460,6 +469,11 @@ class Host(Changes):
         call.around(self.model).inputs = ("task_ids",)
         if self.anatomy.generates:
             self.around_generate(generate_with_tasks, self.tasks)
+
+
+def _own_method(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A method of the model's class, found by its name: transformers makes some that pickle cannot find."""
+    return getattr(type(model), name)(model, *args, **kwargs)
 
 
 class DryRun(Host):

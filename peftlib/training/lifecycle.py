@@ -96,9 +96,11 @@ class Guard:
     def _reach(self, gradient: torch.Tensor) -> None:
         self.reached = True
 
-    def check_penalty(self) -> None:
-        """Raise StateError where the loss that was differentiated is not the one that the penalty was added to."""
-        if self.added and not self.reached:
+    def check_penalty(self, forwards: int) -> None:
+        """Raise StateError where the loss that was differentiated is not the one that the penalty was added to, or came
+        of no forward of the model."""
+        bypassed = not forwards and "penalty" in self.method.hooks()
+        if bypassed or (self.added and not self.reached):
             raise StateError(
                 f"{self.method.name} adds a penalty to the loss that the model returns, and this loop trains on "
                 "another one that it computes from the outputs (as TRL's trainers do): the penalty is lost. Train on "
@@ -214,7 +216,7 @@ class Lifecycle:
     def gradients(self, loss_scale: float = 1.0) -> None:
         """After backward and clipping, before the optimizer's step. ``loss_scale``: by which the loss was multiplied in
         the backward pass; the gradients of what trains are without it again."""
-        self.guard.check_penalty()
+        self.guard.check_penalty(self.forwards)
         self.skipped = not self._finite()
         if not self.skipped:
             self.method.on_gradients(dataclasses.replace(self.training, loss_scale=loss_scale))

@@ -313,7 +313,7 @@ def test_errors_as_a_table_and_a_figure():
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"rank": 64}, {"iterations": 0}, {"bits": 1}, {"bits": 8}, {"compute": "int8"}, {"alpha": 0}],
+    [{"rank": 0}, {"rank": 48}, {"iterations": 0}, {"bits": 1}, {"bits": 8}, {"compute": "int8"}, {"alpha": 0}],
     ids=str,
 )
 def test_bad_values(options):

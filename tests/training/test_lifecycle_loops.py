@@ -62,13 +62,17 @@ def by_fit(method: str) -> torch.Tensor:
     """Steps of all eight rows at once."""
     adapted = attached(method)
 
-    def task(columns: dict) -> tasks.Task:
+    def task(columns: dict, name: str = "eight") -> tasks.Task:
         made = {"train": Dataset.from_dict(columns)}
-        return tasks.Task("eight", "classification", made, "custom", ("accuracy",), ("a", "b"))
+        return tasks.Task(name, "classification", made, "custom", ("accuracy",), ("a", "b"))
 
     data = {"text": texts(), "label": list(LABELS)}
     parts = [{k: v[i::2] for k, v in data.items()} for i in range(2)]
-    chosen = tasks.mix([task(part) for part in parts]) if "tasks" in SEAMS[method] else task(data)
+    chosen = (
+        tasks.mix([task(part, name) for part, name in zip(parts, ("even", "odd"))])
+        if "tasks" in SEAMS[method]
+        else task(data)
+    )
     options = {"steps": STEPS, "batch_size": 8, "learning_rate": RATE, "warmup": 0.0, "evaluate_on": None}
     peftlib.fit(adapted, chosen, tokenizer=tokenizer("bert"), progress=False, **options)
     return final(adapted, method)
