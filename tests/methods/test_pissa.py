@@ -294,7 +294,7 @@ def test_weights_that_cannot_be_rewritten():
     plain = backbone("bert")
     before = {n: t.clone() for n, t in plain.state_dict().items()}
     for other in (peftlib.config("qlora", rank=4), "delta_lora"):
-        with pytest.raises(UnsupportedError, match="is quantized|pissa wants a place that is taken"):
+        with pytest.raises(UnsupportedError, match=r"is quantized|pissa wants a place that is taken"):
             peftlib.attach(plain, peftlib.combine(other, pissa))
         assert all(torch.equal(t, before[n]) for n, t in plain.state_dict().items())
 
