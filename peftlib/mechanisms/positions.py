@@ -58,6 +58,29 @@ def check_length(tokens: int, extra: int, limit: int | None) -> None:
         )
 
 
+def count_from_text(host: Host) -> None:
+    """Let a decoder with rotary positions count those of a row that is padded on the left from its first token, where a
+    call names none. Among themselves tokens are as far apart either way; from trained keys or vectors they are not."""
+    parts = host.anatomy
+    if parts.max_length is None and parts.position_module() is not None:
+        stack = parts.stack_inputs(parts.stacks[0])
+        host.hook(stack, _count_from_text, names(stack), before=True)
+
+
+def _count_from_text(
+    order: tuple[str, ...], module: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs] | None:
+    call = by_name(order, args, kwargs)
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    if mask is None or mask.dim() != 2 or call.get("position_ids") is not None:
+        return None
+    tokens = (call["inputs_embeds"] if ids is None else ids).shape[1]
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (b, past + t)
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # (b, past + t)
+    call["position_ids"] = torch.where(mask[:, :1] == 0, counted, place)[:, -tokens:]  # (b, t)
+    return (), call
+
+
 def shift(host: Host, length: int) -> None:
     """Let the text of a one-stack backbone stand at the positions after ``length`` others. Backbones with relative
     positions or two stacks stay as they are. An input that leaves too few positions is an UnsupportedError."""

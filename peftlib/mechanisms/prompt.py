@@ -25,7 +25,7 @@ from peftlib.mechanisms import template
 from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import Args, Kwargs, cut_keys, cut_states, state_of
-from peftlib.mechanisms.positions import by_name, check_length, names, past_length, refuse_packed
+from peftlib.mechanisms.positions import by_name, check_length, count_from_text, names, past_length, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +93,7 @@ def attach(host: Host, child: nn.Module, length: int, position: Position = "fron
         max_length=parts.max_length,
     )
     inserted = Handed()
+    count_from_text(host)
     host.add(module, "prompt", child)
     host.hook(module, _insert, seam, inserted, before=True)
     pools = encoder_only and seam.at == 0 and type(host.model).__name__.endswith(_POOLING_HEADS)

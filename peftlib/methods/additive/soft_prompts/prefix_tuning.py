@@ -100,6 +100,7 @@ class PrefixTuning(Method):
             attention.attach(host, module, "prefix", prefix)
         if owners:
             host.refuse_replicas()  # the prefixes hold the modules that count them
+        positions.count_from_text(host)
         if c.shift_positions:
             positions.shift(host, c.length)
 
