@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from peftlib.errors import DataError
 from peftlib.mechanisms.call import Handed
 from peftlib.mechanisms.host import Host
 from peftlib.mechanisms.outputs import Args, Kwargs
@@ -42,6 +43,11 @@ def _answer(kept: Handed, model: nn.Module, args: Args, kwargs: Kwargs, output: 
     as_tuple = isinstance(output, tuple)
     logits = (output[0] if as_tuple else output.logits)[:, 0]  # (b, 1, classes) -> (b, classes)
     loss = None
+    if labels is not None and labels.numel() != len(logits):
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)} for {len(logits)} texts: with this method a masked language model "
+            "answers with one class a text, so give each text the number of its class, not the words"
+        )
     if labels is not None and logits.shape[-1] == 1:
         loss = F.mse_loss(logits[:, 0], labels.view(-1).to(logits.dtype))
     elif labels is not None:
