@@ -70,7 +70,8 @@ def plan(
         method: a name of :func:`peftlib.methods` with its ``options``, or a config. ``"full"`` needs no anatomy.
         batch_size, length: rows of a forward and tokens a row, without padding.
         precision: "float32"; "bfloat16": weights and products; "mixed": float32 weights, bfloat16 products (autocast).
-            New parameters are float32 in each, parameters of the backbone that train have the backbone's dtype.
+            What trains with a method is float32 in each; ``"full"`` in bfloat16 is all in bfloat16, as by
+            ``attach(..., keep_half=True)``.
         optimizer: "adamw" (as torch's: two states a parameter, in its dtype), "adamw-8bit", "sgd-momentum" or "sgd".
         checkpointing: recompute each layer in the backward pass.
         head: as for :func:`peftlib.backbones.load`.

@@ -41,7 +41,9 @@ def test_weights_gradients_and_states_are_those_of_the_parameters():
     head, new = 592_130, 294_912
     assert lora.trained == head + new
     assert lora.gradients == 4 * (head + new), "what trains is float32"
-    assert lora.weights == full.weights + 4 * new
+    assert lora.weights == full.weights + 2 * head + 4 * new, (
+        "the head is float32, and bfloat16 in a whole bfloat16 model"
+    )
     eight = planner.plan("roberta-base", "lora", head="classification", length=8, optimizer="adamw-8bit")
     assert eight.optimizer == 2 * lora.trained
     assert lora.total == lora.weights + lora.gradients + lora.optimizer + lora.activations
