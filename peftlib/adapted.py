@@ -324,9 +324,14 @@ class Adapted:
         self._check_attached()
         self._adopt()
         state = {n: t.detach() for n, t in self.method.state().items()}
-        state.update({n: t for n, t in self.host.state().items() if n in self.extent.beside})
+        state.update(self._embeddings())
         state.update({n: p.detach() for n, p in (self._head | self._also).items()})
         return state
+
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        """The stored tensors of embeddings that train beside the method, by name in the model."""
+        names = self.extent.beside
+        return {n: t for n, t in self.host.state().items() if n in names} if names else {}
 
     def snapshot(self) -> SavedAdapter:
         """What :meth:`save` writes, as copies in memory."""
@@ -369,8 +374,8 @@ class Adapted:
                 )
         if head and (others := [name for name in given.head if name not in self._head]):
             raise LoadError(f"{given.name} has a task head that the model has not ({others[0]}){way_out}")
-        mine, beside = self.method.state(), self.host.state()
-        tensors = self._head | {n: beside[n] for n in self.extent.beside} | self._also
+        mine = self.method.state()
+        tensors = self._head | self._embeddings() | self._also
         for name, tensor in tensors.items():
             if name in mine:
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from peftlib import anatomy, backbones
 from peftlib.adapted import Adapted, attach
 from peftlib.backbones import tiny
 from peftlib.errors import UnsupportedError
+from peftlib.mechanisms import tasks
 from peftlib.methods.base import MethodConfig, SavedAdapter
 from peftlib.methods.registry import config as make_config
 from peftlib.methods.registry import find
@@ -85,9 +85,7 @@ def inputs(family: str, head: str = "classification") -> dict[str, torch.Tensor]
 def logits(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
     """What the model answers in evaluation mode, for its first task where several are attached and none is said."""
     model.eval()
-    adapted: Adapted | None = getattr(model, "peftlib_adapted", None)
-    unsaid = adapted is not None and adapted.host.tasks.default is None
-    with adapted.task(0) if adapted and unsaid else contextlib.nullcontext():
+    with tasks.unnamed_rows(0):
         return model(**given).logits
 
 
